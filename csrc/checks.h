@@ -1,0 +1,57 @@
+// What every device asks of an operator's arguments, in one sentence with the offending values.
+#pragma once
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <cstdint>
+
+#include "core/limits.h"
+#include "tensor_rows.h"
+
+namespace eaft_ext {
+
+inline void check_logits(const char* op, const at::Tensor& logits) {
+  TORCH_CHECK_VALUE(logits.dim() >= 1 && logits.size(-1) >= 1, op,
+                    ": logits must be (..., V) with V of at least 1, got ", logits.sizes());
+}
+
+// A tensor of one number for each row of the logits, on their device.
+inline void check_per_row(const char* op, const char* name, const at::Tensor& tensor,
+                          const at::Tensor& logits) {
+  TORCH_CHECK_VALUE(tensor.sizes() == logits.sizes().slice(0, logits.dim() - 1), op, ": ", name,
+                    " must have the shape of the logits without the last dimension, got ",
+                    tensor.sizes(), " for logits ", logits.sizes());
+  TORCH_CHECK_VALUE(tensor.device() == logits.device(), op, ": ", name, " are on ",
+                    tensor.device(), " and logits on ", logits.device());
+}
+
+inline void check_labels(const char* op, const at::Tensor& labels, const at::Tensor& logits) {
+  check_per_row(op, "labels", labels, logits);
+  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong || labels.scalar_type() == at::kInt, op,
+                   ": labels must be int64 or int32, got ", labels.scalar_type());
+}
+
+inline void check_k(const char* op, int64_t k, int64_t min_k, int64_t max_k) {
+  TORCH_CHECK_VALUE(k >= min_k && k <= max_k, op, ": k must be from ", min_k, " to ", max_k,
+                    ", got ", k);
+}
+
+// An operator that writes over its logits needs every element at a place of its own, and rows that
+// it can address without a copy.
+inline void check_writable(const char* op, const at::Tensor& logits) {
+  TORCH_CHECK_VALUE(has_readable_rows(logits), op,
+                    " in place: the last dimension of the logits must be contiguous, got sizes ",
+                    logits.sizes(), " and strides ", logits.strides());
+  TORCH_CHECK_VALUE(at::has_internal_overlap(logits) != at::MemOverlap::Yes, op,
+                    " in place: logits share memory among themselves, got sizes ", logits.sizes(),
+                    " and strides ", logits.strides());
+}
+
+// Lets autograd notice that what it may have saved for another operator is gone.
+inline void mark_written(const at::Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace eaft_ext

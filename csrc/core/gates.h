@@ -1,0 +1,54 @@
+// The built-in gates: the weight of a token's cross-entropy as a function of its nll = -ln p(y) and
+// of its top-k entropy H, both in nats. The only home of these formulas in C++.
+//
+//     none         1
+//     entropy      (H / normalizer)^alpha                      first = alpha
+//     sigmoid      1 / (1 + exp(-slope (H / ln k - beta)))     first = beta, second = slope
+//     hard         1 if H / ln k > threshold else 0            first = threshold
+//     probability  p(y)
+//     focal        (1 - p(y))^gamma                            first = gamma
+//
+// H / normalizer is 0 where H is 0, also for k = 1, where ln k is 0 too. NaN stays NaN.
+#pragma once
+
+#include <cmath>
+
+#include "host_device.h"
+
+namespace eaft_ext {
+
+enum class GateKind : int { kNone, kEntropy, kSigmoid, kHard, kProbability, kFocal };
+
+struct Gate {
+  GateKind kind = GateKind::kNone;
+  double first = 0;
+  double second = 0;
+  double normalizer = 1;
+};
+
+template <typename Real>
+EAFT_HOST_DEVICE inline Real gate_weight(const Gate& gate, Real nll, Real entropy) {
+  const Real first = static_cast<Real>(gate.first);
+  const Real second = static_cast<Real>(gate.second);
+  const Real normalized =
+      entropy == 0 ? Real(0) : entropy / static_cast<Real>(gate.normalizer);
+  switch (gate.kind) {
+    case GateKind::kNone:
+      return 1;
+    case GateKind::kEntropy:
+      return first == 1 ? normalized : std::pow(normalized, first);
+    case GateKind::kSigmoid:
+      return 1 / (1 + std::exp(-second * (normalized - first)));
+    case GateKind::kHard:
+      if (normalized != normalized) return normalized;
+      return normalized > first ? Real(1) : Real(0);
+    case GateKind::kProbability:
+      return std::exp(-nll);
+    case GateKind::kFocal:
+      // -expm1(-nll) is 1 - p(y) without the cancellation near p(y) = 1.
+      return std::pow(-std::expm1(-nll), first);
+  }
+  return 0;
+}
+
+}  // namespace eaft_ext

@@ -1,0 +1,44 @@
+// What the forward leaves of one row of logits x with label y.
+#pragma once
+
+#include <cmath>
+
+#include "gates.h"
+#include "host_device.h"
+#include "max_sum.h"
+
+namespace eaft_ext {
+
+template <typename Real>
+struct TokenStats {
+  Real loss = 0;     // gate * nll, and 0 where the gate is 0
+  Real nll = 0;      // -ln p(y) = (m - x_y) + ln S
+  Real entropy = 0;  // of the k largest logits, nats
+  Real gate = 0;
+  Real row_max = 0;  // m = max_j x_j
+  Real log_sum = 0;  // ln S = ln sum_j exp(x_j - m)
+};
+
+template <typename Real>
+EAFT_HOST_DEVICE inline TokenStats<Real> token_stats(const Gate& gate, MaxSum<Real> row,
+                                                     Real target_logit, Real entropy) {
+  TokenStats<Real> token;
+  token.row_max = row.max;
+  token.log_sum = std::log(row.sum);
+  token.nll = (row.max - target_logit) + token.log_sum;
+  // A NaN logit is in no top k, but it is in the sum: the whole row is NaN.
+  token.entropy = row.sum == row.sum ? entropy : row.sum;
+  token.gate = gate_weight(gate, token.nll, token.entropy);
+  // A muted token adds nothing, also where its nll is infinite.
+  token.loss = token.gate == 0 ? Real(0) : token.gate * token.nll;
+  return token;
+}
+
+// The gradient of weight * nll at the label, whose probability is p: p - 1 is taken before anything
+// is rounded to the logits' type.
+template <typename Real>
+EAFT_HOST_DEVICE inline Real target_gradient(Real weight, Real probability) {
+  return weight * (probability - 1);
+}
+
+}  // namespace eaft_ext

@@ -1,0 +1,208 @@
+#include "block_kernels.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+// Clones of a function for each level of the instruction set, chosen by the loader (an ifunc), where
+// compiler and platform have them; elsewhere the one version that the build's own flags give.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define EAFT_TARGET_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EAFT_TARGET_CLONES
+#endif
+
+#if defined(__GNUC__)
+#define EAFT_ALWAYS_INLINE inline __attribute__((always_inline))
+#else
+#define EAFT_ALWAYS_INLINE inline
+#endif
+
+namespace eaft_ext::cpu {
+namespace {
+
+// Partial results are kept in this many lanes, so that a reduction has a fixed order, whatever the
+// width of the vectors, and the compiler may vectorise it without leave to reorder sums.
+constexpr int kLanes = 16;
+
+template <typename To, typename From>
+EAFT_ALWAYS_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// exp(x) for x <= 0, within 1 ulp; 0 below -87.3, where the result leaves the normal range.
+// exp(x) = 2^n exp(r) with n = round(x / ln 2), |r| <= ln 2 / 2, exp(r) by a polynomial.
+EAFT_ALWAYS_INLINE float exp_nonpositive(float x) {
+  constexpr float kLowest = -87.33654f;
+  constexpr float kLog2E = 1.44269504f;
+  // ln 2 in two parts; the first has few bits, so that n times it is exact.
+  constexpr float kLn2High = 0.693359375f;
+  constexpr float kLn2Low = -2.12194440e-4f;
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  constexpr float kRound = 12582912.0f;
+  const float clamped = x < kLowest ? kLowest : x;  // NaN passes
+  const float shifted = clamped * kLog2E + kRound;
+  const float n = shifted - kRound;
+  const float r = (clamped - n * kLn2High) - n * kLn2Low;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  const float power = bit_cast<float>((bit_cast<int32_t>(shifted) << 23) + 0x3f800000);
+  return x < kLowest ? 0.0f : p * power;
+}
+
+EAFT_ALWAYS_INLINE double exp_nonpositive(double x) { return std::exp(x); }
+
+// Written so that NaN in x is passed over.
+template <typename Real>
+EAFT_ALWAYS_INLINE Real larger(Real x, Real largest) {
+  return x > largest ? x : largest;
+}
+
+template <typename Real>
+EAFT_ALWAYS_INLINE void group_maxima_loop(const Real* x, Real* group_max, int count) {
+  for (int group = 0; group < count / kGroupSize; ++group, x += kGroupSize) {
+    Real lanes[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      Real largest = -std::numeric_limits<Real>::infinity();
+      for (int i = 0; i < kGroupSize; i += kLanes) largest = larger(x[i + lane], largest);
+      lanes[lane] = largest;
+    }
+    for (int lane = 0; lane < 8; ++lane) lanes[lane] = larger(lanes[lane + 8], lanes[lane]);
+    for (int lane = 0; lane < 4; ++lane) lanes[lane] = larger(lanes[lane + 4], lanes[lane]);
+    for (int lane = 0; lane < 2; ++lane) lanes[lane] = larger(lanes[lane + 2], lanes[lane]);
+    group_max[group] = larger(lanes[1], lanes[0]);
+  }
+}
+
+template <typename Real>
+EAFT_ALWAYS_INLINE bool any_nan_loop(const Real* x, int count) {
+  int found = 0;
+  for (int i = 0; i < count; ++i) found |= x[i] != x[i];
+  return found != 0;
+}
+
+template <typename Real>
+EAFT_ALWAYS_INLINE Real exp_sum_loop(const Real* x, Real max, int count) {
+  Real lanes[kLanes] = {};
+  // A moving pointer, not an index: indices that may wrap (-fwrapv, in Python's flags) turn into
+  // gathers.
+  for (const Real* const end = x + count; x != end; x += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += exp_nonpositive(x[lane] - max);
+  }
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
+template <typename Real>
+EAFT_ALWAYS_INLINE void scaled_exp_loop(const Real* x, Real* gradient, Real max, Real scale,
+                                        int count) {
+  // In place is exact: an element is read before it is written, and by no other. Without this word
+  // the compiler would take its scalar version there, for fear of an overlap.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC ivdep
+#endif
+  for (int i = 0; i < count; ++i) gradient[i] = scale * exp_nonpositive(x[i] - max);
+}
+
+// A half's exponent and fraction, moved into a float's place, are its value times 2^-112; the
+// product also turns subnormal halves into normal floats. Infinity and NaN take the highest
+// exponent.
+EAFT_ALWAYS_INLINE float to_float(Half half) {
+  const uint32_t sign = static_cast<uint32_t>(half.bits & 0x8000u) << 16;
+  const uint32_t rest = static_cast<uint32_t>(half.bits & 0x7fffu) << 13;
+  const uint32_t scaled = bit_cast<uint32_t>(bit_cast<float>(rest) * 0x1p112f);
+  const uint32_t special = rest | 0x7f800000u;
+  return bit_cast<float>(sign | (rest >= 0x0f800000u ? special : scaled));
+}
+
+// Adding a power of two whose last bit is the half's last bit rounds there, ties to even: 2^13 ulps
+// above the value for a normal half, 2^-1 for a subnormal one.
+EAFT_ALWAYS_INLINE Half to_half(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t subnormal =
+      bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
+  const uint32_t odd = (magnitude >> 13) & 1u;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + odd) >> 13;
+  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= (143u << 23) ? 0x7c00u : half;  // 65536 and above
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;    // NaN
+  return {static_cast<uint16_t>(sign | half)};
+}
+
+EAFT_ALWAYS_INLINE BFloat16 to_bfloat16(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return {static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+}
+
+}  // namespace
+
+EAFT_TARGET_CLONES
+void widen(const BFloat16* source, float* target, int count) {
+  for (int i = 0; i < count; ++i) {
+    target[i] = bit_cast<float>(static_cast<uint32_t>(source[i].bits) << 16);
+  }
+}
+
+EAFT_TARGET_CLONES
+void widen(const Half* source, float* target, int count) {
+  for (int i = 0; i < count; ++i) target[i] = to_float(source[i]);
+}
+
+EAFT_TARGET_CLONES
+void narrow(const float* source, BFloat16* target, int count) {
+  for (int i = 0; i < count; ++i) target[i] = to_bfloat16(source[i]);
+}
+
+EAFT_TARGET_CLONES
+void narrow(const float* source, Half* target, int count) {
+  for (int i = 0; i < count; ++i) target[i] = to_half(source[i]);
+}
+
+EAFT_TARGET_CLONES
+void group_maxima(const float* x, float* group_max, int count) {
+  group_maxima_loop(x, group_max, count);
+}
+
+EAFT_TARGET_CLONES
+void group_maxima(const double* x, double* group_max, int count) {
+  group_maxima_loop(x, group_max, count);
+}
+
+EAFT_TARGET_CLONES
+bool any_nan(const float* x, int count) { return any_nan_loop(x, count); }
+
+EAFT_TARGET_CLONES
+bool any_nan(const double* x, int count) { return any_nan_loop(x, count); }
+
+EAFT_TARGET_CLONES
+float exp_sum(const float* x, float max, int count) { return exp_sum_loop(x, max, count); }
+
+EAFT_TARGET_CLONES
+double exp_sum(const double* x, double max, int count) { return exp_sum_loop(x, max, count); }
+
+EAFT_TARGET_CLONES
+void scaled_exp(const float* x, float* gradient, float max, float scale, int count) {
+  scaled_exp_loop(x, gradient, max, scale, count);
+}
+
+EAFT_TARGET_CLONES
+void scaled_exp(const double* x, double* gradient, double max, double scale, int count) {
+  scaled_exp_loop(x, gradient, max, scale, count);
+}
+
+}  // namespace eaft_ext::cpu

@@ -1,0 +1,39 @@
+// The hot loops of the CPU path, over one block of a row that fits the first-level cache. They are
+// plain loops which the compiler vectorises, cloned per instruction set and chosen at load time.
+//
+// `count` is at most kBlockSize. exp(x - max) is 0 for x = -inf and NaN for x = NaN.
+#pragma once
+
+#include "element_types.h"
+
+namespace eaft_ext::cpu {
+
+// 4096 floats are 16 KB: half of a 32 KB cache, the rest is for the block that comes in behind.
+constexpr int kBlockSize = 4096;
+// The maximum of every group is remembered for the selection of the top k.
+constexpr int kGroupSize = 128;
+constexpr int kGroupsPerBlock = kBlockSize / kGroupSize;
+static_assert(kBlockSize % kGroupSize == 0, "a group lies in one block");
+
+// 16-bit elements to float, exactly, and back, to the nearest, ties to even.
+void widen(const BFloat16* source, float* target, int count);
+void widen(const Half* source, float* target, int count);
+void narrow(const float* source, BFloat16* target, int count);
+void narrow(const float* source, Half* target, int count);
+
+// group_max[g] = the largest of group g, NaN left out. count is a multiple of kGroupSize.
+void group_maxima(const float* x, float* group_max, int count);
+void group_maxima(const double* x, double* group_max, int count);
+
+bool any_nan(const float* x, int count);
+bool any_nan(const double* x, int count);
+
+// sum_j exp(x_j - max). count is a multiple of kGroupSize.
+float exp_sum(const float* x, float max, int count);
+double exp_sum(const double* x, double max, int count);
+
+// gradient_j = scale * exp(x_j - max). gradient may be x.
+void scaled_exp(const float* x, float* gradient, float max, float scale, int count);
+void scaled_exp(const double* x, double* gradient, double max, double scale, int count);
+
+}  // namespace eaft_ext::cpu

@@ -1,0 +1,228 @@
+// Rows of logits, block by block. A block of a row is the unit of work: a thread takes whole rows
+// where there are many, and blocks of all rows where there are few. Both give the same bits, since
+// the blocks of a row are merged in their order either way.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "../core/entropy.h"
+#include "../core/row_layout.h"
+#include "../core/token_stats.h"
+#include "block_kernels.h"
+#include "element_types.h"
+#include "top_k.h"
+
+namespace eaft_ext::cpu {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A (num_rows, vocab_size) tensor: its rows are contiguous, their starts follow the layout.
+template <typename Element>
+struct Rows {
+  Element* data;
+  RowLayout layout;
+  int64_t num_rows;
+  int64_t vocab_size;
+
+  Element* operator[](int64_t row) const { return data + layout.offset(row); }
+  int64_t num_blocks() const { return ceil_div(vocab_size, kBlockSize); }
+  int64_t num_groups() const { return ceil_div(vocab_size, kGroupSize); }
+  int block_length(int64_t block) const {
+    return static_cast<int>(std::min<int64_t>(kBlockSize, vocab_size - block * kBlockSize));
+  }
+};
+
+// What the scan leaves of a row: the maximum of every group, the softmax sum of every block.
+template <typename Real>
+struct RowScan {
+  Real* group_max;
+  MaxSum<Real>* block_sums;
+};
+
+// Scans of num_rows rows in one allocation: vocab_size / kGroupSize numbers each.
+template <typename Real>
+class RowScans {
+ public:
+  template <typename Element>
+  RowScans(const Rows<Element>& rows, int64_t num_rows)
+      : num_groups_(rows.num_groups()),
+        num_blocks_(rows.num_blocks()),
+        group_max_(num_rows * num_groups_),
+        block_sums_(num_rows * num_blocks_) {}
+
+  RowScan<Real> operator[](int64_t row) {
+    return {group_max_.data() + row * num_groups_, block_sums_.data() + row * num_blocks_};
+  }
+
+ private:
+  int64_t num_groups_;
+  int64_t num_blocks_;
+  std::vector<Real> group_max_;
+  std::vector<MaxSum<Real>> block_sums_;
+};
+
+// `count` elements in the type they are computed in, filled up to whole groups with -inf: in place
+// where that is the row itself, else in `scratch`.
+template <typename Element>
+const Compute<Element>* load(const Element* source, Compute<Element>* scratch, int count) {
+  using Real = Compute<Element>;
+  constexpr bool kConverts = !std::is_same_v<Element, Real>;
+  if (!kConverts && count % kGroupSize == 0) return reinterpret_cast<const Real*>(source);
+  if constexpr (kConverts) {
+    widen(source, scratch, count);
+  } else {
+    std::copy_n(source, count, scratch);
+  }
+  std::fill(scratch + count, scratch + ceil_div(count, kGroupSize) * kGroupSize,
+            -std::numeric_limits<Real>::infinity());
+  return scratch;
+}
+
+template <typename Element>
+Compute<Element> load_one(const Element* source) {
+  Compute<Element> scratch[kGroupSize];
+  return load(source, scratch, 1)[0];
+}
+
+// What a scan takes beside the group maxima: the softmax sum, or, for top-k alone, only whether the
+// block has a NaN; its sum is then NaN, else 0.
+enum class Scan { kNan, kSum };
+
+template <Scan kScan, typename Element>
+void scan_block(const Rows<const Element>& rows, int64_t row, int64_t block,
+                RowScan<Compute<Element>> scan) {
+  using Real = Compute<Element>;
+  Real scratch[kBlockSize];
+  const int length = rows.block_length(block);
+  const Real* x = load(rows[row] + block * kBlockSize, scratch, length);
+  const int padded = static_cast<int>(ceil_div(length, kGroupSize)) * kGroupSize;
+  Real* group_max = scan.group_max + block * kGroupsPerBlock;
+  group_maxima(x, group_max, padded);
+  if constexpr (kScan == Scan::kNan) {
+    const bool has_nan = any_nan(x, padded);
+    scan.block_sums[block] = {0, has_nan ? std::numeric_limits<Real>::quiet_NaN() : Real(0)};
+  } else {
+    const Real max = *std::max_element(group_max, group_max + padded / kGroupSize);
+    // A block of -inf alone: any finite reference gives the sum 0, -inf would give NaN.
+    const Real reference = max == -std::numeric_limits<Real>::infinity() ? Real(0) : max;
+    scan.block_sums[block] = {max, exp_sum(x, reference, padded)};
+  }
+}
+
+template <typename Element>
+bool has_nan(const Rows<const Element>& rows, RowScan<Compute<Element>> scan) {
+  return std::any_of(scan.block_sums, scan.block_sums + rows.num_blocks(),
+                     [](const auto& block) { return block.sum != block.sum; });
+}
+
+// A value that at least k elements of the row reach, as high as the group maxima tell cheaply: the
+// k-th largest of about 4 k maxima, each over a run of groups.
+template <typename Real>
+Real top_k_threshold(const Real* group_max, int64_t num_groups, int k) {
+  const int64_t run = std::max<int64_t>(1, num_groups / (4 * k));
+  std::vector<Real> maxima;
+  maxima.reserve(ceil_div(num_groups, run));
+  for (int64_t begin = 0; begin < num_groups; begin += run) {
+    const int64_t end = std::min(begin + run, num_groups);
+    maxima.push_back(*std::max_element(group_max + begin, group_max + end));
+  }
+  if (maxima.size() < static_cast<size_t>(k)) return -std::numeric_limits<Real>::infinity();
+  std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.end(), std::greater<Real>());
+  return maxima[k - 1];
+}
+
+// The k largest elements of a scanned row without NaN, in their order.
+template <typename Element>
+std::vector<Candidate<Compute<Element>>> select_top_k(const Rows<const Element>& rows, int64_t row,
+                                                      const Compute<Element>* group_max, int k) {
+  using Real = Compute<Element>;
+  TopK<Real> top(k, top_k_threshold(group_max, rows.num_groups(), k));
+  Real scratch[kGroupSize];
+  for (int64_t group = 0; group < rows.num_groups(); ++group) {
+    if (!top.accepts(group_max[group])) continue;
+    const int64_t begin = group * kGroupSize;
+    const int length = static_cast<int>(std::min<int64_t>(kGroupSize, rows.vocab_size - begin));
+    const Real* x = load(rows[row] + begin, scratch, length);
+    for (int i = 0; i < length; ++i) top.offer(x[i], begin + i);
+  }
+  return top.sorted();
+}
+
+// The same of a row with NaN, which comes before every number, as torch.topk has it. Such a row is an
+// accident, not a case to be fast for.
+template <typename Element>
+std::vector<Candidate<Compute<Element>>> select_top_k_with_nan(const Rows<const Element>& rows,
+                                                               int64_t row, int k) {
+  std::vector<Candidate<Compute<Element>>> all(rows.vocab_size);
+  for (int64_t i = 0; i < rows.vocab_size; ++i) all[i] = {load_one(rows[row] + i), i};
+  std::partial_sort(all.begin(), all.begin() + k, all.end(), [](const auto& a, const auto& b) {
+    const bool a_is_nan = a.value != a.value;
+    const bool b_is_nan = b.value != b.value;
+    if (a_is_nan || b_is_nan) return a_is_nan && (!b_is_nan || a.index < b.index);
+    return comes_first(a, b);
+  });
+  all.resize(k);
+  return all;
+}
+
+// The stats of a scanned row. label is in [0, vocab_size), k at most vocab_size.
+template <typename Element>
+TokenStats<Compute<Element>> finish_row(const Rows<const Element>& rows, int64_t row,
+                                        RowScan<Compute<Element>> scan, int64_t label, int k,
+                                        const Gate& gate) {
+  using Real = Compute<Element>;
+  MaxSum<Real> total;
+  for (int64_t block = 0; block < rows.num_blocks(); ++block) {
+    total = merge(total, scan.block_sums[block]);
+  }
+  Real values[kMaxTopK];
+  const auto top = select_top_k(rows, row, scan.group_max, k);
+  for (int i = 0; i < k; ++i) values[i] = top[i].value;
+  return token_stats(gate, total, load_one(rows[row] + label), topk_entropy(values, k));
+}
+
+// What the backward needs of a row.
+template <typename Real>
+struct RowGradient {
+  Real weight;   // upstream gradient times gate
+  Real row_max;  // as the forward saved it
+  Real log_sum;
+  int64_t label;  // not read where weight is 0
+};
+
+// One block of weight * (softmax(x) - onehot(label)). `gradient` may be the logits themselves.
+template <typename Element>
+void gradient_block(const Rows<const Element>& logits, const Rows<Element>& gradient, int64_t row,
+                    int64_t block, RowGradient<Compute<Element>> r) {
+  using Real = Compute<Element>;
+  const int64_t begin = block * kBlockSize;
+  const int length = logits.block_length(block);
+  Element* target = gradient[row] + begin;
+  if (r.weight == 0) {
+    std::memset(static_cast<void*>(target), 0, length * sizeof(Element));
+    return;
+  }
+  const Element* source = logits[row] + begin;
+  const bool has_label = r.label >= begin && r.label < begin + length;
+  const Real at_label = has_label ? load_one(source + (r.label - begin)) : Real(0);
+  const Real scale = r.weight * std::exp(-r.log_sum);
+  // p - 1 before any rounding to the logits' type: close to p = 1 the difference is all there is.
+  const Real label_gradient = r.weight * (std::exp((at_label - r.row_max) - r.log_sum) - 1);
+  if constexpr (std::is_same_v<Element, Real>) {
+    scaled_exp(source, target, r.row_max, scale, length);
+    if (has_label) target[r.label - begin] = label_gradient;
+  } else {
+    Real scratch[kBlockSize];
+    widen(source, scratch, length);
+    scaled_exp(scratch, scratch, r.row_max, scale, length);
+    if (has_label) scratch[r.label - begin] = label_gradient;
+    narrow(scratch, target, length);
+  }
+}
+
+}  // namespace eaft_ext::cpu

@@ -1,0 +1,124 @@
+// Between tensors and the rows and numbers that the CPU kernels work on.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../checks.h"
+#include "../gate_from_name.h"
+#include "../tensor_rows.h"
+#include "element_types.h"
+#include "row_kernels.h"
+
+namespace eaft_ext::cpu {
+
+using at::Tensor;
+
+// Calls body with a null pointer of the kernels' element type for the tensor's dtype.
+template <typename Body>
+void dispatch_element(const char* op, const Tensor& logits, const Body& body) {
+  switch (logits.scalar_type()) {
+    case at::kFloat:
+      return body(static_cast<float*>(nullptr));
+    case at::kDouble:
+      return body(static_cast<double*>(nullptr));
+    case at::kBFloat16:
+      return body(static_cast<BFloat16*>(nullptr));
+    case at::kHalf:
+      return body(static_cast<Half*>(nullptr));
+    default:
+      TORCH_CHECK_TYPE(false, op, ": logits must be float32, bfloat16, float16 or float64, got ",
+                       logits.scalar_type());
+  }
+}
+
+inline at::ScalarType stats_dtype(const Tensor& logits) {
+  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+template <typename Element>
+Rows<Element> rows_of(const Tensor& logits) {
+  Rows<Element> rows{static_cast<Element*>(logits.data_ptr()), {}, 0, logits.size(-1)};
+  rows.num_rows = logits.numel() / rows.vocab_size;
+  TORCH_INTERNAL_ASSERT(make_row_layout(logits, &rows.layout));
+  return rows;
+}
+
+// int64 and contiguous; every label is in [0, V) or ignored.
+inline Tensor checked_labels(const char* op, const Tensor& labels, const Tensor& logits,
+                      int64_t ignore_index) {
+  check_labels(op, labels, logits);
+  const Tensor result = labels.to(at::kLong).contiguous();
+  const int64_t* label = result.const_data_ptr<int64_t>();
+  const int64_t vocab_size = logits.size(-1);
+  for (int64_t row = 0; row < result.numel(); ++row) {
+    if (label[row] == ignore_index || (label[row] >= 0 && label[row] < vocab_size)) continue;
+    std::vector<int64_t> position(labels.dim());
+    int64_t rest = row;
+    for (int64_t d = labels.dim() - 1; d >= 0; --d) {
+      position[d] = rest % labels.size(d);
+      rest /= labels.size(d);
+    }
+    TORCH_CHECK_VALUE(false, op, ": the label at position ", c10::IntArrayRef(position), " is ",
+                      label[row], ", outside [0, ", vocab_size, ") and not ignore_index ",
+                      ignore_index);
+  }
+  return result;
+}
+
+inline Tensor per_row(const char* op, const char* name, const Tensor& tensor, const Tensor& logits) {
+  check_per_row(op, name, tensor, logits);
+  return tensor.to(stats_dtype(logits)).contiguous();
+}
+
+// The outputs of the forward, one number a row each. Zero is what an ignored row has.
+struct Stats {
+  Tensor loss, nll, entropy, gate, row_max, log_sum;
+
+  explicit Stats(const Tensor& logits) {
+    const auto sizes = logits.sizes().slice(0, logits.dim() - 1);
+    const auto options = logits.options().dtype(stats_dtype(logits));
+    for (Tensor* stat : {&loss, &nll, &entropy, &gate, &row_max, &log_sum}) {
+      *stat = at::zeros(sizes, options);
+    }
+  }
+
+  template <typename Real>
+  void write(int64_t row, const TokenStats<Real>& token) const {
+    loss.mutable_data_ptr<Real>()[row] = token.loss;
+    nll.mutable_data_ptr<Real>()[row] = token.nll;
+    entropy.mutable_data_ptr<Real>()[row] = token.entropy;
+    gate.mutable_data_ptr<Real>()[row] = token.gate;
+    row_max.mutable_data_ptr<Real>()[row] = token.row_max;
+    log_sum.mutable_data_ptr<Real>()[row] = token.log_sum;
+  }
+};
+
+// Arguments of a forward, checked once.
+struct ForwardArguments {
+  Tensor logits;  // rows readable as they lie
+  Tensor labels;  // int64, contiguous
+  int k;
+  Gate gate;
+  int64_t ignore_index;
+
+  ForwardArguments(const char* op, const Tensor& raw_logits, const Tensor& raw_labels, int64_t raw_k,
+                   const std::string& gate_name, c10::ArrayRef<double> gate_parameters,
+                   int64_t ignored) {
+    check_logits(op, raw_logits);
+    check_k(op, raw_k, kMinTopK, kMaxTopK);
+    logits = with_readable_rows(raw_logits);
+    labels = checked_labels(op, raw_labels, raw_logits, ignored);
+    k = static_cast<int>(std::min<int64_t>(raw_k, logits.size(-1)));
+    gate = gate_from_name(gate_name, gate_parameters, k);
+    ignore_index = ignored;
+  }
+};
+
+}  // namespace eaft_ext::cpu

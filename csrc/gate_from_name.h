@@ -1,0 +1,55 @@
+// The gates by the names and parameters that they have in the operators' schemas. The Python side is
+// eaft_ext/gates.py.
+#pragma once
+
+#include <c10/util/ArrayRef.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+
+#include "core/gates.h"
+
+namespace eaft_ext {
+
+// k: the number of logits that the entropy is taken over, at most V.
+inline Gate gate_from_name(const std::string& name, c10::ArrayRef<double> parameters, int64_t k) {
+  const auto expect = [&](size_t least, size_t most) {
+    TORCH_CHECK_VALUE(parameters.size() >= least && parameters.size() <= most, "gate ", name,
+                      " takes from ", least, " to ", most, " parameters, got ", parameters.size());
+  };
+  Gate gate;
+  gate.normalizer = std::log(static_cast<double>(k));
+  if (name == "none") {
+    expect(0, 0);
+    gate.kind = GateKind::kNone;
+  } else if (name == "entropy") {  // alpha, or alpha and normalizer
+    expect(1, 2);
+    gate.kind = GateKind::kEntropy;
+    gate.first = parameters[0];
+    if (parameters.size() == 2) gate.normalizer = parameters[1];
+  } else if (name == "sigmoid") {  // beta, slope
+    expect(2, 2);
+    gate.kind = GateKind::kSigmoid;
+    gate.first = parameters[0];
+    gate.second = parameters[1];
+  } else if (name == "hard") {  // threshold
+    expect(1, 1);
+    gate.kind = GateKind::kHard;
+    gate.first = parameters[0];
+  } else if (name == "probability") {
+    expect(0, 0);
+    gate.kind = GateKind::kProbability;
+  } else if (name == "focal") {  // gamma
+    expect(1, 1);
+    gate.kind = GateKind::kFocal;
+    gate.first = parameters[0];
+  } else {
+    TORCH_CHECK_VALUE(false,
+                      "gate must be none, entropy, sigmoid, hard, probability or focal, got ", name);
+  }
+  return gate;
+}
+
+}  // namespace eaft_ext

@@ -1,0 +1,43 @@
+// The row layout of a tensor.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "core/row_layout.h"
+
+namespace eaft_ext {
+
+// Dimensions that follow each other in memory without a gap count as one. Returns false where more
+// than kMaxRowDims remain.
+inline bool make_row_layout(const at::Tensor& tensor, RowLayout* layout) {
+  *layout = {};
+  for (int64_t d = 0; d < tensor.dim() - 1; ++d) {
+    const int64_t size = tensor.size(d);
+    const int64_t stride = tensor.stride(d);
+    if (size == 1) continue;
+    const int last = layout->num_dims - 1;
+    if (last >= 0 && layout->strides[last] == size * stride) {
+      layout->sizes[last] *= size;
+      layout->strides[last] = stride;
+      continue;
+    }
+    if (layout->num_dims == kMaxRowDims) return false;
+    layout->sizes[layout->num_dims] = size;
+    layout->strides[layout->num_dims] = stride;
+    ++layout->num_dims;
+  }
+  return true;
+}
+
+// Whether the rows of a (..., V) tensor are contiguous and can be addressed as they lie.
+inline bool has_readable_rows(const at::Tensor& tensor) {
+  RowLayout layout;
+  return (tensor.stride(-1) == 1 || tensor.size(-1) == 1) && make_row_layout(tensor, &layout);
+}
+
+// The tensor itself where that is so, else a contiguous copy.
+inline at::Tensor with_readable_rows(const at::Tensor& tensor) {
+  return has_readable_rows(tensor) ? tensor : tensor.contiguous();
+}
+
+}  // namespace eaft_ext

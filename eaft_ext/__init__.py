@@ -1,0 +1,38 @@
+"""Entropy-gated cross-entropy for fine-tuning (EAFT, arXiv 2601.02151), fused, for PyTorch.
+
+    loss = eaft_ext.gated_ce(logits, labels, k=20)
+"""
+
+from eaft_ext import reference
+from eaft_ext._library import build_info
+from eaft_ext.functional import gated_ce, topk
+from eaft_ext.gates import (
+    EntropyGate,
+    FocalGate,
+    Gate,
+    HardGate,
+    NoGate,
+    ProbabilityGate,
+    SigmoidGate,
+)
+from eaft_ext.nn import GatedCrossEntropyLoss
+from eaft_ext.reference import TokenStats
+
+__version__ = build_info()["version"]
+
+__all__ = [
+    "EntropyGate",
+    "FocalGate",
+    "Gate",
+    "GatedCrossEntropyLoss",
+    "HardGate",
+    "NoGate",
+    "ProbabilityGate",
+    "SigmoidGate",
+    "TokenStats",
+    "__version__",
+    "build_info",
+    "gated_ce",
+    "reference",
+    "topk",
+]

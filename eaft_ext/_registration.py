@@ -1,0 +1,149 @@
+"""Fake tensors and autograd for the operators: what torch.compile and backward() need to know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from eaft_ext import _library as _library  # loads the operators
+
+ops = torch.ops.eaft_ext
+
+
+def _stats(logits: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Fake per-token outputs of a forward."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return tuple(logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(count))
+
+
+def _gradient(logits: Tensor) -> Tensor:
+    """A fake gradient: strides like the logits' where the kernels read those in place."""
+    in_place = logits.stride(-1) == 1 or logits.size(-1) == 1
+    return torch.empty_like(logits if in_place else logits.contiguous())
+
+
+@torch.library.register_fake("eaft_ext::gated_ce_forward")
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    k: int,
+    gate: str,
+    gate_parameters: Sequence[float],
+    ignore_index: int,
+    inplace_backward: bool = False,
+) -> tuple[Tensor, ...]:
+    return _stats(logits, 6)
+
+
+@torch.library.register_fake("eaft_ext::gated_ce_backward")
+def _(
+    weight: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+) -> Tensor:
+    return _gradient(logits)
+
+
+@torch.library.register_fake("eaft_ext::gated_ce_backward_")
+def _(
+    weight: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("eaft_ext::gated_ce_forward_with_grad")
+def _(
+    upstream: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    k: int,
+    gate: str,
+    gate_parameters: Sequence[float],
+    ignore_index: int,
+) -> tuple[Tensor, ...]:
+    return (*_stats(logits, 4), _gradient(logits))
+
+
+@torch.library.register_fake("eaft_ext::gated_ce_forward_with_grad_")
+def _(
+    upstream: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    k: int,
+    gate: str,
+    gate_parameters: Sequence[float],
+    ignore_index: int,
+) -> tuple[Tensor, ...]:
+    return _stats(logits, 4)
+
+
+@torch.library.register_fake("eaft_ext::topk")
+def _(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = (*logits.shape[:-1], k)
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
+
+
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, _, _, _, ctx.ignore_index, ctx.inplace_backward = inputs
+    loss, nll, entropy, gate, row_max, log_sum = output
+    # Only the loss has a gradient: gate and entropy are detached by definition.
+    ctx.mark_non_differentiable(nll, entropy, gate, row_max, log_sum)
+    ctx.save_for_backward(logits, labels, gate, row_max, log_sum)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 7
+    logits, labels, gate, row_max, log_sum = ctx.saved_tensors
+    arguments = (grad_loss * gate, logits, labels, row_max, log_sum, ctx.ignore_index)
+    if not ctx.inplace_backward:
+        return ops.gated_ce_backward(*arguments), *(None,) * 6
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "eaft_ext: inplace_backward overwrites the logits, so the graph of the backward cannot be "
+            "kept; drop create_graph=True or inplace_backward=True"
+        )
+    ops.gated_ce_backward_(*arguments)
+    # A new tensor on the same memory: autograd then keeps it as the gradient without a copy.
+    return logits.detach(), *(None,) * 6
+
+
+torch.library.register_autograd(
+    "eaft_ext::gated_ce_forward", _backward, setup_context=_save_forward
+)
+
+
+def _no_double_backward(ctx: Any, *_: Tensor) -> NoReturn:
+    raise RuntimeError(
+        "eaft_ext: gated_ce has no second derivative; eaft_ext.reference.gated_ce has one"
+    )
+
+
+torch.library.register_autograd("eaft_ext::gated_ce_backward", _no_double_backward)
+
+
+def _save_topk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.vocab_size = inputs[0].shape[-1]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _topk_backward(ctx: Any, grad_values: Tensor, _: None) -> tuple[Tensor, None]:
+    (indices,) = ctx.saved_tensors
+    zeros = grad_values.new_zeros((*grad_values.shape[:-1], ctx.vocab_size))
+    return zeros.scatter(-1, indices, grad_values), None
+
+
+torch.library.register_autograd("eaft_ext::topk", _topk_backward, setup_context=_save_topk)

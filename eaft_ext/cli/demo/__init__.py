@@ -1,0 +1,1 @@
+"""``eaft-ext demo``: plain cross-entropy and EAFT side by side on a real model and real text."""

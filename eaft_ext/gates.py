@@ -1,0 +1,169 @@
+"""The gates: the weight of a token's cross-entropy as a function of its nll and its entropy.
+
+Each built-in gate is a small frozen object that knows its formula in PyTorch and its name in the
+operators, whose formulas are in ``csrc/core/gates.h``. ``H`` is the entropy in nats of the k largest
+logits, renormalised among themselves, with k at most the vocabulary's size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+GateFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Any function of ``(nll, entropy)``, both detached float32 shaped like the labels, to weights."""
+
+
+def _check_finite(gate: str, **parameters: float) -> None:
+    for name, value in parameters.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{gate}: {name} must be finite, got {value}")
+
+
+def _normalized(entropy: Tensor, normalizer: float) -> Tensor:
+    """H / normalizer, and 0 where H is 0, also for k = 1 where ln k is 0."""
+    return torch.where(entropy == 0, 0.0, entropy / (normalizer or 1.0))
+
+
+class Gate:
+    """Base of the built-in gates. Your own gate need not derive from it: any function will do."""
+
+    name: ClassVar[str]
+
+    def parameters(self) -> list[float]:
+        """What the operators are given beside the name."""
+        return []
+
+    def for_k(self, k: int) -> GateFunction:
+        """The gate as a function of ``(nll, entropy)``, for an entropy over ``k`` logits."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class EntropyGate(Gate):
+    """``(H / normalizer)^alpha``: EAFT (arXiv 2601.02151), the default.
+
+    Args:
+        alpha: 1 in the paper; its ablation also has 2 and 3. At least 0.
+        normalizer: what H is divided by; None, the paper's and the default, is ``ln k``. The authors'
+            code divides by the literal 3.0, axolotl by 1.0, that is, not at all.
+    """
+
+    alpha: float = 1.0
+    normalizer: float | None = None
+    name: ClassVar[str] = "entropy"
+
+    def __post_init__(self) -> None:
+        _check_finite("EntropyGate", alpha=self.alpha)
+        if self.alpha < 0:
+            raise ValueError(f"EntropyGate: alpha must be at least 0, got {self.alpha}")
+        if self.normalizer is not None:
+            _check_finite("EntropyGate", normalizer=self.normalizer)
+            if self.normalizer <= 0:
+                raise ValueError(
+                    f"EntropyGate: normalizer must be above 0 or None for ln k, got {self.normalizer}"
+                )
+
+    def parameters(self) -> list[float]:
+        """alpha, and the normalizer unless it is ln k."""
+        given = [] if self.normalizer is None else [float(self.normalizer)]
+        return [float(self.alpha), *given]
+
+    def for_k(self, k: int) -> GateFunction:
+        """The gate as a function of ``(nll, entropy)``."""
+        normalizer = math.log(k) if self.normalizer is None else self.normalizer
+        return lambda nll, entropy: _normalized(entropy, normalizer) ** self.alpha
+
+
+@dataclass(frozen=True)
+class SigmoidGate(Gate):
+    """``sigmoid(slope (H / ln k - beta))``: EAFT's ablation."""
+
+    beta: float = 0.17
+    slope: float = 30.0
+    name: ClassVar[str] = "sigmoid"
+
+    def __post_init__(self) -> None:
+        _check_finite("SigmoidGate", beta=self.beta, slope=self.slope)
+
+    def parameters(self) -> list[float]:
+        """beta and slope."""
+        return [float(self.beta), float(self.slope)]
+
+    def for_k(self, k: int) -> GateFunction:
+        """The gate as a function of ``(nll, entropy)``."""
+        return lambda nll, entropy: torch.sigmoid(
+            self.slope * (_normalized(entropy, math.log(k)) - self.beta)
+        )
+
+
+@dataclass(frozen=True)
+class HardGate(Gate):
+    """``1 if H / ln k > threshold else 0``: EAFT's ablation."""
+
+    threshold: float
+    name: ClassVar[str] = "hard"
+
+    def __post_init__(self) -> None:
+        _check_finite("HardGate", threshold=self.threshold)
+
+    def parameters(self) -> list[float]:
+        """The threshold."""
+        return [float(self.threshold)]
+
+    def for_k(self, k: int) -> GateFunction:
+        """The gate as a function of ``(nll, entropy)``. NaN stays NaN."""
+
+        def gate(nll: Tensor, entropy: Tensor) -> Tensor:
+            passes = (_normalized(entropy, math.log(k)) > self.threshold).to(entropy.dtype)
+            return torch.where(entropy.isnan(), entropy, passes)
+
+        return gate
+
+
+@dataclass(frozen=True)
+class ProbabilityGate(Gate):
+    """``p(y)``, the probability of the label: DFT (arXiv 2508.05629)."""
+
+    name: ClassVar[str] = "probability"
+
+    def for_k(self, k: int) -> GateFunction:
+        """The gate as a function of ``(nll, entropy)``."""
+        return lambda nll, entropy: torch.exp(-nll)
+
+
+@dataclass(frozen=True)
+class FocalGate(Gate):
+    """``(1 - p(y))^gamma``: focal loss (arXiv 1708.02002), with the weight detached."""
+
+    gamma: float
+    name: ClassVar[str] = "focal"
+
+    def __post_init__(self) -> None:
+        _check_finite("FocalGate", gamma=self.gamma)
+        if self.gamma < 0:
+            raise ValueError(f"FocalGate: gamma must be at least 0, got {self.gamma}")
+
+    def parameters(self) -> list[float]:
+        """Gamma."""
+        return [float(self.gamma)]
+
+    def for_k(self, k: int) -> GateFunction:
+        """The gate as a function of ``(nll, entropy)``."""
+        return lambda nll, entropy: (-torch.expm1(-nll)) ** self.gamma
+
+
+@dataclass(frozen=True)
+class NoGate(Gate):
+    """``1``: plain cross-entropy."""
+
+    name: ClassVar[str] = "none"
+
+    def for_k(self, k: int) -> GateFunction:
+        """The gate as a function of ``(nll, entropy)``."""
+        return lambda nll, entropy: torch.ones_like(nll)

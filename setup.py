@@ -1,0 +1,138 @@
+"""The compiled part of eaft_ext. What it is built from, for which CUDA, and the torch it then needs.
+
+Environment: ``EAFT_EXT_CUDA=1`` insists on CUDA, ``0`` leaves it out; ``CUDA_HOME``,
+``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` mean what they mean to torch. All else is in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = "2.8"
+CUDA_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+
+
+def sources(*patterns: str) -> list[str]:
+    """Files under csrc/ that match, as setuptools wants them: relative to the root."""
+    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
+
+
+def find_cuda_home() -> Path | None:
+    """The toolkit's folder: the first candidate that holds the headers, since nvcc may be a wrapper."""
+    candidates = [os.environ.get("CUDA_HOME")]
+    if nvcc := shutil.which("nvcc"):
+        candidates.append(str(Path(nvcc).resolve().parent.parent))
+    candidates.append("/usr/local/cuda")
+    for candidate in candidates:
+        if candidate and (Path(candidate) / "include" / "cuda_runtime.h").is_file():
+            return Path(candidate)
+    return None
+
+
+def choose_cuda(torch_cuda: str | None) -> Path | None:
+    """The toolkit to build CUDA with, or None to leave CUDA out."""
+    wish = os.environ.get("EAFT_EXT_CUDA", "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"eaft_ext: EAFT_EXT_CUDA must be 0, 1 or unset, got {wish!r}")
+    home = find_cuda_home()
+    if wish == "1" and torch_cuda is None:
+        sys.exit("eaft_ext: EAFT_EXT_CUDA=1, but the torch that is installed was built without CUDA")
+    if wish == "1" and home is None:
+        sys.exit("eaft_ext: EAFT_EXT_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME to its folder")
+    return None if wish == "0" or torch_cuda is None else home
+
+
+def set_cuda_environment(home: Path, torch_cuda: str) -> None:
+    """Tell torch's build helpers the toolkit and, unless the user did, the architectures."""
+    os.environ["CUDA_HOME"] = str(home)
+    nvcc = home / "bin" / "nvcc"
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+)\.(\d+)", version)
+    release = f"{match[1]}.{match[2]}" if match else "unknown"
+    if release.split(".")[0] != torch_cuda.split(".")[0]:
+        sys.exit(
+            f"eaft_ext: the CUDA toolkit {release} in {home} cannot build for a torch with CUDA "
+            f"{torch_cuda}; set CUDA_HOME to a toolkit of that major version, or EAFT_EXT_CUDA=0 to "
+            "build for the CPU alone"
+        )
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        listed = subprocess.run(
+            [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
+        ).stdout.split()
+        known = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in listed]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(known) + "+PTX"
+
+
+def compile_arguments() -> dict[str, list[str]]:
+    """Flags for the host compiler and nvcc. The C++ standard is torch's to choose."""
+    if sys.platform == "win32":
+        return {"cxx": ["/O2", "/openmp"]}
+    # NaN and infinity keep their meaning; only errno and floating-point traps are given up, which
+    # lets the compiler vectorise comparisons.
+    cxx = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+    cxx += ["-Wno-unused-parameter", "-Wno-unknown-pragmas"]  # torch's own headers
+    if sys.platform == "linux":
+        cxx.append("-fopenmp")  # at::parallel_for is inline and empty without it
+    nvcc = ["-O3", "--expt-relaxed-constexpr", "-Xptxas", "-warn-spills,-warn-lmem-usage"]
+    return {"cxx": cxx, "nvcc": nvcc}
+
+
+def extension() -> dict[str, Any]:
+    """setup() arguments for the extension, built against the torch that can be imported."""
+    if importlib.util.find_spec("torch") is None:
+        if not {"sdist", "egg_info", "dist_info"} & set(sys.argv):
+            sys.exit(f"eaft_ext: building needs torch >= {OLDEST_TORCH}; install it first")
+        return {"install_requires": [f"torch>={OLDEST_TORCH}"]}
+    import torch
+
+    release = torch.__version__.split("+")[0].split(".")
+    if (int(release[0]), int(release[1])) < tuple(map(int, OLDEST_TORCH.split("."))):
+        sys.exit(f"eaft_ext: building needs torch >= {OLDEST_TORCH}, found {torch.__version__}")
+    cuda_home = choose_cuda(torch.version.cuda)
+    if cuda_home is not None:
+        set_cuda_environment(cuda_home, torch.version.cuda)
+    from torch.utils import cpp_extension  # reads CUDA_HOME when it is imported
+
+    class BuildExtension(cpp_extension.BuildExtension):  # type: ignore[misc]
+        def build_extensions(self) -> None:
+            for built in self.extensions:
+                version = self.distribution.get_version()
+                built.define_macros.append(("EAFT_EXT_VERSION", f'"{version}"'))
+            super().build_extensions()
+
+    files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+    macros: list[tuple[str, str]] = []
+    kind = cpp_extension.CppExtension
+    if cuda_home is not None:
+        files += sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
+        macros.append(("EAFT_EXT_CUDA_VERSION", f'"{torch.version.cuda}"'))
+        macros.append(("EAFT_EXT_CUDA_ARCH_LIST", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'))
+        kind = cpp_extension.CUDAExtension
+    print(f"eaft_ext: torch {torch.__version__}, CUDA toolkit {cuda_home or 'not used'}")
+    return {
+        "install_requires": [f"torch=={release[0]}.{release[1]}.*"],
+        "ext_modules": [
+            kind(
+                name="eaft_ext._C",
+                sources=files,
+                depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
+                define_macros=macros,
+                extra_compile_args=compile_arguments(),
+                extra_link_args=["-fopenmp"] if sys.platform == "linux" else [],
+            )
+        ],
+        "cmdclass": {"build_ext": BuildExtension},
+    }
+
+
+setup(**extension())
