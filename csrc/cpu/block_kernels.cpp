@@ -1,7 +1,6 @@
 #include "block_kernels.h"
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 // Clones of a function for each level of the instruction set, chosen by the loader (an ifunc), where
@@ -13,12 +12,6 @@
 #define EAFT_TARGET_CLONES
 #endif
 
-#if defined(__GNUC__)
-#define EAFT_ALWAYS_INLINE inline __attribute__((always_inline))
-#else
-#define EAFT_ALWAYS_INLINE inline
-#endif
-
 namespace eaft_ext::cpu {
 namespace {
 
@@ -26,12 +19,11 @@ namespace {
 // width of the vectors, and the compiler may vectorise it without leave to reorder sums.
 constexpr int kLanes = 16;
 
-template <typename To, typename From>
-EAFT_ALWAYS_INLINE To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
+EAFT_ALWAYS_INLINE void prefetch(Ahead& ahead) {
+#if defined(__GNUC__)
+  __builtin_prefetch(ahead.next);
+#endif
+  ahead.next += kLanes * ahead.element_size;
 }
 
 // exp(x) for x <= 0, within 1 ulp; 0 below -87.3, where the result leaves the normal range.
@@ -91,11 +83,12 @@ EAFT_ALWAYS_INLINE bool any_nan_loop(const Real* x, int count) {
 }
 
 template <typename Real>
-EAFT_ALWAYS_INLINE Real exp_sum_loop(const Real* x, Real max, int count) {
+EAFT_ALWAYS_INLINE Real exp_sum_loop(const Real* x, Real max, int count, Ahead ahead) {
   Real lanes[kLanes] = {};
   // A moving pointer, not an index: indices that may wrap (-fwrapv, in Python's flags) turn into
   // gathers.
   for (const Real* const end = x + count; x != end; x += kLanes) {
+    prefetch(ahead);
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += exp_nonpositive(x[lane] - max);
   }
   for (int width = kLanes / 2; width > 0; width /= 2) {
@@ -104,73 +97,29 @@ EAFT_ALWAYS_INLINE Real exp_sum_loop(const Real* x, Real max, int count) {
   return lanes[0];
 }
 
-template <typename Real>
-EAFT_ALWAYS_INLINE void scaled_exp_loop(const Real* x, Real* gradient, Real max, Real scale,
+template <typename Element, typename Real>
+EAFT_ALWAYS_INLINE void scaled_exp_loop(const Element* x, Element* gradient, Real max, Real scale,
                                         int count) {
   // In place is exact: an element is read before it is written, and by no other. Without this word
   // the compiler would take its scalar version there, for fear of an overlap.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC ivdep
 #endif
-  for (int i = 0; i < count; ++i) gradient[i] = scale * exp_nonpositive(x[i] - max);
-}
-
-// A half's exponent and fraction, moved into a float's place, are its value times 2^-112; the
-// product also turns subnormal halves into normal floats. Infinity and NaN take the highest
-// exponent.
-EAFT_ALWAYS_INLINE float to_float(Half half) {
-  const uint32_t sign = static_cast<uint32_t>(half.bits & 0x8000u) << 16;
-  const uint32_t rest = static_cast<uint32_t>(half.bits & 0x7fffu) << 13;
-  const uint32_t scaled = bit_cast<uint32_t>(bit_cast<float>(rest) * 0x1p112f);
-  const uint32_t special = rest | 0x7f800000u;
-  return bit_cast<float>(sign | (rest >= 0x0f800000u ? special : scaled));
-}
-
-// Adding a power of two whose last bit is the half's last bit rounds there, ties to even: 2^13 ulps
-// above the value for a normal half, 2^-1 for a subnormal one.
-EAFT_ALWAYS_INLINE Half to_half(float value) {
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t subnormal =
-      bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
-  const uint32_t odd = (magnitude >> 13) & 1u;
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + odd) >> 13;
-  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
-  half = magnitude >= (143u << 23) ? 0x7c00u : half;  // 65536 and above
-  half = magnitude > 0x7f800000u ? 0x7e00u : half;    // NaN
-  return {static_cast<uint16_t>(sign | half)};
-}
-
-EAFT_ALWAYS_INLINE BFloat16 to_bfloat16(float value) {
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return {static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+  for (int i = 0; i < count; ++i) {
+    gradient[i] = from_real<Element>(scale * exp_nonpositive(to_real(x[i]) - max));
+  }
 }
 
 }  // namespace
 
 EAFT_TARGET_CLONES
 void widen(const BFloat16* source, float* target, int count) {
-  for (int i = 0; i < count; ++i) {
-    target[i] = bit_cast<float>(static_cast<uint32_t>(source[i].bits) << 16);
-  }
+  for (int i = 0; i < count; ++i) target[i] = to_real(source[i]);
 }
 
 EAFT_TARGET_CLONES
 void widen(const Half* source, float* target, int count) {
-  for (int i = 0; i < count; ++i) target[i] = to_float(source[i]);
-}
-
-EAFT_TARGET_CLONES
-void narrow(const float* source, BFloat16* target, int count) {
-  for (int i = 0; i < count; ++i) target[i] = to_bfloat16(source[i]);
-}
-
-EAFT_TARGET_CLONES
-void narrow(const float* source, Half* target, int count) {
-  for (int i = 0; i < count; ++i) target[i] = to_half(source[i]);
+  for (int i = 0; i < count; ++i) target[i] = to_real(source[i]);
 }
 
 EAFT_TARGET_CLONES
@@ -190,10 +139,14 @@ EAFT_TARGET_CLONES
 bool any_nan(const double* x, int count) { return any_nan_loop(x, count); }
 
 EAFT_TARGET_CLONES
-float exp_sum(const float* x, float max, int count) { return exp_sum_loop(x, max, count); }
+float exp_sum(const float* x, float max, int count, Ahead ahead) {
+  return exp_sum_loop(x, max, count, ahead);
+}
 
 EAFT_TARGET_CLONES
-double exp_sum(const double* x, double max, int count) { return exp_sum_loop(x, max, count); }
+double exp_sum(const double* x, double max, int count, Ahead ahead) {
+  return exp_sum_loop(x, max, count, ahead);
+}
 
 EAFT_TARGET_CLONES
 void scaled_exp(const float* x, float* gradient, float max, float scale, int count) {
@@ -202,6 +155,16 @@ void scaled_exp(const float* x, float* gradient, float max, float scale, int cou
 
 EAFT_TARGET_CLONES
 void scaled_exp(const double* x, double* gradient, double max, double scale, int count) {
+  scaled_exp_loop(x, gradient, max, scale, count);
+}
+
+EAFT_TARGET_CLONES
+void scaled_exp(const BFloat16* x, BFloat16* gradient, float max, float scale, int count) {
+  scaled_exp_loop(x, gradient, max, scale, count);
+}
+
+EAFT_TARGET_CLONES
+void scaled_exp(const Half* x, Half* gradient, float max, float scale, int count) {
   scaled_exp_loop(x, gradient, max, scale, count);
 }
 

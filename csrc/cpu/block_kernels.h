@@ -15,11 +15,16 @@ constexpr int kGroupSize = 128;
 constexpr int kGroupsPerBlock = kBlockSize / kGroupSize;
 static_assert(kBlockSize % kGroupSize == 0, "a group lies in one block");
 
-// 16-bit elements to float, exactly, and back, to the nearest, ties to even.
+// Memory to bring in while a loop computes, element by element. It is never read here, so it may lie
+// past the end of the tensor.
+struct Ahead {
+  const char* next;
+  int element_size;
+};
+
+// target_i = source_i, exactly.
 void widen(const BFloat16* source, float* target, int count);
 void widen(const Half* source, float* target, int count);
-void narrow(const float* source, BFloat16* target, int count);
-void narrow(const float* source, Half* target, int count);
 
 // group_max[g] = the largest of group g, NaN left out. count is a multiple of kGroupSize.
 void group_maxima(const float* x, float* group_max, int count);
@@ -29,11 +34,13 @@ bool any_nan(const float* x, int count);
 bool any_nan(const double* x, int count);
 
 // sum_j exp(x_j - max). count is a multiple of kGroupSize.
-float exp_sum(const float* x, float max, int count);
-double exp_sum(const double* x, double max, int count);
+float exp_sum(const float* x, float max, int count, Ahead ahead);
+double exp_sum(const double* x, double max, int count, Ahead ahead);
 
-// gradient_j = scale * exp(x_j - max). gradient may be x.
+// gradient_j = scale * exp(x_j - max), rounded once. gradient may be x.
 void scaled_exp(const float* x, float* gradient, float max, float scale, int count);
 void scaled_exp(const double* x, double* gradient, double max, double scale, int count);
+void scaled_exp(const BFloat16* x, BFloat16* gradient, float max, float scale, int count);
+void scaled_exp(const Half* x, Half* gradient, float max, float scale, int count);
 
 }  // namespace eaft_ext::cpu

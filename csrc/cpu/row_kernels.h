@@ -83,12 +83,6 @@ const Compute<Element>* load(const Element* source, Compute<Element>* scratch, i
   return scratch;
 }
 
-template <typename Element>
-Compute<Element> load_one(const Element* source) {
-  Compute<Element> scratch[kGroupSize];
-  return load(source, scratch, 1)[0];
-}
-
 // What a scan takes beside the group maxima: the softmax sum, or, for top-k alone, only whether the
 // block has a NaN; its sum is then NaN, else 0.
 enum class Scan { kNan, kSum };
@@ -99,7 +93,8 @@ void scan_block(const Rows<const Element>& rows, int64_t row, int64_t block,
   using Real = Compute<Element>;
   Real scratch[kBlockSize];
   const int length = rows.block_length(block);
-  const Real* x = load(rows[row] + block * kBlockSize, scratch, length);
+  const Element* source = rows[row] + block * kBlockSize;
+  const Real* x = load(source, scratch, length);
   const int padded = static_cast<int>(ceil_div(length, kGroupSize)) * kGroupSize;
   Real* group_max = scan.group_max + block * kGroupsPerBlock;
   group_maxima(x, group_max, padded);
@@ -110,7 +105,9 @@ void scan_block(const Rows<const Element>& rows, int64_t row, int64_t block,
     const Real max = *std::max_element(group_max, group_max + padded / kGroupSize);
     // A block of -inf alone: any finite reference gives the sum 0, -inf would give NaN.
     const Real reference = max == -std::numeric_limits<Real>::infinity() ? Real(0) : max;
-    scan.block_sums[block] = {max, exp_sum(x, reference, padded)};
+    const Ahead next_block{reinterpret_cast<const char*>(source) + kBlockSize * sizeof(Element),
+                           sizeof(Element)};
+    scan.block_sums[block] = {max, exp_sum(x, reference, padded, next_block)};
   }
 }
 
@@ -159,7 +156,7 @@ template <typename Element>
 std::vector<Candidate<Compute<Element>>> select_top_k_with_nan(const Rows<const Element>& rows,
                                                                int64_t row, int k) {
   std::vector<Candidate<Compute<Element>>> all(rows.vocab_size);
-  for (int64_t i = 0; i < rows.vocab_size; ++i) all[i] = {load_one(rows[row] + i), i};
+  for (int64_t i = 0; i < rows.vocab_size; ++i) all[i] = {to_real(rows[row][i]), i};
   std::partial_sort(all.begin(), all.begin() + k, all.end(), [](const auto& a, const auto& b) {
     const bool a_is_nan = a.value != a.value;
     const bool b_is_nan = b.value != b.value;
@@ -183,7 +180,7 @@ TokenStats<Compute<Element>> finish_row(const Rows<const Element>& rows, int64_t
   Real values[kMaxTopK];
   const auto top = select_top_k(rows, row, scan.group_max, k);
   for (int i = 0; i < k; ++i) values[i] = top[i].value;
-  return token_stats(gate, total, load_one(rows[row] + label), topk_entropy(values, k));
+  return token_stats(gate, total, to_real(rows[row][label]), topk_entropy(values, k));
 }
 
 // What the backward needs of a row.
@@ -209,20 +206,12 @@ void gradient_block(const Rows<const Element>& logits, const Rows<Element>& grad
   }
   const Element* source = logits[row] + begin;
   const bool has_label = r.label >= begin && r.label < begin + length;
-  const Real at_label = has_label ? load_one(source + (r.label - begin)) : Real(0);
+  const Real at_label = has_label ? to_real(source[r.label - begin]) : Real(0);
   const Real scale = r.weight * std::exp(-r.log_sum);
   // p - 1 before any rounding to the logits' type: close to p = 1 the difference is all there is.
   const Real label_gradient = r.weight * (std::exp((at_label - r.row_max) - r.log_sum) - 1);
-  if constexpr (std::is_same_v<Element, Real>) {
-    scaled_exp(source, target, r.row_max, scale, length);
-    if (has_label) target[r.label - begin] = label_gradient;
-  } else {
-    Real scratch[kBlockSize];
-    widen(source, scratch, length);
-    scaled_exp(scratch, scratch, r.row_max, scale, length);
-    if (has_label) scratch[r.label - begin] = label_gradient;
-    narrow(scratch, target, length);
-  }
+  scaled_exp(source, target, r.row_max, scale, length);
+  if (has_label) target[r.label - begin] = from_real<Element>(label_gradient);
 }
 
 }  // namespace eaft_ext::cpu
