@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 
 #include "core/row_layout.h"
 
@@ -33,6 +34,13 @@ inline bool make_row_layout(const at::Tensor& tensor, RowLayout* layout) {
 inline bool has_readable_rows(const at::Tensor& tensor) {
   RowLayout layout;
   return (tensor.stride(-1) == 1 || tensor.size(-1) == 1) && make_row_layout(tensor, &layout);
+}
+
+// The layout of a tensor that has readable rows.
+inline RowLayout row_layout(const at::Tensor& tensor) {
+  RowLayout layout;
+  TORCH_INTERNAL_ASSERT(make_row_layout(tensor, &layout));
+  return layout;
 }
 
 // The tensor itself where that is so, else a contiguous copy.

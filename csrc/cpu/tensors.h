@@ -44,10 +44,8 @@ inline at::ScalarType stats_dtype(const Tensor& logits) {
 
 template <typename Element>
 Rows<Element> rows_of(const Tensor& logits) {
-  Rows<Element> rows{static_cast<Element*>(logits.data_ptr()), {}, 0, logits.size(-1)};
-  rows.num_rows = logits.numel() / rows.vocab_size;
-  TORCH_INTERNAL_ASSERT(make_row_layout(logits, &rows.layout));
-  return rows;
+  return {static_cast<Element*>(logits.data_ptr()), row_layout(logits),
+          logits.numel() / logits.size(-1), logits.size(-1)};
 }
 
 // int64 and contiguous; every label is in [0, V) or ignored.
