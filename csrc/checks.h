@@ -23,8 +23,8 @@ inline void check_per_row(const char* op, const char* name, const at::Tensor& te
   TORCH_CHECK_VALUE(tensor.sizes() == logits.sizes().slice(0, logits.dim() - 1), op, ": ", name,
                     " must have the shape of the logits without the last dimension, got ",
                     tensor.sizes(), " for logits ", logits.sizes());
-  TORCH_CHECK_VALUE(tensor.device() == logits.device(), op, ": ", name, " are on ",
-                    tensor.device(), " and logits on ", logits.device());
+  TORCH_CHECK_VALUE(tensor.device() == logits.device(), op, ": ", name, " are on ", tensor.device(),
+                    " and logits on ", logits.device());
 }
 
 inline void check_labels(const char* op, const at::Tensor& labels, const at::Tensor& logits) {

@@ -1,5 +1,5 @@
-// The gates by the names and parameters that they have in the operators' schemas. The Python side is
-// eaft_ext/gates.py.
+// The gates by the names and parameters that they have in the operators' schemas. The Python side
+// is eaft_ext/gates.py.
 #pragma once
 
 #include <c10/util/ArrayRef.h>
@@ -7,14 +7,14 @@
 
 #include <cmath>
 #include <cstdint>
-#include <string>
+#include <string_view>
 
 #include "core/gates.h"
 
 namespace eaft_ext {
 
 // k: the number of logits that the entropy is taken over, at most V.
-inline Gate gate_from_name(const std::string& name, c10::ArrayRef<double> parameters, int64_t k) {
+inline Gate gate_from_name(std::string_view name, c10::ArrayRef<double> parameters, int64_t k) {
   const auto expect = [&](size_t least, size_t most) {
     TORCH_CHECK_VALUE(parameters.size() >= least && parameters.size() <= most, "gate ", name,
                       " takes from ", least, " to ", most, " parameters, got ", parameters.size());
@@ -46,8 +46,8 @@ inline Gate gate_from_name(const std::string& name, c10::ArrayRef<double> parame
     gate.kind = GateKind::kFocal;
     gate.first = parameters[0];
   } else {
-    TORCH_CHECK_VALUE(false,
-                      "gate must be none, entropy, sigmoid, hard, probability or focal, got ", name);
+    TORCH_CHECK_VALUE(
+        false, "gate must be none, entropy, sigmoid, hard, probability or focal, got ", name);
   }
   return gate;
 }

@@ -1,13 +1,13 @@
-// The operators of eaft_ext: their schemas, and nothing else. Devices register in cpu/ops_cpu.cpp and
-// cuda/ops_cuda.cpp; fake tensors and autograd in eaft_ext/_registration.py.
+// The operators of eaft_ext: their schemas, and nothing else. Devices register in cpu/ops_cpu.cpp
+// and cuda/ops_cuda.cpp; fake tensors and autograd in eaft_ext/_registration.py.
 //
-// Shapes: logits (..., V); labels, weight and all stats (...). Stats and weight are float32, float64
-// for float64 logits.
+// Shapes: logits (..., V); labels, weight and all stats (...). Stats and weight are float32,
+// float64 for float64 logits.
 #include <torch/library.h>
 
 TORCH_LIBRARY(eaft_ext, m) {
-  // -> loss, nll, entropy, gate, row_max, log_sum. inplace_backward is for autograd: the gradient then
-  // overwrites the logits.
+  // -> loss, nll, entropy, gate, row_max, log_sum. inplace_backward is for autograd: the gradient
+  // then overwrites the logits.
   m.def(
       "gated_ce_forward(Tensor logits, Tensor labels, int k, str gate, float[] gate_parameters, "
       "int ignore_index, bool inplace_backward=False) "
@@ -22,8 +22,8 @@ TORCH_LIBRARY(eaft_ext, m) {
       "gated_ce_backward_(Tensor weight, Tensor(a!) logits, Tensor labels, Tensor row_max, "
       "Tensor log_sum, int ignore_index) -> ()");
 
-  // Both at once, a row staying on chip in between. -> loss, nll, entropy, gate, and the gradient of
-  // sum(upstream * loss)
+  // Both at once, a row staying on chip in between. -> loss, nll, entropy, gate, and the gradient
+  // of sum(upstream * loss)
   m.def(
       "gated_ce_forward_with_grad(Tensor upstream, Tensor logits, Tensor labels, int k, str gate, "
       "float[] gate_parameters, int ignore_index) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");

@@ -30,8 +30,7 @@ template <typename Real>
 EAFT_HOST_DEVICE inline Real gate_weight(const Gate& gate, Real nll, Real entropy) {
   const Real first = static_cast<Real>(gate.first);
   const Real second = static_cast<Real>(gate.second);
-  const Real normalized =
-      entropy == 0 ? Real(0) : entropy / static_cast<Real>(gate.normalizer);
+  const Real normalized = entropy == 0 ? Real(0) : entropy / static_cast<Real>(gate.normalizer);
   switch (gate.kind) {
     case GateKind::kNone:
       return 1;

@@ -3,8 +3,8 @@
 #include <cmath>
 #include <limits>
 
-// Clones of a function for each level of the instruction set, chosen by the loader (an ifunc), where
-// compiler and platform have them; elsewhere the one version that the build's own flags give.
+// Clones of a function for each level of the instruction set, chosen by the loader (an ifunc),
+// where compiler and platform have them; elsewhere the one version that the build's own flags give.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define EAFT_TARGET_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

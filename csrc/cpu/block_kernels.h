@@ -15,8 +15,8 @@ constexpr int kGroupSize = 128;
 constexpr int kGroupsPerBlock = kBlockSize / kGroupSize;
 static_assert(kBlockSize % kGroupSize == 0, "a group lies in one block");
 
-// Memory to bring in while a loop computes, element by element. It is never read here, so it may lie
-// past the end of the tensor.
+// Memory to bring in while a loop computes, element by element. It is never read here, so it may
+// lie past the end of the tensor.
 struct Ahead {
   const char* next;
   int element_size;

@@ -1,5 +1,5 @@
-// The gradient of a large batch of logits is hundreds of megabytes of fresh memory. Where the system
-// hands out huge pages on request, asking for them saves a page fault for every 4 KB.
+// The gradient of a large batch of logits is hundreds of megabytes of fresh memory. Where the
+// system hands out huge pages on request, asking for them saves a page fault for every 4 KB.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -5,7 +5,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <string>
+#include <string_view>
 #include <tuple>
 #include <type_traits>
 
@@ -36,9 +36,7 @@ void for_each_block(int64_t num_rows, int64_t num_blocks, const Body& body) {
   });
 }
 
-bool has_few_rows(int64_t num_rows) {
-  return num_rows < kMinRowsPerThread * at::get_num_threads();
-}
+bool has_few_rows(int64_t num_rows) { return num_rows < kMinRowsPerThread * at::get_num_threads(); }
 
 // Scans every row that is not skipped, then calls finish(row, scan): in one go for a row that a
 // thread has to itself, after a barrier where the blocks of a row were shared out.
@@ -70,7 +68,8 @@ void scan_rows(const Rows<const Element>& rows, const Skip& skip, const Finish& 
 
 // The forward; after_row(row) follows each row while it is still in the cache.
 template <typename Element, typename AfterRow>
-void forward_rows(const ForwardArguments& arguments, const Stats& stats, const AfterRow& after_row) {
+void forward_rows(const ForwardArguments& arguments, const Stats& stats,
+                  const AfterRow& after_row) {
   const auto rows = rows_of<const Element>(arguments.logits);
   const int64_t* labels = arguments.labels.const_data_ptr<int64_t>();
   const auto skip = [&](int64_t row) { return labels[row] == arguments.ignore_index; };
@@ -82,7 +81,7 @@ void forward_rows(const ForwardArguments& arguments, const Stats& stats, const A
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cpu(
-    const Tensor& logits, const Tensor& labels, int64_t k, const std::string& gate,
+    const Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
     c10::ArrayRef<double> gate_parameters, int64_t ignore_index, bool /*inplace_backward*/) {
   const char* op = "gated_ce_forward";
   const ForwardArguments arguments(op, logits, labels, k, gate, gate_parameters, ignore_index);
@@ -172,7 +171,7 @@ Stats forward_with_grad_into(const char* op, const Tensor& gradient, const Tenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cpu(
     const Tensor& upstream, const Tensor& logits, const Tensor& labels, int64_t k,
-    const std::string& gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
+    std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
   const char* op = "gated_ce_forward_with_grad";
   const ForwardArguments arguments(op, logits, labels, k, gate, gate_parameters, ignore_index);
   const Tensor gradient = empty_gradient(arguments.logits);
@@ -181,8 +180,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cp
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cpu_(
-    const Tensor& upstream, Tensor& logits, const Tensor& labels, int64_t k,
-    const std::string& gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
+    const Tensor& upstream, Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
+    c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
   const char* op = "gated_ce_forward_with_grad_";
   const ForwardArguments arguments(op, logits, labels, k, gate, gate_parameters, ignore_index);
   check_writable(op, logits);

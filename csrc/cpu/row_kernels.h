@@ -150,8 +150,8 @@ std::vector<Candidate<Compute<Element>>> select_top_k(const Rows<const Element>&
   return top.sorted();
 }
 
-// The same of a row with NaN, which comes before every number, as torch.topk has it. Such a row is an
-// accident, not a case to be fast for.
+// The same of a row with NaN, which comes before every number, as torch.topk has it. Such a row is
+// an accident, not a case to be fast for.
 template <typename Element>
 std::vector<Candidate<Compute<Element>>> select_top_k_with_nan(const Rows<const Element>& rows,
                                                                int64_t row, int k) {

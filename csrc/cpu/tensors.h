@@ -7,7 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <string>
+#include <string_view>
 #include <vector>
 
 #include "../checks.h"
@@ -50,7 +50,7 @@ Rows<Element> rows_of(const Tensor& logits) {
 
 // int64 and contiguous; every label is in [0, V) or ignored.
 inline Tensor checked_labels(const char* op, const Tensor& labels, const Tensor& logits,
-                      int64_t ignore_index) {
+                             int64_t ignore_index) {
   check_labels(op, labels, logits);
   const Tensor result = labels.to(at::kLong).contiguous();
   const int64_t* label = result.const_data_ptr<int64_t>();
@@ -70,7 +70,8 @@ inline Tensor checked_labels(const char* op, const Tensor& labels, const Tensor&
   return result;
 }
 
-inline Tensor per_row(const char* op, const char* name, const Tensor& tensor, const Tensor& logits) {
+inline Tensor per_row(const char* op, const char* name, const Tensor& tensor,
+                      const Tensor& logits) {
   check_per_row(op, name, tensor, logits);
   return tensor.to(stats_dtype(logits)).contiguous();
 }
@@ -106,8 +107,8 @@ struct ForwardArguments {
   Gate gate;
   int64_t ignore_index;
 
-  ForwardArguments(const char* op, const Tensor& raw_logits, const Tensor& raw_labels, int64_t raw_k,
-                   const std::string& gate_name, c10::ArrayRef<double> gate_parameters,
+  ForwardArguments(const char* op, const Tensor& raw_logits, const Tensor& raw_labels,
+                   int64_t raw_k, std::string_view gate_name, c10::ArrayRef<double> gate_parameters,
                    int64_t ignored) {
     check_logits(op, raw_logits);
     check_k(op, raw_k, kMinTopK, kMaxTopK);

@@ -35,8 +35,8 @@ class TopK {
  public:
   TopK(int k, Real threshold) : k_(k), threshold_(threshold) { candidates_.reserve(kSlack * k); }
 
-  // Whether a candidate of this value, with a higher index than all before, can be among the k best:
-  // once k of them are known, one that equals the last comes too late.
+  // Whether a candidate of this value, with a higher index than all before, can be among the k
+  // best: once k of them are known, one that equals the last comes too late.
   bool accepts(Real value) const { return full_ ? value > threshold_ : value >= threshold_; }
 
   void offer(Real value, int64_t index) {

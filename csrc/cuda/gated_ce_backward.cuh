@@ -56,7 +56,9 @@ __device__ inline RowGradient row_gradient(const BackwardArguments& arguments, i
   gradient.max = arguments.row_max[row];
   gradient.log_sum = arguments.log_sum[row];
   // A label outside the vocabulary spoils its own row, and nothing is read out of bounds.
-  gradient.weight = label == arguments.ignore_index ? 0.0f : in_range ? arguments.weight[row] : nanf("");
+  gradient.weight = label == arguments.ignore_index ? 0.0f
+                    : in_range                      ? arguments.weight[row]
+                                                    : nanf("");
   gradient.scale = gradient.weight * expf(-gradient.log_sum);
   gradient.at_label =
       label >= begin && label < begin + length ? static_cast<int>(label - begin) : -1;
@@ -75,8 +77,10 @@ __global__ void __launch_bounds__(BackwardTraits<Element>::kThreads)
     const int64_t begin = item % num_chunks * Traits::kChunk;
     const int64_t rest = arguments.vocab_size - begin;
     const int length = rest < Traits::kChunk ? static_cast<int>(rest) : Traits::kChunk;
-    const Element* x = static_cast<const Element*>(arguments.logits) + arguments.logits_layout.offset(row) + begin;
-    Element* dx = static_cast<Element*>(arguments.gradient) + arguments.gradient_layout.offset(row) + begin;
+    const Element* x =
+        static_cast<const Element*>(arguments.logits) + arguments.logits_layout.offset(row) + begin;
+    Element* dx =
+        static_cast<Element*>(arguments.gradient) + arguments.gradient_layout.offset(row) + begin;
     const RowGradient gradient = row_gradient(arguments, row, begin, length);
 
     // Vectors need both rows aligned at the same element; else the chunk goes one by one.

@@ -1,4 +1,5 @@
-// The operators on CUDA tensors: checks, allocation, device guard, stream, dtype switch, registration.
+// The operators on CUDA tensors: checks, allocation, device guard, stream, dtype switch,
+// registration.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>

@@ -1,0 +1,83 @@
+// The plain structs and scalar formulas that host and device share.
+#include <cmath>
+#include <limits>
+
+#include "check.h"
+#include "core/entropy.h"
+#include "core/row_layout.h"
+#include "core/token_stats.h"
+
+using namespace eaft_ext;
+
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+void parts_merge_to_the_whole() {
+  const MaxSum<double> a{3.0, 1.5}, b{5.0, 2.0}, empty;
+  CHECK_EQUAL(merge(a, b).max, 5.0);
+  CHECK_BELOW(std::fabs(merge(a, b).sum - (2.0 + 1.5 * std::exp(-2.0))), 1e-15);
+  CHECK_EQUAL(merge(a, b).sum, merge(b, a).sum);
+  CHECK_EQUAL(merge(empty, a).sum, a.sum);
+  CHECK_EQUAL(merge(empty, empty).sum, 0.0);
+}
+
+void entropy_of_equals_is_the_logarithm() {
+  const double equal[4] = {7.0, 7.0, 7.0, 7.0};
+  CHECK_BELOW(std::fabs(topk_entropy(equal, 4) - std::log(4.0)), 1e-15);
+  const double masked[3] = {1.0, 1.0, -kInfinity};
+  CHECK_BELOW(std::fabs(topk_entropy(masked, 3) - std::log(2.0)), 1e-15);
+  const double one[2] = {1.0, -kInfinity};
+  CHECK_EQUAL(topk_entropy(one, 2), 0.0);
+}
+
+void a_muted_token_adds_nothing() {
+  Gate gate;
+  gate.kind = GateKind::kEntropy;
+  gate.first = 1;
+  gate.normalizer = std::log(20.0);
+  const MaxSum<double> row{2.0, 1.0};
+  const auto token = token_stats(gate, row, -kInfinity, 0.0);
+  CHECK_EQUAL(token.nll, kInfinity);
+  CHECK_EQUAL(token.gate, 0.0);
+  CHECK_EQUAL(token.loss, 0.0);
+}
+
+void nan_reaches_every_gate() {
+  const MaxSum<double> row{2.0, std::nan("")};
+  for (int kind = 0; kind <= static_cast<int>(GateKind::kFocal); ++kind) {
+    Gate gate;
+    gate.kind = static_cast<GateKind>(kind);
+    gate.first = 0.5;
+    CHECK_EQUAL(std::isnan(token_stats(gate, row, 1.0, 1.0).loss), true);
+  }
+}
+
+void rows_are_found_through_strides() {
+  RowLayout layout;
+  layout.num_dims = 2;
+  layout.sizes[0] = 3;
+  layout.sizes[1] = 4;
+  layout.strides[0] = 100;
+  layout.strides[1] = 7;
+  CHECK_EQUAL(layout.offset(0), 0);
+  CHECK_EQUAL(layout.offset(5), 107);
+  CHECK_EQUAL(layout.offset(11), 221);
+  CHECK_EQUAL(RowLayout{}.offset(0), 0);
+  RowLayout large;
+  large.num_dims = 1;
+  large.sizes[0] = 1 << 20;
+  large.strides[0] = 1 << 20;
+  CHECK_EQUAL(large.offset((1 << 20) - 1), (int64_t{1} << 40) - (1 << 20));
+}
+
+}  // namespace
+
+int main() {
+  parts_merge_to_the_whole();
+  entropy_of_equals_is_the_logarithm();
+  a_muted_token_adds_nothing();
+  nan_reaches_every_gate();
+  rows_are_found_through_strides();
+  return failures == 0 ? 0 : 1;
+}
