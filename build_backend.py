@@ -1,8 +1,9 @@
 """PEP 517 backend: setuptools, building against the torch that the user already has.
 
-pip builds in an isolated environment. Were torch listed in ``build-system.requires``, pip would put
-some torch into it, and the extension would be built for another torch than the one that loads it. So
-this backend looks for torch in the surrounding environment and requests it only if there is none.
+pip builds in an isolated environment. Were torch listed in ``build-system.requires``, pip would
+put some torch into it, and the extension would be built for another torch than the one that loads
+it. So this backend looks for torch in the surrounding environment and requests it only if there is
+none.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The compiled part of eaft_ext. What it is built from, for which CUDA, and the torch it then needs.
+"""The compiled part of eaft_ext: what it is built from, for which CUDA, and what torch it needs.
 
 Environment: ``EAFT_EXT_CUDA=1`` insists on CUDA, ``0`` leaves it out; ``CUDA_HOME``,
-``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` mean what they mean to torch. All else is in pyproject.toml.
+``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` mean what they mean to torch. All else: pyproject.toml.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def sources(*patterns: str) -> list[str]:
 
 
 def find_cuda_home() -> Path | None:
-    """The toolkit's folder: the first candidate that holds the headers, since nvcc may be a wrapper."""
+    """The toolkit's folder: the first that holds the headers, since nvcc may be a wrapper."""
     candidates = [os.environ.get("CUDA_HOME")]
     if nvcc := shutil.which("nvcc"):
         candidates.append(str(Path(nvcc).resolve().parent.parent))
@@ -46,9 +46,13 @@ def choose_cuda(torch_cuda: str | None) -> Path | None:
         sys.exit(f"eaft_ext: EAFT_EXT_CUDA must be 0, 1 or unset, got {wish!r}")
     home = find_cuda_home()
     if wish == "1" and torch_cuda is None:
-        sys.exit("eaft_ext: EAFT_EXT_CUDA=1, but the torch that is installed was built without CUDA")
+        sys.exit(
+            "eaft_ext: EAFT_EXT_CUDA=1, but the torch that is installed was built without CUDA"
+        )
     if wish == "1" and home is None:
-        sys.exit("eaft_ext: EAFT_EXT_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME to its folder")
+        sys.exit(
+            "eaft_ext: EAFT_EXT_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME to its folder"
+        )
     return None if wish == "0" or torch_cuda is None else home
 
 
@@ -62,8 +66,8 @@ def set_cuda_environment(home: Path, torch_cuda: str) -> None:
     if release.split(".")[0] != torch_cuda.split(".")[0]:
         sys.exit(
             f"eaft_ext: the CUDA toolkit {release} in {home} cannot build for a torch with CUDA "
-            f"{torch_cuda}; set CUDA_HOME to a toolkit of that major version, or EAFT_EXT_CUDA=0 to "
-            "build for the CPU alone"
+            f"{torch_cuda}; set CUDA_HOME to a toolkit of that major version, or EAFT_EXT_CUDA=0 "
+            "to build for the CPU alone"
         )
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         listed = subprocess.run(

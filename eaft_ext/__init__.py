@@ -1,6 +1,6 @@
 """Entropy-gated cross-entropy for fine-tuning (EAFT, arXiv 2601.02151), fused, for PyTorch.
 
-    loss = eaft_ext.gated_ce(logits, labels, k=20)
+loss = eaft_ext.gated_ce(logits, labels, k=20)
 """
 
 from eaft_ext import reference

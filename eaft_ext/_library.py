@@ -15,13 +15,14 @@ try:
     from eaft_ext import _C
 except ImportError as error:
     _folder = Path(__file__).resolve().parent
-    if any(_folder.glob("_C*")):
+    if any(path.suffix != ".pyi" for path in _folder.glob("_C*")):
         _reason = f"was not built for torch {torch.__version__} and this Python ({error})"
         _remedy = "reinstall it with `pip install .` from its source"
     else:
         _reason = f"is not in {_folder}, the package that Python found first"
         _remedy = (
-            f"run `pip install -e .` in {_folder.parent}, or leave that folder to use an installed one"
+            f"run `pip install -e .` in {_folder.parent}, or leave that folder to use an "
+            "installed one"
         )
     raise ImportError(f"eaft_ext: the compiled part {_reason}; {_remedy}.") from error
 

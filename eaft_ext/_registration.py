@@ -96,7 +96,7 @@ def _(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, _, _, _, ctx.ignore_index, ctx.inplace_backward = inputs
-    loss, nll, entropy, gate, row_max, log_sum = output
+    _, nll, entropy, gate, row_max, log_sum = output
     # Only the loss has a gradient: gate and entropy are detached by definition.
     ctx.mark_non_differentiable(nll, entropy, gate, row_max, log_sum)
     ctx.save_for_backward(logits, labels, gate, row_max, log_sum)
@@ -112,8 +112,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
         return ops.gated_ce_backward(*arguments), *(None,) * 6
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "eaft_ext: inplace_backward overwrites the logits, so the graph of the backward cannot be "
-            "kept; drop create_graph=True or inplace_backward=True"
+            "eaft_ext: inplace_backward overwrites the logits, so the graph of the backward cannot "
+            "be kept; drop create_graph=True or inplace_backward=True"
         )
     ops.gated_ce_backward_(*arguments)
     # A new tensor on the same memory: autograd then keeps it as the gradient without a copy.

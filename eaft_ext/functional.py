@@ -1,4 +1,4 @@
-"""The public functions: arguments checked, the kernels or the reference chosen, the loss reduced."""
+"""The public functions: arguments checked, kernels or reference chosen, the loss reduced."""
 
 from __future__ import annotations
 
@@ -72,9 +72,7 @@ def _check_k(op: str, k: int, smallest: int, largest: int) -> None:
         raise ValueError(f"{op}: k must be from {smallest} to {largest}, got {k}")
 
 
-def _check_reduction(
-    op: str, reduction: str, num_items_in_batch: float | Tensor | None
-) -> None:
+def _check_reduction(op: str, reduction: str, num_items_in_batch: float | Tensor | None) -> None:
     if reduction not in get_args(Reduction):
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if num_items_in_batch is None:
@@ -188,17 +186,18 @@ def gated_ce(
         loss = g * nll                  dloss/dx = g * (softmax(x) - onehot(y))      g is detached
 
     Args:
-        logits: (..., V), float32, bfloat16 or float16, or float64 on the CPU. If the last dimension is
-            contiguous, any other strides are read in place; else a contiguous copy is made.
+        logits: (..., V), float32, bfloat16 or float16, or float64 on the CPU. If the last dimension
+            is contiguous, any other strides are read in place; else a contiguous copy is made.
         labels: (...), int64 or int32, on the logits' device. They belong to the logits at the same
             place: shift them, not the logits, for next-token prediction.
         k: how many of the largest logits H is taken over, from 2 to 128.
         alpha, normalizer: shorthand for ``gate=EntropyGate(alpha, normalizer)``.
         gate: a gate of :mod:`eaft_ext.gates`, or any function of ``(nll, entropy)``, two detached
             tensors shaped like the labels, that returns the weights.
-        ignore_index: tokens with this label have loss, gradient and stats 0; their logits are not read.
-        reduction: "mean" over the tokens that are not ignored (not over the sum of the gates), "sum",
-            or "none" for losses shaped like the labels.
+        ignore_index: tokens with this label have loss, gradient and stats 0; their logits are not
+            read.
+        reduction: "mean" over the tokens that are not ignored (not over the sum of the gates),
+            "sum", or "none" for losses shaped like the labels.
         num_items_in_batch: what "mean" divides by instead, a number or a tensor with one, under
             gradient accumulation. A tensor on the logits' device costs no synchronisation.
         inplace_backward: let the gradient overwrite the logits' memory, which halves the peak. The
@@ -206,14 +205,16 @@ def gated_ce(
         return_stats: also return :class:`TokenStats`.
 
     Returns:
-        The loss: float32 (float64 for float64 logits), whatever the logits' dtype. If every label is
-        ignored, or there are none, it is 0.0 and still connected to the graph. With ``return_stats``,
-        a pair of the loss and :class:`TokenStats`. The gradient has the logits' dtype, rounded once.
+        The loss: float32 (float64 for float64 logits), whatever the logits' dtype. If every label
+        is ignored, or there are none, it is 0.0 and still connected to the graph. With
+        ``return_stats``, a pair of the loss and :class:`TokenStats`. The gradient has the logits'
+        dtype, rounded once.
 
     Raises:
-        TypeError: a dtype that is not supported; ``gate`` together with ``alpha`` or ``normalizer``.
-        ValueError: shapes, devices, k, reduction; a label outside [0, V) that is not ``ignore_index``.
-            On CUDA such a label gives NaN instead, for its token alone, unless ``EAFT_EXT_CHECKS=1``.
+        TypeError: an unsupported dtype; ``gate`` together with ``alpha`` or ``normalizer``.
+        ValueError: shapes, devices, k, reduction; a label outside [0, V) other than
+            ``ignore_index``. On CUDA such a label gives NaN instead, for its token alone, unless
+            the environment has ``EAFT_EXT_CHECKS=1``.
         RuntimeError: from a second derivative; :mod:`eaft_ext.reference` has one.
 
     NaN logits give NaN for their own row. Devices without kernels take :mod:`eaft_ext.reference`.
@@ -250,8 +251,9 @@ def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         k: from 1 to the smaller of V and 128.
 
     Returns:
-        values (..., k) in the logits' dtype, and indices (..., k), int64: the lowest index first among
-        equals. NaN counts as larger than any number, as in ``torch.topk``. Differentiable in the values.
+        values (..., k) in the logits' dtype, and indices (..., k), int64: the lowest index first
+        among equals. NaN counts as larger than any number, as in ``torch.topk``. Differentiable in
+        the values.
 
     Raises:
         TypeError, ValueError: for a dtype, a shape or a k outside these.

@@ -1,8 +1,8 @@
 """The gates: the weight of a token's cross-entropy as a function of its nll and its entropy.
 
 Each built-in gate is a small frozen object that knows its formula in PyTorch and its name in the
-operators, whose formulas are in ``csrc/core/gates.h``. ``H`` is the entropy in nats of the k largest
-logits, renormalised among themselves, with k at most the vocabulary's size.
+operators, whose formulas are in ``csrc/core/gates.h``. ``H`` is the entropy in nats of the k
+largest logits, renormalised among themselves, with k at most the vocabulary's size.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class EntropyGate(Gate):
 
     Args:
         alpha: 1 in the paper; its ablation also has 2 and 3. At least 0.
-        normalizer: what H is divided by; None, the paper's and the default, is ``ln k``. The authors'
-            code divides by the literal 3.0, axolotl by 1.0, that is, not at all.
+        normalizer: what H is divided by; None, the paper's and the default, is ``ln k``. The
+            authors' code divides by the literal 3.0, axolotl by 1.0, that is, not at all.
     """
 
     alpha: float = 1.0
@@ -66,7 +66,8 @@ class EntropyGate(Gate):
             _check_finite("EntropyGate", normalizer=self.normalizer)
             if self.normalizer <= 0:
                 raise ValueError(
-                    f"EntropyGate: normalizer must be above 0 or None for ln k, got {self.normalizer}"
+                    "EntropyGate: normalizer must be above 0, or None for ln k, got "
+                    f"{self.normalizer}"
                 )
 
     def parameters(self) -> list[float]:

@@ -1,4 +1,4 @@
-"""The loss in plain PyTorch, for any device and dtype: the measure of the kernels, and their stand-in.
+"""The loss in plain PyTorch, any device, any dtype: the measure of the kernels, and their stand-in.
 
 It imports nothing of the package and computes what the kernels compute, by the formulas of
 :func:`gated_ce`, with several passes over float32 copies of the logits.
@@ -7,7 +7,6 @@ It imports nothing of the package and computes what the kernels compute, by the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -51,7 +50,7 @@ def topk_entropy(logits: Tensor, k: int) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """-ln p(y) for each token, differentiable; 0 where ignored, NaN where the label is outside [0, V)."""
+    """-ln p(y) of each token, differentiable; 0 where ignored, NaN for a label outside [0, V)."""
     vocab_size = logits.size(-1)
     valid = labels != ignore_index
     in_range = (labels >= 0) & (labels < vocab_size)
@@ -77,8 +76,8 @@ def reduce_loss(
 ) -> Tensor:
     """Per-token losses to what ``reduction`` asks for.
 
-    The mean is over the tokens that are not ignored, or over ``num_items_in_batch``. With nothing to
-    learn from it is 0, connected to the graph.
+    The mean is over the tokens that are not ignored, or over ``num_items_in_batch``. With nothing
+    to learn from it is 0, connected to the graph.
     """
     if reduction == "none":
         return loss
@@ -94,7 +93,12 @@ def reduce_loss(
 
 @overload
 def gated_ce(
-    logits: Tensor, labels: Tensor, k: int = ..., *, return_stats: Literal[False] = ..., **options: Any
+    logits: Tensor,
+    labels: Tensor,
+    k: int = ...,
+    *,
+    return_stats: Literal[False] = ...,
+    **options: Any,
 ) -> Tensor: ...
 @overload
 def gated_ce(
@@ -145,6 +149,6 @@ def gated_ce(
 
 
 def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of ``logits`` (..., V), values and indices, the lowest index first among equals."""
+    """The k largest of ``logits`` (..., V): values, indices; the lowest index first among equals."""
     ordered = torch.sort(logits, dim=-1, descending=True, stable=True)
     return ordered.values[..., :k], ordered.indices[..., :k]

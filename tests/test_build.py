@@ -1,4 +1,4 @@
-"""Building and loading: what finds torch and CUDA, what is in the sdist, what a wrong import says."""
+"""Building and loading: finding torch and CUDA, the sdist, what a wrong import says."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import tarfile
 from pathlib import Path
 from types import ModuleType
 
-import eaft_ext
 import pytest
 import torch
+
+import eaft_ext
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(eaft_ext.__file__).parent
@@ -105,9 +106,11 @@ class TestBackend:
         assert backend._requires_torch() == []
 
     def test_torch_is_requested_where_there_is_none(self, tmp_path: Path) -> None:
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True
+        )
         code = "import build_backend; print(build_backend._requires_torch())"
-        # As under pip's isolation, this environment's packages are on PYTHONPATH, which must not count.
+        # As under pip's isolation, packages are on PYTHONPATH, and those must not count.
         site = Path(torch.__file__).parent.parent
         result = subprocess.run(
             [tmp_path / "env" / "bin" / "python", "-c", code],
@@ -128,12 +131,20 @@ def test_sdist_holds_all_that_a_build_needs(tmp_path: Path) -> None:
     ignore = shutil.ignore_patterns(".git", "build", "*.so", "*.egg-info", "__pycache__", ".*cache")
     shutil.copytree(ROOT, source, ignore=ignore)
     code = f"import build_backend; print(build_backend.build_sdist({str(tmp_path)!r}))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     archive = tmp_path / result.stdout.split()[-1]
     with tarfile.open(archive) as tar:
         members = {str(Path(*Path(m.name).parts[1:])) for m in tar if m.isfile()}
-    wanted = ["build_backend.py", "setup.py", "CMakeLists.txt", "eaft_ext/_C.pyi", "eaft_ext/py.typed"]
+    wanted = [
+        "build_backend.py",
+        "setup.py",
+        "CMakeLists.txt",
+        "eaft_ext/_C.pyi",
+        "eaft_ext/py.typed",
+    ]
     wanted += [str(p.relative_to(source)) for p in (source / "csrc").rglob("*") if p.is_file()]
     assert set(wanted) <= members
     assert not [m for m in members if m.endswith(".so")]
@@ -143,8 +154,14 @@ class TestLoading:
     """What an import says when the compiled part is missing or does not fit."""
 
     def run_import(self, folder: Path) -> str:
+        # An editable install finds the missing part of any other copy; it must not help here.
+        code = (
+            "import sys\n"
+            "sys.meta_path = [f for f in sys.meta_path if 'editable' not in f.__module__]\n"
+            "import eaft_ext"
+        )
         result = subprocess.run(
-            [sys.executable, "-c", "import eaft_ext"], cwd=folder, capture_output=True, text=True
+            [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True
         )
         assert result.returncode != 0
         return result.stderr.strip().splitlines()[-1]
@@ -156,7 +173,6 @@ class TestLoading:
         )
 
     def test_not_built(self, package: Path) -> None:
-        (package / "_C.pyi").unlink()
         last_line = self.run_import(package.parent)
         assert last_line.startswith("ImportError: eaft_ext: the compiled part is not in ")
         assert f"`pip install -e .` in {package.parent}" in last_line
@@ -180,13 +196,31 @@ def test_the_version_stands_in_one_place() -> None:
     assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda p: p.name
+)
 def test_cuda_sources_compile_without_spills(source: Path, tmp_path: Path) -> None:
     home = load(ROOT / "setup.py").find_cuda_home()
     if home is None:
-        pytest.skip("no CUDA toolkit here; install one, or set CUDA_HOME to its folder, to run this")
-    command = [home / "bin" / "nvcc", "-c", source, "-o", tmp_path / "object.o", "-O3", "-std=c++17"]
-    command += ["--expt-relaxed-constexpr", "-gencode", "arch=compute_90,code=sm_90", "-Xptxas", "-v"]
+        pytest.skip(
+            "no CUDA toolkit here; install one, or set CUDA_HOME to its folder, to run this"
+        )
+    command = [
+        home / "bin" / "nvcc",
+        "-c",
+        source,
+        "-o",
+        tmp_path / "object.o",
+        "-O3",
+        "-std=c++17",
+    ]
+    command += [
+        "--expt-relaxed-constexpr",
+        "-gencode",
+        "arch=compute_90,code=sm_90",
+        "-Xptxas",
+        "-v",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", result.stderr)
