@@ -230,15 +230,7 @@ def gated_ce(
             logits, labels, k, chosen, ignore_index, inplace_backward
         )
     else:
-        loss, stats = reference.gated_ce(
-            logits,
-            labels,
-            k,
-            gate=chosen,
-            ignore_index=ignore_index,
-            reduction="none",
-            return_stats=True,
-        )
+        loss, stats = reference.token_losses(logits, labels, k, chosen, ignore_index)
     loss = reference.reduce_loss(loss, stats.valid, reduction, num_items_in_batch)
     return (loss, stats) if return_stats else loss
 

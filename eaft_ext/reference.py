@@ -7,7 +7,7 @@ It imports nothing of the package and computes what the kernels compute, by the 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,19 +91,20 @@ def reduce_loss(
     return total / (num_items_in_batch or 1)
 
 
-@overload
-def gated_ce(
-    logits: Tensor,
-    labels: Tensor,
-    k: int = ...,
-    *,
-    return_stats: Literal[False] = ...,
-    **options: Any,
-) -> Tensor: ...
-@overload
-def gated_ce(
-    logits: Tensor, labels: Tensor, k: int = ..., *, return_stats: Literal[True], **options: Any
-) -> tuple[Tensor, TokenStats]: ...
+def token_losses(
+    logits: Tensor, labels: Tensor, k: int, gate: Any, ignore_index: int = -100
+) -> tuple[Tensor, TokenStats]:
+    """Per-token losses and stats: ``gate`` is one of :mod:`eaft_ext.gates`, or any function."""
+    k = min(k, logits.size(-1))
+    nll = cross_entropy(logits, labels, ignore_index)
+    entropy = topk_entropy(logits, k)
+    weight = (gate.for_k(k) if hasattr(gate, "for_k") else gate)(nll.detach(), entropy)
+    valid = labels != ignore_index
+    weight = torch.where(valid, weight.detach(), 0.0)
+    stats = TokenStats(nll.detach(), torch.where(valid, entropy, 0.0), weight, valid)
+    return weigh(nll, weight), stats
+
+
 def gated_ce(
     logits: Tensor,
     labels: Tensor,
@@ -132,23 +133,18 @@ def gated_ce(
     Other arguments, and what is returned, are as in :func:`eaft_ext.gated_ce`. Arguments are not
     checked; a label outside [0, V) gives NaN.
     """
-    k = min(k, logits.size(-1))
-    nll = cross_entropy(logits, labels, ignore_index)
-    entropy = topk_entropy(logits, k)
     if gate is None:
-        divisor = math.log(k) if normalizer is None else normalizer
-        weight = torch.where(entropy == 0, 0.0, entropy / (divisor or 1.0)) ** alpha
-    else:
-        weight = (gate.for_k(k) if hasattr(gate, "for_k") else gate)(nll.detach(), entropy)
-    valid = labels != ignore_index
-    weight = torch.where(valid, weight.detach(), 0.0)
-    loss = reduce_loss(weigh(nll, weight), valid, reduction, num_items_in_batch)
-    if not return_stats:
-        return loss
-    return loss, TokenStats(nll.detach(), torch.where(valid, entropy, 0.0), weight, valid)
+        divisor = math.log(min(k, logits.size(-1))) if normalizer is None else normalizer
+
+        def gate(nll: Tensor, entropy: Tensor) -> Tensor:
+            return torch.where(entropy == 0, 0.0, entropy / (divisor or 1.0)) ** alpha
+
+    loss, stats = token_losses(logits, labels, k, gate, ignore_index)
+    loss = reduce_loss(loss, stats.valid, reduction, num_items_in_batch)
+    return (loss, stats) if return_stats else loss
 
 
 def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of ``logits`` (..., V): values, indices; the lowest index first among equals."""
+    """The k largest of ``logits`` (..., V), values and indices; equals by the lowest index."""
     ordered = torch.sort(logits, dim=-1, descending=True, stable=True)
     return ordered.values[..., :k], ordered.indices[..., :k]
