@@ -51,7 +51,7 @@ def _check_labels(op: str, labels: Tensor, logits: Tensor, ignore_index: int) ->
         )
     if labels.device != logits.device:
         raise ValueError(f"{op}: labels are on {labels.device} and logits on {logits.device}")
-    if os.environ.get("EAFT_EXT_CHECKS") == "1" and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and os.environ.get("EAFT_EXT_CHECKS") == "1":
         _check_label_values(op, labels, logits.size(-1), ignore_index)
 
 
@@ -121,7 +121,8 @@ def _kernel_token_losses(
     valid = labels != ignore_index
     inside = gate if isinstance(gate, Gate) else NoGate()
     # In a compiled graph the compiler decides about memory.
-    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+    has_backward = torch.is_grad_enabled() and logits.requires_grad
+    inplace_backward = inplace_backward and has_backward and not torch.compiler.is_compiling()
     loss, nll, entropy, weight, _, _ = ops.gated_ce_forward(
         logits, labels, k, inside.name, inside.parameters(), ignore_index, inplace_backward
     )
@@ -201,7 +202,8 @@ def gated_ce(
         num_items_in_batch: what "mean" divides by instead, a number or a tensor with one, under
             gradient accumulation. A tensor on the logits' device costs no synchronisation.
         inplace_backward: let the gradient overwrite the logits' memory, which halves the peak. The
-            logits must not be used afterwards. Left to the compiler under ``torch.compile``.
+            logits must have a contiguous last dimension and no memory in common, and must not be
+            used afterwards. Left to the compiler under ``torch.compile``.
         return_stats: also return :class:`TokenStats`.
 
     Returns:

@@ -82,9 +82,11 @@ void forward_rows(const ForwardArguments& arguments, const Stats& stats,
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cpu(
     const Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
-    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, bool /*inplace_backward*/) {
+    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, bool inplace_backward) {
   const char* op = "gated_ce_forward";
   const ForwardArguments arguments(op, logits, labels, k, gate, gate_parameters, ignore_index);
+  // Said before the work is done, not in the backward.
+  if (inplace_backward) check_writable(op, logits);
   const Stats stats(logits);
   dispatch_element(op, logits, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
