@@ -8,6 +8,7 @@
 #include <string_view>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "../checks.h"
 #include "huge_pages.h"
@@ -22,62 +23,80 @@ constexpr int64_t kMinRowsPerThread = 4;
 // Blocks that are worth a thread's while: 64 KB of float32.
 constexpr int64_t kBlocksPerTask = 4;
 
-template <typename Body>
-void for_each_row(int64_t num_rows, const Body& body) {
-  at::parallel_for(0, num_rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) body(row);
-  });
+// Row numbers. Work is shared out over the rows that have work, wherever they lie: the labels of a
+// padded batch are ignored in long runs.
+using RowList = std::vector<int64_t>;
+
+template <typename Predicate>
+RowList rows_where(int64_t num_rows, const Predicate& predicate) {
+  RowList list;
+  list.reserve(num_rows);
+  for (int64_t row = 0; row < num_rows; ++row) {
+    if (predicate(row)) list.push_back(row);
+  }
+  return list;
 }
 
 template <typename Body>
-void for_each_block(int64_t num_rows, int64_t num_blocks, const Body& body) {
-  at::parallel_for(0, num_rows * num_blocks, kBlocksPerTask, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i / num_blocks, i % num_blocks);
+void for_each_block(const RowList& list, int64_t num_blocks, const Body& body) {
+  const int64_t num_items = static_cast<int64_t>(list.size()) * num_blocks;
+  at::parallel_for(0, num_items, kBlocksPerTask, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(list[i / num_blocks], i % num_blocks);
   });
 }
 
-bool has_few_rows(int64_t num_rows) { return num_rows < kMinRowsPerThread * at::get_num_threads(); }
+bool has_few_rows(const RowList& list) {
+  return static_cast<int64_t>(list.size()) < kMinRowsPerThread * at::get_num_threads();
+}
 
-// Scans every row that is not skipped, then calls finish(row, scan): in one go for a row that a
+// Scans the rows of the list and calls finish(row, scan) for each: in one go for a row that a
 // thread has to itself, after a barrier where the blocks of a row were shared out.
-template <Scan kScan, typename Element, typename Skip, typename Finish>
-void scan_rows(const Rows<const Element>& rows, const Skip& skip, const Finish& finish) {
+template <Scan kScan, typename Element, typename Finish>
+void scan_rows(const Rows<const Element>& rows, const RowList& list, const Finish& finish) {
   using Real = Compute<Element>;
   const int64_t num_blocks = rows.num_blocks();
-  if (has_few_rows(rows.num_rows)) {
-    RowScans<Real> scans(rows, rows.num_rows);
-    for_each_block(rows.num_rows, num_blocks, [&](int64_t row, int64_t block) {
-      if (!skip(row)) scan_block<kScan>(rows, row, block, scans[row]);
+  const int64_t num_rows = static_cast<int64_t>(list.size());
+  if (has_few_rows(list)) {
+    RowScans<Real> scans(rows, num_rows);
+    at::parallel_for(0, num_rows * num_blocks, kBlocksPerTask, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        scan_block<kScan>(rows, list[i / num_blocks], i % num_blocks, scans[i / num_blocks]);
+      }
     });
-    for_each_row(rows.num_rows, [&](int64_t row) {
-      if (!skip(row)) finish(row, scans[row]);
+    at::parallel_for(0, num_rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) finish(list[i], scans[i]);
     });
     return;
   }
-  at::parallel_for(0, rows.num_rows, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, num_rows, 1, [&](int64_t begin, int64_t end) {
     RowScans<Real> scans(rows, 1);
-    for (int64_t row = begin; row < end; ++row) {
-      if (skip(row)) continue;
+    for (int64_t i = begin; i < end; ++i) {
       for (int64_t block = 0; block < num_blocks; ++block) {
-        scan_block<kScan>(rows, row, block, scans[0]);
+        scan_block<kScan>(rows, list[i], block, scans[0]);
       }
-      finish(row, scans[0]);
+      finish(list[i], scans[0]);
     }
   });
 }
 
-// The forward; after_row(row) follows each row while it is still in the cache.
+// The forward of the rows of the list, into stats that are zero so far; after_row(row) follows each
+// row while it is still in the cache.
 template <typename Element, typename AfterRow>
-void forward_rows(const ForwardArguments& arguments, const Stats& stats,
+void forward_rows(const ForwardArguments& arguments, const RowList& list, const Stats& stats,
                   const AfterRow& after_row) {
   const auto rows = rows_of<const Element>(arguments.logits);
   const int64_t* labels = arguments.labels.const_data_ptr<int64_t>();
-  const auto skip = [&](int64_t row) { return labels[row] == arguments.ignore_index; };
-  scan_rows<Scan::kSum, Element>(rows, skip, [&](int64_t row, auto scan) {
+  scan_rows<Scan::kSum, Element>(rows, list, [&](int64_t row, auto scan) {
     const auto token = finish_row(rows, row, scan, labels[row], arguments.k, arguments.gate);
     stats.write(row, token);
     after_row(row);
   });
+}
+
+RowList valid_rows(const ForwardArguments& arguments) {
+  const int64_t* labels = arguments.labels.const_data_ptr<int64_t>();
+  return rows_where(arguments.labels.numel(),
+                    [&](int64_t row) { return labels[row] != arguments.ignore_index; });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cpu(
@@ -90,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cpu(
   const Stats stats(logits);
   dispatch_element(op, logits, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
-    forward_rows<Element>(arguments, stats, [](int64_t) {});
+    forward_rows<Element>(arguments, valid_rows(arguments), stats, [](int64_t) {});
   });
   return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.row_max, stats.log_sum};
 }
@@ -112,10 +131,15 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& raw_wei
     const Real* row_weight = weight.const_data_ptr<Real>();
     const Real* max = row_max.const_data_ptr<Real>();
     const Real* log = log_sum.const_data_ptr<Real>();
-    for_each_block(source.num_rows, source.num_blocks(), [&](int64_t row, int64_t block) {
-      const Real w = label[row] == ignore_index ? Real(0) : row_weight[row];
-      gradient_block(source, target, row, block, {w, max[row], log[row], label[row]});
+    const auto is_muted = [&](int64_t row) {
+      return label[row] == ignore_index || row_weight[row] == 0;
+    };
+    const auto active = rows_where(source.num_rows, [&](int64_t row) { return !is_muted(row); });
+    for_each_block(active, source.num_blocks(), [&](int64_t row, int64_t block) {
+      gradient_block(source, target, row, block, {row_weight[row], max[row], log[row], label[row]});
     });
+    for_each_block(rows_where(source.num_rows, is_muted), source.num_blocks(),
+                   [&](int64_t row, int64_t block) { zero_block(target, row, block); });
   });
 }
 
@@ -153,20 +177,22 @@ Stats forward_with_grad_into(const char* op, const Tensor& gradient, const Tenso
     const Real* row_upstream = upstream.const_data_ptr<Real>();
     const auto write_block = [&](int64_t row, int64_t block) {
       const Real weight = row_upstream[row] * stats.gate.const_data_ptr<Real>()[row];
+      if (weight == 0) return zero_block(target, row, block);
       gradient_block(source, target, row, block,
-                     {label[row] == arguments.ignore_index ? Real(0) : weight,
-                      stats.row_max.const_data_ptr<Real>()[row],
+                     {weight, stats.row_max.const_data_ptr<Real>()[row],
                       stats.log_sum.const_data_ptr<Real>()[row], label[row]});
     };
+    const RowList valid = valid_rows(arguments);
     // A row that a thread has to itself is still in the cache when its stats are known.
-    const bool fused = !has_few_rows(source.num_rows);
-    forward_rows<Element>(arguments, stats, [&](int64_t row) {
+    const bool fused = !has_few_rows(valid);
+    forward_rows<Element>(arguments, valid, stats, [&](int64_t row) {
       if (!fused) return;
       for (int64_t block = 0; block < source.num_blocks(); ++block) write_block(row, block);
     });
-    for_each_block(source.num_rows, source.num_blocks(), [&](int64_t row, int64_t block) {
-      if (!fused || label[row] == arguments.ignore_index) write_block(row, block);
-    });
+    if (!fused) for_each_block(valid, source.num_blocks(), write_block);
+    const auto is_ignored = [&](int64_t row) { return label[row] == arguments.ignore_index; };
+    for_each_block(rows_where(source.num_rows, is_ignored), source.num_blocks(),
+                   [&](int64_t row, int64_t block) { zero_block(target, row, block); });
   });
   return stats;
 }
@@ -206,8 +232,8 @@ std::tuple<Tensor, Tensor> topk_cpu(const Tensor& raw_logits, int64_t k) {
     const auto rows = rows_of<const Element>(logits);
     auto* value = static_cast<Element*>(values.mutable_data_ptr());
     auto* index = indices.mutable_data_ptr<int64_t>();
-    const auto skip_none = [](int64_t) { return false; };
-    scan_rows<Scan::kNan, Element>(rows, skip_none, [&](int64_t row, auto scan) {
+    const RowList all = rows_where(rows.num_rows, [](int64_t) { return true; });
+    scan_rows<Scan::kNan, Element>(rows, all, [&](int64_t row, auto scan) {
       const int top_k = static_cast<int>(k);
       const auto top = has_nan(rows, scan) ? select_top_k_with_nan(rows, row, top_k)
                                            : select_top_k(rows, row, scan.group_max, top_k);

@@ -189,8 +189,15 @@ struct RowGradient {
   Real weight;   // upstream gradient times gate
   Real row_max;  // as the forward saved it
   Real log_sum;
-  int64_t label;  // not read where weight is 0
+  int64_t label;
 };
+
+// A row of weight 0 is written without being read.
+template <typename Element>
+void zero_block(const Rows<Element>& gradient, int64_t row, int64_t block) {
+  std::memset(static_cast<void*>(gradient[row] + block * kBlockSize), 0,
+              gradient.block_length(block) * sizeof(Element));
+}
 
 // One block of weight * (softmax(x) - onehot(label)). `gradient` may be the logits themselves.
 template <typename Element>
@@ -200,10 +207,6 @@ void gradient_block(const Rows<const Element>& logits, const Rows<Element>& grad
   const int64_t begin = block * kBlockSize;
   const int length = logits.block_length(block);
   Element* target = gradient[row] + begin;
-  if (r.weight == 0) {
-    std::memset(static_cast<void*>(target), 0, length * sizeof(Element));
-    return;
-  }
   const Element* source = logits[row] + begin;
   const bool has_label = r.label >= begin && r.label < begin + length;
   const Real at_label = has_label ? to_real(source[r.label - begin]) : Real(0);
