@@ -9,6 +9,7 @@ none.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -30,17 +31,19 @@ __all__ = [
 
 Settings = Mapping[str, Any] | None
 
-# -I keeps out PYTHONPATH, through which pip lays its isolated environment over the surrounding one.
 _PROBE = """
 import importlib.util, json, sys
-print(json.dumps(sys.path if importlib.util.find_spec("torch") else []))
+print(json.dumps(sys.path[1:] if importlib.util.find_spec("torch") else []))
 """
+# Through these, pip lays its isolated environment over the surrounding one.
+_ISOLATION = ("PYTHONPATH", "PYTHONNOUSERSITE")
 
 
 def _add_surrounding_torch() -> bool:
     """Make the surrounding torch importable here, after all that the isolation brings."""
+    environment = {name: value for name, value in os.environ.items() if name not in _ISOLATION}
     probe = subprocess.run(
-        [sys.executable, "-I", "-c", _PROBE], capture_output=True, text=True, check=True
+        [sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True, check=True
     )
     path = json.loads(probe.stdout)
     sys.path.extend(p for p in path if p not in sys.path)

@@ -29,14 +29,21 @@ def sources(*patterns: str) -> list[str]:
 
 def find_cuda_home() -> Path | None:
     """The toolkit's folder: the first that holds the headers, since nvcc may be a wrapper."""
-    candidates = [os.environ.get("CUDA_HOME")]
+    candidates = [Path("/usr/local/cuda")]
     if nvcc := shutil.which("nvcc"):
-        candidates.append(str(Path(nvcc).resolve().parent.parent))
-    candidates.append("/usr/local/cuda")
-    for candidate in candidates:
-        if candidate and (Path(candidate) / "include" / "cuda_runtime.h").is_file():
-            return Path(candidate)
+        candidates.insert(0, Path(nvcc).resolve().parent.parent)
+    if chosen := os.environ.get("CUDA_HOME"):
+        candidates.insert(0, Path(chosen))
+    for home in candidates:
+        if (home / "include" / "cuda_runtime.h").is_file() and shutil.which(home / "bin" / "nvcc"):
+            return home
     return None
+
+
+def nvcc_output(home: Path, option: str) -> str:
+    """What the toolkit's nvcc answers."""
+    command = [home / "bin" / "nvcc", option]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def choose_cuda(torch_cuda: str | None) -> Path | None:
@@ -44,35 +51,33 @@ def choose_cuda(torch_cuda: str | None) -> Path | None:
     wish = os.environ.get("EAFT_EXT_CUDA", "")
     if wish not in ("", "0", "1"):
         sys.exit(f"eaft_ext: EAFT_EXT_CUDA must be 0, 1 or unset, got {wish!r}")
+    if wish == "0":
+        return None
     home = find_cuda_home()
-    if wish == "1" and torch_cuda is None:
-        sys.exit(
-            "eaft_ext: EAFT_EXT_CUDA=1, but the torch that is installed was built without CUDA"
+    if torch_cuda is None:
+        obstacle = "the torch that is installed was built without CUDA"
+    elif home is None:
+        obstacle = "no CUDA toolkit was found; set CUDA_HOME to its folder"
+    else:
+        match = re.search(r"release (\d+)", nvcc_output(home, "--version"))
+        if match and match[1] == torch_cuda.split(".")[0]:
+            return home
+        release = match[1] if match else "of an unknown release"
+        obstacle = (
+            f"the CUDA toolkit {release} in {home} cannot build for a torch with CUDA "
+            f"{torch_cuda}; set CUDA_HOME to one of the same major version"
         )
-    if wish == "1" and home is None:
-        sys.exit(
-            "eaft_ext: EAFT_EXT_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME to its folder"
-        )
-    return None if wish == "0" or torch_cuda is None else home
+    if wish == "1":
+        sys.exit(f"eaft_ext: EAFT_EXT_CUDA=1, but {obstacle}")
+    print(f"eaft_ext: built for the CPU alone: {obstacle}")
+    return None
 
 
-def set_cuda_environment(home: Path, torch_cuda: str) -> None:
+def set_cuda_environment(home: Path) -> None:
     """Tell torch's build helpers the toolkit and, unless the user did, the architectures."""
     os.environ["CUDA_HOME"] = str(home)
-    nvcc = home / "bin" / "nvcc"
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    match = re.search(r"release (\d+)\.(\d+)", version)
-    release = f"{match[1]}.{match[2]}" if match else "unknown"
-    if release.split(".")[0] != torch_cuda.split(".")[0]:
-        sys.exit(
-            f"eaft_ext: the CUDA toolkit {release} in {home} cannot build for a torch with CUDA "
-            f"{torch_cuda}; set CUDA_HOME to a toolkit of that major version, or EAFT_EXT_CUDA=0 "
-            "to build for the CPU alone"
-        )
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        listed = subprocess.run(
-            [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
-        ).stdout.split()
+        listed = nvcc_output(home, "--list-gpu-arch").split()
         known = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in listed]
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(known) + "+PTX"
 
@@ -104,7 +109,7 @@ def extension() -> dict[str, Any]:
         sys.exit(f"eaft_ext: building needs torch >= {OLDEST_TORCH}, found {torch.__version__}")
     cuda_home = choose_cuda(torch.version.cuda)
     if cuda_home is not None:
-        set_cuda_environment(cuda_home, torch.version.cuda)
+        set_cuda_environment(cuda_home)
     from torch.utils import cpp_extension  # reads CUDA_HOME when it is imported
 
     class BuildExtension(cpp_extension.BuildExtension):  # type: ignore[misc]

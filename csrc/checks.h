@@ -1,7 +1,6 @@
 // What every device asks of an operator's arguments, in one sentence with the offending values.
 #pragma once
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -23,8 +22,9 @@ inline void check_per_row(const char* op, const char* name, const at::Tensor& te
   TORCH_CHECK_VALUE(tensor.sizes() == logits.sizes().slice(0, logits.dim() - 1), op, ": ", name,
                     " must have the shape of the logits without the last dimension, got ",
                     tensor.sizes(), " for logits ", logits.sizes());
-  TORCH_CHECK_VALUE(tensor.device() == logits.device(), op, ": ", name, " are on ", tensor.device(),
-                    " and logits on ", logits.device());
+  TORCH_CHECK_VALUE(tensor.device() == logits.device(), op, ": ", name,
+                    " must be on the device of the logits, ", logits.device(), ", got ",
+                    tensor.device());
 }
 
 inline void check_labels(const char* op, const at::Tensor& labels, const at::Tensor& logits) {
@@ -44,8 +44,8 @@ inline void check_writable(const char* op, const at::Tensor& logits) {
   TORCH_CHECK_VALUE(has_readable_rows(logits), op,
                     " in place: the last dimension of the logits must be contiguous, got sizes ",
                     logits.sizes(), " and strides ", logits.strides());
-  TORCH_CHECK_VALUE(at::has_internal_overlap(logits) != at::MemOverlap::Yes, op,
-                    " in place: logits share memory among themselves, got sizes ", logits.sizes(),
+  TORCH_CHECK_VALUE(rows_are_apart(row_layout(logits), logits.size(-1)), op,
+                    " in place: rows of the logits share memory, got sizes ", logits.sizes(),
                     " and strides ", logits.strides());
 }
 

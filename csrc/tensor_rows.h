@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 
 #include "core/row_layout.h"
@@ -39,13 +40,27 @@ inline bool has_readable_rows(const at::Tensor& tensor) {
 // The layout of a tensor that has readable rows.
 inline RowLayout row_layout(const at::Tensor& tensor) {
   RowLayout layout;
-  TORCH_INTERNAL_ASSERT(make_row_layout(tensor, &layout));
+  TORCH_INTERNAL_ASSERT(has_readable_rows(tensor) && make_row_layout(tensor, &layout));
   return layout;
 }
 
 // The tensor itself where that is so, else a contiguous copy.
 inline at::Tensor with_readable_rows(const at::Tensor& tensor) {
   return has_readable_rows(tensor) ? tensor : tensor.contiguous();
+}
+
+// write(source, target) fills target from source, two tensors with readable rows, which may be the
+// same. Gives a tensor with the strides that at::empty_like makes, as the fake operators say.
+template <typename Write>
+at::Tensor write_gradient_like(const at::Tensor& logits, const Write& write) {
+  const at::Tensor gradient = at::empty_like(logits);
+  if (has_readable_rows(logits) && has_readable_rows(gradient)) {
+    write(logits, gradient);
+    return gradient;
+  }
+  const at::Tensor copy = logits.clone(at::MemoryFormat::Contiguous);
+  write(copy, copy);
+  return gradient.copy_(copy);
 }
 
 }  // namespace eaft_ext

@@ -2,111 +2,39 @@
 
 from __future__ import annotations
 
-import os
-from typing import Literal, get_args, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from eaft_ext import reference
-from eaft_ext._library import MAX_TOP_K, MIN_TOP_K, has_kernel
+from eaft_ext._checks import check_k, check_labels, check_logits, check_num_items, check_options
+from eaft_ext._library import MAX_TOP_K, has_kernel
 from eaft_ext._registration import ops
-from eaft_ext.gates import EntropyGate, Gate, GateFunction, NoGate
+from eaft_ext.gates import BUILT_IN, Gate, GateFunction, NoGate
 from eaft_ext.reference import Reduction, TokenStats
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_KERNEL_DEVICES = frozenset(
-    ["meta", *(d for d in ("cpu", "cuda") if has_kernel("gated_ce_forward", d))]
-)
+# Fake tensors have no kernels but are registered for all operators.
+_KERNEL_DEVICES = {
+    op: frozenset(["meta", *(d for d in ("cpu", "cuda") if has_kernel(op, d))])
+    for op in ("gated_ce_forward", "topk")
+}
 
 
-def _has_kernels(logits: Tensor) -> bool:
-    """Whether the operators take these logits: float64 is for the CPU, where gradcheck runs."""
+def _takes_kernel(op: str, logits: Tensor) -> bool:
+    """Whether operator ``op`` is for these logits; if not, the reference is.
+
+    float64 is for the CPU, where gradcheck runs. Function transforms (``torch.func``) and forward
+    mode need formulas that autograd can see through.
+    """
     device = logits.device.type
-    return device in _KERNEL_DEVICES and (device != "cuda" or logits.dtype != torch.float64)
-
-
-def _check_logits(op: str, logits: Tensor) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{op}: logits must be a tensor, got {type(logits).__name__}")
-    if logits.dtype not in _DTYPES:
-        raise TypeError(
-            f"{op}: logits must be float32, bfloat16, float16 or float64, got {logits.dtype}"
-        )
-    if logits.dim() == 0 or logits.size(-1) == 0:
-        raise ValueError(
-            f"{op}: logits must be (..., V) with V of at least 1, got {tuple(logits.shape)}"
-        )
-
-
-def _check_labels(op: str, labels: Tensor, logits: Tensor, ignore_index: int) -> None:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{op}: labels must be a tensor, got {type(labels).__name__}")
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{op}: labels must be int64 or int32, got {labels.dtype}")
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"{op}: labels must have the shape of the logits without the last dimension, got "
-            f"{tuple(labels.shape)} for logits {tuple(logits.shape)}"
-        )
-    if labels.device != logits.device:
-        raise ValueError(f"{op}: labels are on {labels.device} and logits on {logits.device}")
-    if not torch.compiler.is_compiling() and os.environ.get("EAFT_EXT_CHECKS") == "1":
-        _check_label_values(op, labels, logits.size(-1), ignore_index)
-
-
-def _check_label_values(op: str, labels: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """The check that the CPU kernels always make; elsewhere it costs a synchronisation."""
-    outside = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
-    for position in outside.nonzero()[:1].tolist():
-        raise ValueError(
-            f"{op}: the label at position {position} is {labels[tuple(position)].item()}, outside "
-            f"[0, {vocab_size}) and not ignore_index {ignore_index}"
-        )
-
-
-def _check_k(op: str, k: int, smallest: int, largest: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"{op}: k must be an int, got {k!r}")
-    if not smallest <= k <= largest:
-        raise ValueError(f"{op}: k must be from {smallest} to {largest}, got {k}")
-
-
-def _check_reduction(op: str, reduction: str, num_items_in_batch: float | Tensor | None) -> None:
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if num_items_in_batch is None:
-        return
-    if reduction != "mean":
-        raise ValueError(
-            f"{op}: num_items_in_batch goes with reduction='mean', got reduction={reduction!r}"
-        )
-    if isinstance(num_items_in_batch, Tensor):
-        if num_items_in_batch.numel() != 1:
-            raise ValueError(
-                f"{op}: num_items_in_batch must be one number, got a tensor of shape "
-                f"{tuple(num_items_in_batch.shape)}"
-            )
-    elif not num_items_in_batch >= 0:
-        raise ValueError(f"{op}: num_items_in_batch must be at least 0, got {num_items_in_batch}")
-
-
-def _choose_gate(
-    op: str, alpha: float, normalizer: float | None, gate: Gate | GateFunction | None
-) -> Gate | GateFunction:
-    if gate is None:
-        return EntropyGate(alpha, normalizer)
-    if alpha != 1.0 or normalizer is not None:
-        raise TypeError(
-            f"{op}: alpha and normalizer are shorthand for gate=EntropyGate(alpha, normalizer) and "
-            f"cannot go with gate={gate!r}"
-        )
-    if isinstance(gate, type) or not (isinstance(gate, Gate) or callable(gate)):
-        raise TypeError(
-            f"{op}: gate must be a gate such as EntropyGate() or a function of (nll, entropy), got "
-            f"{gate!r}"
-        )
-    return gate
+    if device not in _KERNEL_DEVICES[op] or (device == "cuda" and logits.dtype == torch.float64):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    transformed = torch._C._are_functorch_transforms_active()
+    return not transformed and forward_ad.unpack_dual(logits).tangent is None
 
 
 def _kernel_token_losses(
@@ -119,7 +47,7 @@ def _kernel_token_losses(
 ) -> tuple[Tensor, TokenStats]:
     """Per-token loss and stats by the compiled operators."""
     valid = labels != ignore_index
-    inside = gate if isinstance(gate, Gate) else NoGate()
+    inside = gate if isinstance(gate, BUILT_IN) and type(gate) in BUILT_IN else NoGate()
     # In a compiled graph the compiler decides about memory.
     has_backward = torch.is_grad_enabled() and logits.requires_grad
     inplace_backward = inplace_backward and has_backward and not torch.compiler.is_compiling()
@@ -128,7 +56,7 @@ def _kernel_token_losses(
     )
     if inside is not gate:
         # The loss of NoGate is the nll, with its gradient: any weight can be put on it.
-        weight = torch.where(valid, gate(nll, entropy).detach(), 0.0)  # type: ignore[operator]
+        weight = reference.gate_weights(gate, min(k, logits.size(-1)), nll, entropy, valid)
         loss = reference.weigh(loss, weight)
     return loss, TokenStats(nll, entropy, weight, valid)
 
@@ -194,7 +122,7 @@ def gated_ce(
         k: how many of the largest logits H is taken over, from 2 to 128.
         alpha, normalizer: shorthand for ``gate=EntropyGate(alpha, normalizer)``.
         gate: a gate of :mod:`eaft_ext.gates`, or any function of ``(nll, entropy)``, two detached
-            tensors shaped like the labels, that returns the weights.
+            tensors shaped like the labels and 0 where ignored, that returns the weights.
         ignore_index: tokens with this label have loss, gradient and stats 0; their logits are not
             read.
         reduction: "mean" over the tokens that are not ignored (not over the sum of the gates),
@@ -202,8 +130,9 @@ def gated_ce(
         num_items_in_batch: what "mean" divides by instead, a number or a tensor with one, under
             gradient accumulation. A tensor on the logits' device costs no synchronisation.
         inplace_backward: let the gradient overwrite the logits' memory, which halves the peak. The
-            logits must have a contiguous last dimension and no memory in common, and must not be
-            used afterwards. Left to the compiler under ``torch.compile``.
+            logits must have a contiguous last dimension and rows that share no memory, must not be
+            used afterwards, nor may other parts of the same tensor take part in another such call.
+            Left to the compiler under ``torch.compile``.
         return_stats: also return :class:`TokenStats`.
 
     Returns:
@@ -222,12 +151,11 @@ def gated_ce(
     NaN logits give NaN for their own row. Devices without kernels take :mod:`eaft_ext.reference`.
     """
     op = "gated_ce"
-    _check_logits(op, logits)
-    _check_labels(op, labels, logits, ignore_index)
-    _check_k(op, k, MIN_TOP_K, MAX_TOP_K)
-    _check_reduction(op, reduction, num_items_in_batch)
-    chosen = _choose_gate(op, alpha, normalizer, gate)
-    if _has_kernels(logits):
+    check_logits(op, logits)
+    check_labels(op, labels, logits, ignore_index)
+    chosen = check_options(op, k, alpha, normalizer, gate, reduction)
+    check_num_items(op, num_items_in_batch, reduction, logits)
+    if _takes_kernel("gated_ce_forward", logits):
         loss, stats = _kernel_token_losses(
             logits, labels, k, chosen, ignore_index, inplace_backward
         )
@@ -252,7 +180,9 @@ def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError, ValueError: for a dtype, a shape or a k outside these.
     """
-    _check_logits("topk", logits)
-    _check_k("topk", k, 1, min(logits.size(-1), MAX_TOP_K))
-    values, indices = ops.topk(logits, k) if _has_kernels(logits) else reference.topk(logits, k)
-    return values, indices
+    check_logits("topk", logits)
+    check_k("topk", k, 1, min(logits.size(-1), MAX_TOP_K))
+    if _takes_kernel("topk", logits):
+        values, indices = ops.topk(logits, k)
+        return values, indices
+    return reference.topk(logits, k)

@@ -21,7 +21,7 @@ GateFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 def _check_finite(gate: str, **parameters: float) -> None:
     for name, value in parameters.items():
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:  # math.isfinite breaks a graph of torch.compile
             raise ValueError(f"{gate}: {name} must be finite, got {value}")
 
 
@@ -31,7 +31,11 @@ def _normalized(entropy: Tensor, normalizer: float) -> Tensor:
 
 
 class Gate:
-    """Base of the built-in gates. Your own gate need not derive from it: any function will do."""
+    """Base of the built-in gates.
+
+    Any function of ``(nll, entropy)`` serves as a gate; derive from this class, and write
+    :meth:`for_k` alone, for one that depends on k.
+    """
 
     name: ClassVar[str]
 
@@ -168,3 +172,7 @@ class NoGate(Gate):
     def for_k(self, k: int) -> GateFunction:
         """The gate as a function of ``(nll, entropy)``."""
         return lambda nll, entropy: torch.ones_like(nll)
+
+
+BUILT_IN = (EntropyGate, SigmoidGate, HardGate, ProbabilityGate, FocalGate, NoGate)
+"""The gates that the kernels know. What derives from one of them is another function."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from eaft_ext._checks import check_options
 from eaft_ext.functional import gated_ce
-from eaft_ext.gates import Gate, GateFunction
+from eaft_ext.gates import EntropyGate, Gate, GateFunction
 from eaft_ext.reference import Reduction
 
 
@@ -28,6 +29,7 @@ class GatedCrossEntropyLoss(nn.Module):
         inplace_backward: bool = False,
     ) -> None:
         super().__init__()
+        check_options(type(self).__name__, k, alpha, normalizer, gate, reduction)
         self.k = k
         self.alpha = alpha
         self.normalizer = normalizer
@@ -55,5 +57,8 @@ class GatedCrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, for ``print(module)``."""
-        gate = f"gate={self.gate}" if self.gate else f"alpha={self.alpha}"
-        return f"k={self.k}, {gate}, reduction={self.reduction!r}"
+        gate = EntropyGate(self.alpha, self.normalizer) if self.gate is None else self.gate
+        return (
+            f"k={self.k}, gate={gate}, ignore_index={self.ignore_index}, "
+            f"reduction={self.reduction!r}, inplace_backward={self.inplace_backward}"
+        )

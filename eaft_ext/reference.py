@@ -63,6 +63,19 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> T
     return torch.where(valid, torch.where(in_range, nll, math.nan), 0.0)
 
 
+def gate_weights(gate: Any, k: int, nll: Tensor, entropy: Tensor, valid: Tensor) -> Tensor:
+    """What ``gate`` makes of the detached stats, which are 0 where ignored; as is the result."""
+    weights = (gate.for_k(k) if hasattr(gate, "for_k") else gate)(nll, entropy)
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"gate {gate!r} must return a tensor, got {weights!r}")
+    if torch.broadcast_shapes(weights.shape, nll.shape) != nll.shape:
+        raise ValueError(
+            f"gate {gate!r} must return weights shaped like the labels, {tuple(nll.shape)}, got "
+            f"{tuple(weights.shape)}"
+        )
+    return torch.where(valid, weights.detach().to(nll.dtype), 0.0)
+
+
 def weigh(nll: Tensor, gate: Tensor) -> Tensor:
     """``gate * nll``, and 0 where the gate is 0, also where the nll is infinite."""
     return torch.where(gate == 0, 0.0, gate * nll)
@@ -87,7 +100,8 @@ def reduce_loss(
     if num_items_in_batch is None:
         return total / valid.sum().clamp(min=1)
     if isinstance(num_items_in_batch, Tensor):
-        return total / num_items_in_batch.masked_fill(num_items_in_batch == 0, 1)
+        count = num_items_in_batch.reshape(()).to(total.dtype)
+        return total / count.masked_fill(count == 0, 1)
     return total / (num_items_in_batch or 1)
 
 
@@ -96,13 +110,11 @@ def token_losses(
 ) -> tuple[Tensor, TokenStats]:
     """Per-token losses and stats: ``gate`` is one of :mod:`eaft_ext.gates`, or any function."""
     k = min(k, logits.size(-1))
-    nll = cross_entropy(logits, labels, ignore_index)
-    entropy = topk_entropy(logits, k)
-    weight = (gate.for_k(k) if hasattr(gate, "for_k") else gate)(nll.detach(), entropy)
     valid = labels != ignore_index
-    weight = torch.where(valid, weight.detach(), 0.0)
-    stats = TokenStats(nll.detach(), torch.where(valid, entropy, 0.0), weight, valid)
-    return weigh(nll, weight), stats
+    nll = cross_entropy(logits, labels, ignore_index)
+    entropy = torch.where(valid, topk_entropy(logits, k), 0.0)
+    weight = gate_weights(gate, k, nll.detach(), entropy, valid)
+    return weigh(nll, weight), TokenStats(nll.detach(), entropy, weight, valid)
 
 
 def gated_ce(

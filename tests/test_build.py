@@ -40,7 +40,7 @@ def setup_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def make_toolkit(folder: Path, *, headers: bool = True) -> Path:
     (folder / "bin").mkdir(parents=True)
     nvcc = folder / "bin" / "nvcc"
-    nvcc.write_text("#!/bin/sh\n")
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0\n")
     nvcc.chmod(0o755)
     if headers:
         (folder / "include").mkdir()
@@ -67,6 +67,14 @@ class TestFindCuda:
         monkeypatch.setenv("PATH", str(wrapper / "bin"))
         assert setup_script.find_cuda_home() in (None, Path("/usr/local/cuda"))
 
+    def test_a_folder_without_nvcc_does_not_count(
+        self, setup_script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        headers = make_toolkit(tmp_path / "headers")
+        (headers / "bin" / "nvcc").unlink()
+        monkeypatch.setenv("CUDA_HOME", str(headers))
+        assert setup_script.find_cuda_home() != headers
+
     def test_symlinked_nvcc_is_resolved(
         self, setup_script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -86,6 +94,20 @@ class TestFindCuda:
         monkeypatch.setenv("EAFT_EXT_CUDA", "0")
         assert setup_script.choose_cuda("13.0") is None
 
+    def test_another_major_version_is_left_out(
+        self,
+        setup_script: ModuleType,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setenv("CUDA_HOME", str(make_toolkit(tmp_path / "home")))
+        assert setup_script.choose_cuda("12.8") is None
+        assert "toolkit 13 in" in capsys.readouterr().out
+        monkeypatch.setenv("EAFT_EXT_CUDA", "1")
+        with pytest.raises(SystemExit, match=r"toolkit 13 in .* torch with CUDA 12\.8"):
+            setup_script.choose_cuda("12.8")
+
     def test_insisting_fails_loudly(
         self, setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -101,7 +123,8 @@ class TestFindCuda:
 
 
 class TestBackend:
-    def test_surrounding_torch_is_used(self) -> None:
+    def test_surrounding_torch_is_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "path", list(sys.path))
         backend = load(ROOT / "build_backend.py")
         assert backend._requires_torch() == []
 
@@ -128,7 +151,7 @@ class TestBackend:
 
 def test_sdist_holds_all_that_a_build_needs(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    ignore = shutil.ignore_patterns(".git", "build", "*.so", "*.egg-info", "__pycache__", ".*cache")
+    ignore = shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=ignore)
     code = f"import build_backend; print(build_backend.build_sdist({str(tmp_path)!r}))"
     result = subprocess.run(

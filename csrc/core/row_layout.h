@@ -27,4 +27,21 @@ struct RowLayout {
   }
 };
 
+// Whether no two rows share an element: from the fastest to the slowest, each dimension steps over
+// all that the ones before it cover.
+inline bool rows_are_apart(RowLayout layout, int64_t vocab_size) {
+  int64_t covered = vocab_size;
+  for (int d = 0; d < layout.num_dims; ++d) {
+    int next = d;  // the smallest stride of those that are left
+    for (int e = d; e < layout.num_dims; ++e) {
+      if (layout.strides[e] < layout.strides[next]) next = e;
+    }
+    if (layout.sizes[next] > 1 && layout.strides[next] < covered) return false;
+    covered += (layout.sizes[next] - 1) * layout.strides[next];
+    layout.strides[next] = layout.strides[d];
+    layout.sizes[next] = layout.sizes[d];
+  }
+  return true;
+}
+
 }  // namespace eaft_ext

@@ -34,11 +34,4 @@ EAFT_HOST_DEVICE inline TokenStats<Real> token_stats(const Gate& gate, MaxSum<Re
   return token;
 }
 
-// The gradient of weight * nll at the label, whose probability is p: p - 1 is taken before anything
-// is rounded to the logits' type.
-template <typename Real>
-EAFT_HOST_DEVICE inline Real target_gradient(Real weight, Real probability) {
-  return weight * (probability - 1);
-}
-
 }  // namespace eaft_ext

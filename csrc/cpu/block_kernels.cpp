@@ -5,11 +5,13 @@
 
 // Clones of a function for each level of the instruction set, chosen by the loader (an ifunc),
 // where compiler and platform have them; elsewhere the one version that the build's own flags give.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if !defined(__x86_64__) || !defined(__linux__) || !defined(__GNUC__) || defined(__clang__)
+#define EAFT_TARGET_CLONES
+#elif __GNUC__ >= 12
 #define EAFT_TARGET_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EAFT_TARGET_CLONES
+#else  // does not know the levels by name
+#define EAFT_TARGET_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 
 namespace eaft_ext::cpu {
@@ -47,7 +49,7 @@ EAFT_ALWAYS_INLINE float exp_nonpositive(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * r) * r + r + 1.0f;
-  const float power = bit_cast<float>((bit_cast<int32_t>(shifted) << 23) + 0x3f800000);
+  const float power = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
   return x < kLowest ? 0.0f : p * power;
 }
 

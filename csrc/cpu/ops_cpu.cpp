@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "../checks.h"
-#include "huge_pages.h"
 #include "row_kernels.h"
 #include "tensors.h"
 
@@ -45,18 +44,23 @@ void for_each_block(const RowList& list, int64_t num_blocks, const Body& body) {
   });
 }
 
-bool has_few_rows(const RowList& list) {
-  return static_cast<int64_t>(list.size()) < kMinRowsPerThread * at::get_num_threads();
+// How the work on rows is shared out.
+enum class Division { kRows, kBlocks };
+
+Division division_of(const RowList& list) {
+  const bool few = static_cast<int64_t>(list.size()) < kMinRowsPerThread * at::get_num_threads();
+  return few ? Division::kBlocks : Division::kRows;
 }
 
 // Scans the rows of the list and calls finish(row, scan) for each: in one go for a row that a
 // thread has to itself, after a barrier where the blocks of a row were shared out.
 template <Scan kScan, typename Element, typename Finish>
-void scan_rows(const Rows<const Element>& rows, const RowList& list, const Finish& finish) {
+void scan_rows(const Rows<const Element>& rows, const RowList& list, Division division,
+               const Finish& finish) {
   using Real = Compute<Element>;
   const int64_t num_blocks = rows.num_blocks();
   const int64_t num_rows = static_cast<int64_t>(list.size());
-  if (has_few_rows(list)) {
+  if (division == Division::kBlocks) {
     RowScans<Real> scans(rows, num_rows);
     at::parallel_for(0, num_rows * num_blocks, kBlocksPerTask, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -82,11 +86,11 @@ void scan_rows(const Rows<const Element>& rows, const RowList& list, const Finis
 // The forward of the rows of the list, into stats that are zero so far; after_row(row) follows each
 // row while it is still in the cache.
 template <typename Element, typename AfterRow>
-void forward_rows(const ForwardArguments& arguments, const RowList& list, const Stats& stats,
-                  const AfterRow& after_row) {
+void forward_rows(const ForwardArguments& arguments, const RowList& list, Division division,
+                  const Stats& stats, const AfterRow& after_row) {
   const auto rows = rows_of<const Element>(arguments.logits);
   const int64_t* labels = arguments.labels.const_data_ptr<int64_t>();
-  scan_rows<Scan::kSum, Element>(rows, list, [&](int64_t row, auto scan) {
+  scan_rows<Scan::kSum, Element>(rows, list, division, [&](int64_t row, auto scan) {
     const auto token = finish_row(rows, row, scan, labels[row], arguments.k, arguments.gate);
     stats.write(row, token);
     after_row(row);
@@ -109,7 +113,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cpu(
   const Stats stats(logits);
   dispatch_element(op, logits, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
-    forward_rows<Element>(arguments, valid_rows(arguments), stats, [](int64_t) {});
+    const RowList valid = valid_rows(arguments);
+    forward_rows<Element>(arguments, valid, division_of(valid), stats, [](int64_t) {});
   });
   return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.row_max, stats.log_sum};
 }
@@ -143,14 +148,13 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& raw_wei
   });
 }
 
-Tensor gated_ce_backward_cpu(const Tensor& weight, const Tensor& raw_logits, const Tensor& labels,
+Tensor gated_ce_backward_cpu(const Tensor& weight, const Tensor& logits, const Tensor& labels,
                              const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index) {
   const char* op = "gated_ce_backward";
-  check_logits(op, raw_logits);
-  const Tensor logits = with_readable_rows(raw_logits);
-  const Tensor gradient = empty_gradient(logits);
-  backward_into(op, gradient, weight, logits, labels, row_max, log_sum, ignore_index);
-  return gradient;
+  check_logits(op, logits);
+  return write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
+    backward_into(op, target, weight, source, labels, row_max, log_sum, ignore_index);
+  });
 }
 
 void gated_ce_backward_cpu_(const Tensor& weight, Tensor& logits, const Tensor& labels,
@@ -162,12 +166,12 @@ void gated_ce_backward_cpu_(const Tensor& weight, Tensor& logits, const Tensor& 
   mark_written(logits);
 }
 
-// The forward, and the gradient of sum(upstream * loss) into gradient, which may be the logits.
-Stats forward_with_grad_into(const char* op, const Tensor& gradient, const Tensor& raw_upstream,
-                             const ForwardArguments& arguments) {
+// The forward into stats, and the gradient of sum(upstream * loss) into gradient, which may be the
+// logits.
+void forward_with_grad_into(const char* op, const Tensor& gradient, const Stats& stats,
+                            const Tensor& raw_upstream, const ForwardArguments& arguments) {
   const Tensor& logits = arguments.logits;
   const Tensor upstream = per_row(op, "upstream", raw_upstream, logits);
-  const Stats stats(logits);
   dispatch_element(op, logits, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
     using Real = Compute<Element>;
@@ -183,27 +187,29 @@ Stats forward_with_grad_into(const char* op, const Tensor& gradient, const Tenso
                       stats.log_sum.const_data_ptr<Real>()[row], label[row]});
     };
     const RowList valid = valid_rows(arguments);
-    // A row that a thread has to itself is still in the cache when its stats are known.
-    const bool fused = !has_few_rows(valid);
-    forward_rows<Element>(arguments, valid, stats, [&](int64_t row) {
-      if (!fused) return;
+    const Division division = division_of(valid);
+    forward_rows<Element>(arguments, valid, division, stats, [&](int64_t row) {
+      // A row that a thread has to itself is still in the cache when its stats are known.
+      if (division == Division::kBlocks) return;
       for (int64_t block = 0; block < source.num_blocks(); ++block) write_block(row, block);
     });
-    if (!fused) for_each_block(valid, source.num_blocks(), write_block);
+    if (division == Division::kBlocks) for_each_block(valid, source.num_blocks(), write_block);
     const auto is_ignored = [&](int64_t row) { return label[row] == arguments.ignore_index; };
     for_each_block(rows_where(source.num_rows, is_ignored), source.num_blocks(),
                    [&](int64_t row, int64_t block) { zero_block(target, row, block); });
   });
-  return stats;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cpu(
     const Tensor& upstream, const Tensor& logits, const Tensor& labels, int64_t k,
     std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
   const char* op = "gated_ce_forward_with_grad";
-  const ForwardArguments arguments(op, logits, labels, k, gate, gate_parameters, ignore_index);
-  const Tensor gradient = empty_gradient(arguments.logits);
-  const Stats stats = forward_with_grad_into(op, gradient, upstream, arguments);
+  const Stats stats(logits);
+  const Tensor gradient = write_gradient_like(logits, [&](const Tensor& source,
+                                                          const Tensor& target) {
+    const ForwardArguments arguments(op, source, labels, k, gate, gate_parameters, ignore_index);
+    forward_with_grad_into(op, target, stats, upstream, arguments);
+  });
   return {stats.loss, stats.nll, stats.entropy, stats.gate, gradient};
 }
 
@@ -213,7 +219,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cpu_(
   const char* op = "gated_ce_forward_with_grad_";
   const ForwardArguments arguments(op, logits, labels, k, gate, gate_parameters, ignore_index);
   check_writable(op, logits);
-  const Stats stats = forward_with_grad_into(op, logits, upstream, arguments);
+  const Stats stats(logits);
+  forward_with_grad_into(op, logits, stats, upstream, arguments);
   mark_written(logits);
   return {stats.loss, stats.nll, stats.entropy, stats.gate};
 }
@@ -233,7 +240,7 @@ std::tuple<Tensor, Tensor> topk_cpu(const Tensor& raw_logits, int64_t k) {
     auto* value = static_cast<Element*>(values.mutable_data_ptr());
     auto* index = indices.mutable_data_ptr<int64_t>();
     const RowList all = rows_where(rows.num_rows, [](int64_t) { return true; });
-    scan_rows<Scan::kNan, Element>(rows, all, [&](int64_t row, auto scan) {
+    scan_rows<Scan::kNan, Element>(rows, all, division_of(all), [&](int64_t row, auto scan) {
       const int top_k = static_cast<int>(k);
       const auto top = has_nan(rows, scan) ? select_top_k_with_nan(rows, row, top_k)
                                            : select_top_k(rows, row, scan.group_max, top_k);

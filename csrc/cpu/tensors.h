@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "../checks.h"
@@ -42,10 +43,16 @@ inline at::ScalarType stats_dtype(const Tensor& logits) {
   return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// The rows of a tensor to be read, or, with an Element that is not const, to be written.
 template <typename Element>
-Rows<Element> rows_of(const Tensor& logits) {
-  return {static_cast<Element*>(logits.data_ptr()), row_layout(logits),
-          logits.numel() / logits.size(-1), logits.size(-1)};
+Rows<Element> rows_of(const Tensor& tensor) {
+  Element* data;
+  if constexpr (std::is_const_v<Element>) {
+    data = static_cast<Element*>(tensor.const_data_ptr());
+  } else {
+    data = static_cast<Element*>(tensor.mutable_data_ptr());
+  }
+  return {data, row_layout(tensor), tensor.numel() / tensor.size(-1), tensor.size(-1)};
 }
 
 // int64 and contiguous; every label is in [0, V) or ignored.

@@ -1,7 +1,6 @@
 // The operators on CUDA tensors: checks, allocation, device guard, stream, dtype switch,
 // registration.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -60,15 +59,14 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& raw_wei
                                           c10::cuda::getCurrentCUDAStream()));
 }
 
-Tensor gated_ce_backward_cuda(const Tensor& weight, const Tensor& raw_logits, const Tensor& labels,
+Tensor gated_ce_backward_cuda(const Tensor& weight, const Tensor& logits, const Tensor& labels,
                               const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index) {
   const char* op = "gated_ce_backward";
-  check_logits(op, raw_logits);
-  const c10::cuda::CUDAGuard guard(raw_logits.device());
-  const Tensor logits = with_readable_rows(raw_logits);
-  const Tensor gradient = at::empty_like(logits);
-  backward_into(op, gradient, weight, logits, labels, row_max, log_sum, ignore_index);
-  return gradient;
+  check_logits(op, logits);
+  const c10::cuda::CUDAGuard guard(logits.device());
+  return write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
+    backward_into(op, target, weight, source, labels, row_max, log_sum, ignore_index);
+  });
 }
 
 void gated_ce_backward_cuda_(const Tensor& weight, Tensor& logits, const Tensor& labels,

@@ -1,0 +1,113 @@
+"""What the public functions ask of their arguments, in one sentence with the offending value."""
+
+from __future__ import annotations
+
+import os
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from eaft_ext._library import MAX_TOP_K, MIN_TOP_K
+from eaft_ext.gates import EntropyGate, Gate, GateFunction
+from eaft_ext.reference import Reduction
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_logits(op: str, logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{op}: logits must be a tensor, got {type(logits).__name__}")
+    if logits.dtype not in _DTYPES:
+        raise TypeError(
+            f"{op}: logits must be float32, bfloat16, float16 or float64, got {logits.dtype}"
+        )
+    if logits.dim() == 0 or logits.size(-1) == 0:
+        raise ValueError(
+            f"{op}: logits must be (..., V) with V of at least 1, got {tuple(logits.shape)}"
+        )
+
+
+def check_labels(op: str, labels: Tensor, logits: Tensor, ignore_index: int) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{op}: labels must be a tensor, got {type(labels).__name__}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: labels must be int64 or int32, got {labels.dtype}")
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{op}: labels must have the shape of the logits without the last dimension, got "
+            f"{tuple(labels.shape)} for logits {tuple(logits.shape)}"
+        )
+    if labels.device != logits.device:
+        raise ValueError(f"{op}: labels are on {labels.device} and logits on {logits.device}")
+    if not torch.compiler.is_compiling() and os.environ.get("EAFT_EXT_CHECKS") == "1":
+        _check_label_values(op, labels, logits.size(-1), ignore_index)
+
+
+def _check_label_values(op: str, labels: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """The check that the CPU kernels always make; elsewhere it costs a synchronisation."""
+    outside = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
+    for position in outside.nonzero()[:1].tolist():
+        raise ValueError(
+            f"{op}: the label at position {position} is {labels[tuple(position)].item()}, outside "
+            f"[0, {vocab_size}) and not ignore_index {ignore_index}"
+        )
+
+
+def check_k(op: str, k: int, smallest: int, largest: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"{op}: k must be an int, got {k!r}")
+    if not smallest <= k <= largest:
+        raise ValueError(f"{op}: k must be from {smallest} to {largest}, got {k}")
+
+
+def check_num_items(
+    op: str, num_items_in_batch: float | Tensor | None, reduction: str, logits: Tensor
+) -> None:
+    """What "mean" may divide by."""
+    if num_items_in_batch is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"{op}: num_items_in_batch goes with reduction='mean', got reduction={reduction!r}"
+        )
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.numel() != 1:
+            raise ValueError(
+                f"{op}: num_items_in_batch must be one number, got a tensor of shape "
+                f"{tuple(num_items_in_batch.shape)}"
+            )
+        if num_items_in_batch.device not in (logits.device, torch.device("cpu")):
+            raise ValueError(
+                f"{op}: num_items_in_batch is on {num_items_in_batch.device} and logits on "
+                f"{logits.device}"
+            )
+    elif not num_items_in_batch >= 0:
+        raise ValueError(f"{op}: num_items_in_batch must be at least 0, got {num_items_in_batch}")
+
+
+def check_options(
+    op: str,
+    k: int,
+    alpha: float,
+    normalizer: float | None,
+    gate: Gate | GateFunction | None,
+    reduction: str,
+) -> Gate | GateFunction:
+    """Options that need no tensors to be checked; gives the gate that they ask for."""
+    check_k(op, k, MIN_TOP_K, MAX_TOP_K)
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if gate is None:
+        return EntropyGate(alpha, normalizer)
+    if alpha != 1.0 or normalizer is not None:
+        raise TypeError(
+            f"{op}: alpha and normalizer are shorthand for gate=EntropyGate(alpha, normalizer) and "
+            f"cannot go with gate={gate!r}"
+        )
+    if isinstance(gate, type) or not (isinstance(gate, Gate) or callable(gate)):
+        raise TypeError(
+            f"{op}: gate must be a gate such as EntropyGate() or a function of (nll, entropy), got "
+            f"{gate!r}"
+        )
+    return gate
