@@ -1,0 +1,58 @@
+"""Where and with what a result was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from device import Device
+
+import eaft_ext
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def describe(device: Device) -> dict[str, str | int]:
+    """The facts that go into a result file."""
+    build = eaft_ext.build_info()
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device.type,
+        "model": device.model(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "cache_bytes": device.cache_bytes(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "eaft_ext": eaft_ext.__version__,
+        "compiler": build["compiler"],
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """The commit of this checkout, with "-dirty" where tracked files differ; "" outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def file_stem(machine: dict[str, str | int]) -> str:
+    """The name of the result files: one for each kind of machine."""
+    slug = re.sub(r"[^a-z0-9]+", "-", str(machine["model"]).lower()).strip("-")
+    return f"{machine['device']}-{slug}"
+
+
+def load() -> float:
+    """Processes that wanted to run in the last minute, this one included; 0 where unknown."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0

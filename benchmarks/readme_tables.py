@@ -1,0 +1,51 @@
+"""Puts the figures of the newest result file into the README; no figure is typed by hand.
+
+    python benchmarks/readme_tables.py            writes README.md
+    python benchmarks/readme_tables.py --check    exits with 1 if that would change it
+
+What stands between ``<!-- benchmark:cpu -->`` and ``<!-- /benchmark:cpu -->`` is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from machine import ROOT
+from report import bounds_table, summary
+from results import FOLDER, Result
+
+
+def fill(text: str, device: str, block: str) -> str:
+    """The text with its block for a device replaced."""
+    begin, end = f"<!-- benchmark:{device} -->", f"<!-- /benchmark:{device} -->"
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        sys.exit(f"the README has no block from {begin} to {end}")
+    return f"{before}{begin}\n{block}\n{end}{after}"
+
+
+def main() -> None:
+    """Write or check the README."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="exit with 1 if it would change")
+    parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    arguments = parser.parse_args()
+    result = Result.newest("cpu", arguments.results)
+    if result is None:
+        sys.exit(f"no result file in {arguments.results}: run benchmarks/run.py first")
+    print(bounds_table(result))
+    text = arguments.readme.read_text()
+    new = fill(text, "cpu", summary(result))
+    if arguments.check:
+        if new != text:
+            sys.exit(f"{arguments.readme} does not show the newest result file")
+    elif new != text:
+        arguments.readme.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
