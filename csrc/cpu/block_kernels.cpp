@@ -84,32 +84,37 @@ EAFT_ALWAYS_INLINE bool any_nan_loop(const Real* x, int count) {
   return found != 0;
 }
 
+// A group is summed by itself before it joins the rest: next to exp(0) = 1, a long run of terms
+// below half an ulp of 1 would vanish one by one, and those are what is left to learn of a
+// confident token.
 template <typename Real>
 EAFT_ALWAYS_INLINE Real exp_sum_loop(const Real* x, Real max, int count, Ahead ahead) {
-  Real lanes[kLanes] = {};
+  Real total[kLanes] = {};
   // A moving pointer, not an index: indices that may wrap (-fwrapv, in Python's flags) turn into
   // gathers.
-  for (const Real* const end = x + count; x != end; x += kLanes) {
-    prefetch(ahead);
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += exp_nonpositive(x[lane] - max);
+  for (const Real* const end = x + count; x != end;) {
+    Real group[kLanes] = {};
+    for (int i = 0; i < kGroupSize / kLanes; ++i, x += kLanes) {
+      prefetch(ahead);
+      for (int lane = 0; lane < kLanes; ++lane) group[lane] += exp_nonpositive(x[lane] - max);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) total[lane] += group[lane];
   }
   for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    for (int lane = 0; lane < width; ++lane) total[lane] += total[lane + width];
   }
-  return lanes[0];
+  return total[0];
 }
 
-template <typename Element, typename Real>
-EAFT_ALWAYS_INLINE void scaled_exp_loop(const Element* x, Element* gradient, Real max, Real scale,
+template <typename Real>
+EAFT_ALWAYS_INLINE void scaled_exp_loop(const Real* x, Real* gradient, Real max, Real scale,
                                         int count) {
   // In place is exact: an element is read before it is written, and by no other. Without this word
   // the compiler would take its scalar version there, for fear of an overlap.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC ivdep
 #endif
-  for (int i = 0; i < count; ++i) {
-    gradient[i] = from_real<Element>(scale * exp_nonpositive(to_real(x[i]) - max));
-  }
+  for (int i = 0; i < count; ++i) gradient[i] = scale * exp_nonpositive(x[i] - max);
 }
 
 }  // namespace
@@ -122,6 +127,16 @@ void widen(const BFloat16* source, float* target, int count) {
 EAFT_TARGET_CLONES
 void widen(const Half* source, float* target, int count) {
   for (int i = 0; i < count; ++i) target[i] = to_real(source[i]);
+}
+
+EAFT_TARGET_CLONES
+void narrow(const float* source, BFloat16* target, int count) {
+  for (int i = 0; i < count; ++i) target[i] = from_real<BFloat16>(source[i]);
+}
+
+EAFT_TARGET_CLONES
+void narrow(const float* source, Half* target, int count) {
+  for (int i = 0; i < count; ++i) target[i] = from_real<Half>(source[i]);
 }
 
 EAFT_TARGET_CLONES
@@ -157,16 +172,6 @@ void scaled_exp(const float* x, float* gradient, float max, float scale, int cou
 
 EAFT_TARGET_CLONES
 void scaled_exp(const double* x, double* gradient, double max, double scale, int count) {
-  scaled_exp_loop(x, gradient, max, scale, count);
-}
-
-EAFT_TARGET_CLONES
-void scaled_exp(const BFloat16* x, BFloat16* gradient, float max, float scale, int count) {
-  scaled_exp_loop(x, gradient, max, scale, count);
-}
-
-EAFT_TARGET_CLONES
-void scaled_exp(const Half* x, Half* gradient, float max, float scale, int count) {
   scaled_exp_loop(x, gradient, max, scale, count);
 }
 

@@ -22,9 +22,12 @@ struct Ahead {
   int element_size;
 };
 
-// target_i = source_i, exactly.
+// target_i = source_i: exactly, and back, rounded. Passes of their own over the block: in one loop
+// with the exponential, the long conversions of a half cost more than the passes do.
 void widen(const BFloat16* source, float* target, int count);
 void widen(const Half* source, float* target, int count);
+void narrow(const float* source, BFloat16* target, int count);
+void narrow(const float* source, Half* target, int count);
 
 // group_max[g] = the largest of group g, NaN left out. count is a multiple of kGroupSize.
 void group_maxima(const float* x, float* group_max, int count);
@@ -37,10 +40,8 @@ bool any_nan(const double* x, int count);
 float exp_sum(const float* x, float max, int count, Ahead ahead);
 double exp_sum(const double* x, double max, int count, Ahead ahead);
 
-// gradient_j = scale * exp(x_j - max), rounded once. gradient may be x.
+// gradient_j = scale * exp(x_j - max). gradient may be x.
 void scaled_exp(const float* x, float* gradient, float max, float scale, int count);
 void scaled_exp(const double* x, double* gradient, double max, double scale, int count);
-void scaled_exp(const BFloat16* x, BFloat16* gradient, float max, float scale, int count);
-void scaled_exp(const Half* x, Half* gradient, float max, float scale, int count);
 
 }  // namespace eaft_ext::cpu

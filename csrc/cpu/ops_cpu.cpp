@@ -92,7 +92,7 @@ void forward_rows(const ForwardArguments& arguments, const RowList& list, Divisi
   const int64_t* labels = arguments.labels.const_data_ptr<int64_t>();
   scan_rows<Scan::kSum, Element>(rows, list, division, [&](int64_t row, auto scan) {
     const auto token = finish_row(rows, row, scan, labels[row], arguments.k, arguments.gate);
-    stats.write(row, token);
+    stats.write<Compute<Element>>(row, token);
     after_row(row);
   });
 }

@@ -96,13 +96,13 @@ struct Stats {
   }
 
   template <typename Real>
-  void write(int64_t row, const TokenStats<Real>& token) const {
-    loss.mutable_data_ptr<Real>()[row] = token.loss;
-    nll.mutable_data_ptr<Real>()[row] = token.nll;
-    entropy.mutable_data_ptr<Real>()[row] = token.entropy;
-    gate.mutable_data_ptr<Real>()[row] = token.gate;
-    row_max.mutable_data_ptr<Real>()[row] = token.row_max;
-    log_sum.mutable_data_ptr<Real>()[row] = token.log_sum;
+  void write(int64_t row, const TokenStats<double>& token) const {
+    loss.mutable_data_ptr<Real>()[row] = static_cast<Real>(token.loss);
+    nll.mutable_data_ptr<Real>()[row] = static_cast<Real>(token.nll);
+    entropy.mutable_data_ptr<Real>()[row] = static_cast<Real>(token.entropy);
+    gate.mutable_data_ptr<Real>()[row] = static_cast<Real>(token.gate);
+    row_max.mutable_data_ptr<Real>()[row] = static_cast<Real>(token.row_max);
+    log_sum.mutable_data_ptr<Real>()[row] = static_cast<Real>(token.log_sum);
   }
 };
 

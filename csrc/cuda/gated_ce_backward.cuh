@@ -40,8 +40,8 @@ struct RowGradient {
   __device__ float operator()(float x, int place) const {
     constexpr float kLog2E = 1.44269504f;
     if (muted()) return 0.0f;
-    // p - 1 before rounding to the logits' type: close to p = 1 the difference is all there is.
-    if (place == at_label) return weight * (expf((x - max) - log_sum) - 1.0f);
+    // p - 1 before any rounding, to the logits' type or to p: close to p = 1 it is all there is.
+    if (place == at_label) return weight * expm1f((x - max) - log_sum);
     // The maximum is subtracted before the change of base: folded into one FMA, logits near 1e4
     // would lose three digits.
     return scale * exp2f((x - max) * kLog2E);
