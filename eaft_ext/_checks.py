@@ -82,6 +82,10 @@ def check_num_items(
                 f"{op}: num_items_in_batch is on {num_items_in_batch.device} and logits on "
                 f"{logits.device}"
             )
+    elif not isinstance(num_items_in_batch, int | float):
+        raise TypeError(
+            f"{op}: num_items_in_batch must be a number or a tensor, got {num_items_in_batch!r}"
+        )
     elif not num_items_in_batch >= 0:
         raise ValueError(f"{op}: num_items_in_batch must be at least 0, got {num_items_in_batch}")
 

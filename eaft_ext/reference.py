@@ -60,7 +60,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> T
     row_max = x.detach().amax(-1)
     # The log-sum stays apart from the maximum: shift-invariant in float32.
     nll = (row_max - target) + (x - row_max.unsqueeze(-1)).exp().sum(-1).log()
-    return torch.where(valid, torch.where(in_range, nll, math.nan), 0.0)
+    # A product: the gradient of a label outside [0, V) is NaN too.
+    return torch.where(valid, nll * torch.where(in_range, 1.0, math.nan), 0.0)
 
 
 def gate_weights(gate: Any, k: int, nll: Tensor, entropy: Tensor, valid: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ def gate_weights(gate: Any, k: int, nll: Tensor, entropy: Tensor, valid: Tensor)
     weights = (gate.for_k(k) if hasattr(gate, "for_k") else gate)(nll, entropy)
     if not isinstance(weights, Tensor):
         raise TypeError(f"gate {gate!r} must return a tensor, got {weights!r}")
-    if torch.broadcast_shapes(weights.shape, nll.shape) != nll.shape:
+    if weights.shape not in (nll.shape, torch.Size()):
         raise ValueError(
             f"gate {gate!r} must return weights shaped like the labels, {tuple(nll.shape)}, got "
             f"{tuple(weights.shape)}"
