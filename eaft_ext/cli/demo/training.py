@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import eaft_ext.reference
 
 from .batches import Batch
 from .errors import ReferenceMismatch
-from .evaluation import Evaluation, Evaluator, mixed_precision
+from .evaluation import Evaluation, Evaluator, confident_conflicts, mixed_precision
 
 TOLERANCE = 1e-5
 """Largest difference allowed between the fused loss and the reference, relative to max(1, loss).
@@ -25,10 +24,6 @@ Both sum in float32 from the same logits. A token's loss is a sum over the vocab
 one over k, each good to a few units of 1e-7, and the mean over tokens averages what is left; 1e-5
 leaves room for other summation orders, and any wrong term is orders of magnitude larger.
 """
-
-CONFLICT_PROBABILITY = 0.1
-CONFLICT_ENTROPY = 0.3
-"""A token is a confident conflict if p(y) < 0.1 and the entropy is below 0.3 ln k."""
 
 EVALUATIONS = 4
 """Measurements during a run, beside the one of the base model."""
@@ -72,7 +67,7 @@ def train(
     batches: list[Batch],
     evaluator: Evaluator,
     *,
-    gate: Any,
+    gate: eaft_ext.Gate,
     k: int,
     learning_rate: float,
     seed: int,
@@ -90,9 +85,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warmup)
     )
-    measured_at = {
-        round(len(batches) * (index + 1) / EVALUATIONS) for index in range(EVALUATIONS)
-    }
+    measured_at = {round(len(batches) * (index + 1) / EVALUATIONS) for index in range(EVALUATIONS)}
     run.evaluations.append(evaluator.base)
     for number, batch in enumerate(batches, start=1):
         started = time.perf_counter()
@@ -103,20 +96,18 @@ def train(
         )
         # Before the backward pass, which overwrites the logits with their gradient.
         with torch.no_grad():
-            reference_loss = eaft_ext.reference.gated_ce(
+            reference_loss: Any = eaft_ext.reference.gated_ce(
                 logits.detach(), batch.labels, k, gate=gate
             )
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         nll, entropy = stats.nll[stats.valid], stats.entropy[stats.valid]
-        conflicts = (nll > -math.log(CONFLICT_PROBABILITY)) & (
-            entropy < CONFLICT_ENTROPY * math.log(min(k, logits.shape[-1]))
-        )
+        conflicts = confident_conflicts(nll, entropy, k)
         step = Step(
             step=number,
-            loss=float(loss),
+            loss=float(loss.detach()),
             reference_loss=float(reference_loss),
             nll=float(nll.mean()),
             entropy=float(entropy.mean()),

@@ -1,0 +1,324 @@
+"""``eaft-ext demo``: options, the two runs, and what is left behind when they end."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import eaft_ext
+
+from . import corpus
+from .batches import Batch, evaluation_batches, training_batches
+from .errors import DemoError, ReferenceMismatch
+from .evaluation import Evaluator
+from .model import DEFAULT_NAME, load
+from .progress import Progress
+from .results import Results, explanation, table, write_csv, write_json
+from .settings import Settings
+from .training import Run, train
+
+EVALUATION_TOKENS = 1536
+"""Tokens of held-out text, and of drift text, that a measurement reads, at most."""
+
+PLAIN, EAFT = "CE", "EAFT"
+REQUIRED = ("transformers", "matplotlib", "rich")
+SUCCESS, FAILURE, INTERRUPTED = 0, 1, 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``eaft-ext demo``."""
+    add = parser.add_argument
+    default = " (default: %(default)s)"
+    add("--steps", type=_positive_int, default=16, help="training steps of each run" + default)
+    add("--seed", type=int, default=0, help="chooses the training text and its order" + default)
+    add(
+        "--output",
+        type=Path,
+        default=Path("eaft-demo"),
+        metavar="DIR",
+        help="folder for the plot and the numbers" + default,
+    )
+    add(
+        "--model",
+        metavar="NAME",
+        help=f"transformers model folder or hub name (default: {DEFAULT_NAME})",
+    )
+    add(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="JSONL (text, messages, prompt/completion, instruction/output or question/answer) or "
+        "plain text to tune on (default: the language reference inside Python)",
+    )
+    add(
+        "--drift-data",
+        type=Path,
+        metavar="FILE",
+        help="JSONL or plain text to measure drift on (default: public-domain prose)",
+    )
+    add("--k", type=_top_k, default=20, help="largest logits that give the entropy" + default)
+    add(
+        "--learning-rate",
+        type=_positive_float,
+        default=1e-4,
+        metavar="RATE",
+        help="of AdamW, after a warm-up" + default,
+    )
+    add("--batch-size", type=_positive_int, default=2, metavar="N", help="rows a step" + default)
+    add(
+        "--sequence-length",
+        type=_sequence_length,
+        default=256,
+        metavar="N",
+        help="tokens in a row, at most" + default,
+    )
+    add("--device", type=_device, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo and return the exit status."""
+    options = {name: getattr(arguments, name) for name in Settings.__dataclass_fields__}
+    options["device"] = arguments.device or _default_device()
+    settings = Settings(**options)
+    try:
+        _require_extras()
+        with _deterministic(settings.device):
+            return _run(settings)
+    except DemoError as error:
+        print(f"eaft-ext demo: {error}", file=sys.stderr)
+        return FAILURE
+
+
+def _run(settings: Settings) -> int:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    started = time.perf_counter()
+    _make_folder(settings.output)
+    tuning = corpus.read_corpus(settings.data) if settings.data else corpus.language_reference()
+    drift = corpus.read_records(settings.drift_data) if settings.drift_data else corpus.prose()
+    with console.status("loading the model"):
+        model, tokenizer = load(settings.model)
+    model.to(settings.device).eval()
+    _check_length(settings.sequence_length, model)
+
+    def measured_on(records: list[corpus.Record]) -> list[Batch]:
+        return evaluation_batches(
+            records,
+            tokenizer,
+            batch_size=settings.batch_size,
+            length=settings.sequence_length,
+            max_tokens=EVALUATION_TOKENS,
+        )
+
+    batches = training_batches(
+        tuning.train,
+        tokenizer,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        length=settings.sequence_length,
+        seed=settings.seed,
+    )
+    target_batches, drift_batches = measured_on(tuning.held_out), measured_on(drift)
+    texts = {
+        "model": Path(settings.model).name if settings.model else DEFAULT_NAME,
+        "target": tuning.name,
+        "training": _described(tuning.name, batches),
+        "held-out": _described(f"held-out part of {tuning.name}", target_batches),
+        "drift": _described(
+            settings.drift_data.name if settings.drift_data else "public-domain prose",
+            drift_batches,
+        ),
+    }
+    console.print(
+        f"{texts['model']} on {settings.device}; {settings.steps} steps of each loss over "
+        f"{texts['training']}",
+        highlight=False,
+    )
+    with console.status("measuring the base model"):
+        evaluator = Evaluator(
+            model,
+            [batch.to(settings.device) for batch in target_batches],
+            [batch.to(settings.device) for batch in drift_batches],
+            settings.k,
+        )
+    results = Results(
+        settings,
+        _environment(settings),
+        texts,
+        evaluator.base,
+        held_out_conflicts=evaluator.conflicts(),
+        runs=[],
+    )
+    status = SUCCESS
+    try:
+        with Progress(console, settings.steps) as progress:
+            for name, gate in ((PLAIN, eaft_ext.NoGate()), (EAFT, eaft_ext.EntropyGate())):
+                results.runs.append(Run(name))
+                train(
+                    results.runs[-1],
+                    model,
+                    [batch.to(settings.device) for batch in batches],
+                    evaluator,
+                    gate=gate,
+                    k=settings.k,
+                    learning_rate=settings.learning_rate,
+                    seed=settings.seed,
+                    on_change=progress.update,
+                )
+    except KeyboardInterrupt:
+        results.interrupted = True
+        status = INTERRUPTED
+    except ReferenceMismatch as error:
+        print(f"eaft-ext demo: {error}", file=sys.stderr)
+        status = FAILURE
+    results.seconds = time.perf_counter() - started
+    _conclude(results, console)
+    return status
+
+
+def _conclude(results: Results, console: Any) -> None:
+    """Write the files and print the table."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from .plot import write_plot
+
+    output = results.settings.output
+    write_json(results, output / "results.json")
+    write_csv(results, output / "steps.csv")
+    write_plot(results, output / "plot.png")
+    header, rows = table(results)
+    view = Table(*header, box=SIMPLE_HEAD)
+    for column in view.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        view.add_row(*row)
+    if results.interrupted:
+        console.print("Interrupted: this is what was done until then.")
+    console.print(view)
+    for sentence in explanation(results):
+        console.print(sentence, highlight=False, markup=False)
+    console.print(
+        f"{results.seconds:.0f} seconds. Plot: {output / 'plot.png'}  Numbers: "
+        f"{output / 'results.json'}, {output / 'steps.csv'}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _require_extras() -> None:
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DemoError(
+            f"{', '.join(missing)} not installed: pip install 'eaft_ext[demo]' brings what the "
+            f"demo needs"
+        )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"cannot make --output {folder}: {error.strerror}") from None
+
+
+def _check_length(length: int, model: Any) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise DemoError(f"--sequence-length {length} is above the model's limit of {longest}")
+
+
+def _described(name: str, batches: list[Batch]) -> str:
+    tokens = sum(int((batch.labels >= 0).sum()) for batch in batches)
+    return f"{name}, {tokens} tokens"
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    on_gpu = torch.device(settings.device).type == "cuda"
+    return {
+        "eaft_ext": eaft_ext.__version__,
+        "torch": str(torch.__version__),
+        "transformers": importlib.metadata.version("transformers"),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(settings.device) if on_gpu else settings.device,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+@contextlib.contextmanager
+def _deterministic(device: str) -> Iterator[None]:
+    """Make equal seeds give equal numbers on CUDA, where some kernels would add in any order."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _default_device() -> str:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def _positive_int(text: str) -> int:
+    return _number_from(1, text)
+
+
+def _sequence_length(text: str) -> int:
+    return _number_from(2, text)
+
+
+def _number_from(smallest: int, text: str) -> int:
+    value = int(text) if text.lstrip("+-").isdigit() else None
+    if value is None or value < smallest:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {smallest}, got {text!r}")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def _top_k(text: str) -> int:
+    value = _number_from(1, text)
+    try:  # the library knows its limits
+        eaft_ext.gated_ce(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason}") from None
+    return text

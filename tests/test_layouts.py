@@ -1,0 +1,186 @@
+"""Logits that do not lie in memory as a plain matrix, in a buffer that is NaN everywhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from inputs import bits, same_bits, upstream_of
+from parity import Outcome, outcome
+from torch import Tensor
+
+import eaft_ext
+
+ops = torch.ops.eaft_ext
+
+V = 4115
+"""Two blocks of the CPU kernels; rows start at odd addresses."""
+
+# Each gives a buffer's shape and the view of it that is the logits.
+Layout = tuple[tuple[int, ...], Callable[[Tensor], Tensor]]
+
+READ_IN_PLACE: dict[str, Layout] = {
+    "matrix": ((6, V), lambda buffer: buffer),
+    "one_row": ((V,), lambda buffer: buffer),
+    "last_token_cut_off": ((3, 4, V), lambda buffer: buffer[:, :-1]),
+    "first_token_cut_off": ((3, 4, V), lambda buffer: buffer[:, 1:]),
+    "sequence_first": ((4, 3, V), lambda buffer: buffer.transpose(0, 1)),
+    "padded_vocabulary": ((10, V + 13), lambda buffer: buffer[:, :V]),
+    "middle_of_the_vocabulary": ((5, V + 13), lambda buffer: buffer[:, 4:-9]),
+    "every_other_row": ((17, V), lambda buffer: buffer[1::2]),
+    "misaligned": ((6 * V + 1,), lambda buffer: buffer[1:].view(6, V)),
+    "misaligned_and_padded": (
+        (5 * (V + 3) + 1,),
+        lambda buffer: buffer.as_strided((5, V), (V + 3, 1), 1),
+    ),
+    "five_dimensions": ((2, 2, 2, 3, V), lambda buffer: buffer[..., :-1, :].permute(1, 3, 0, 2, 4)),
+    "six_that_are_two": ((2, 1, 2, 3, 1, V + 1), lambda buffer: buffer[..., :V]),
+}
+
+# Read from a contiguous copy: there is no way to write the gradient over these.
+COPIED: dict[str, Layout] = {
+    "vocabulary_first": ((V, 6), lambda buffer: buffer.t()),
+    "every_other_logit": ((6, 2 * V), lambda buffer: buffer[:, ::2]),
+    "last_of_a_pair": ((6, V, 2), lambda buffer: buffer[..., 1]),
+    "six_dimensions": (
+        (2, 2, 2, 2, 2, V + 1),
+        lambda buffer: buffer.permute(4, 3, 2, 1, 0, 5)[..., :V],
+    ),
+}
+
+OVERLAPPING: dict[str, Layout] = {
+    "expanded_rows": ((1, V), lambda buffer: buffer.expand(6, V)),
+    "expanded_batch": ((3, V), lambda buffer: buffer.unsqueeze(0).expand(2, 3, V)),
+    "sliding_window": ((V + 5,), lambda buffer: buffer.unfold(0, V, 1)),
+    "sliding_by_two": ((V + 10,), lambda buffer: buffer.unfold(0, V, 2)),
+}
+
+ALL = READ_IN_PLACE | COPIED | OVERLAPPING
+
+
+def build(name: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A buffer of NaN, the logits that are a view of it, and labels."""
+    shape, view = ALL[name]
+    generator = torch.Generator().manual_seed(0)
+    buffer = torch.full(shape, math.nan, dtype=dtype, device=device)
+    logits = view(buffer)
+    values = 3 * torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+    if name in OVERLAPPING:
+        buffer.copy_(values.flatten()[: buffer.numel()].view(shape))
+    else:
+        logits.copy_(values)
+    labels = torch.randint(V, logits.shape[:-1], generator=generator)
+    labels.view(-1)[1::4] = -100
+    return buffer, logits, labels.to(device)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("name", ALL)
+def test_the_same_as_contiguous(device: str, dtype: torch.dtype, name: str, route: str) -> None:
+    _, logits, labels = build(name, dtype, device)
+    assert logits.isfinite().all()
+    upstream = upstream_of(labels)
+    expected = outcome(eaft_ext.gated_ce, logits.contiguous(), labels, upstream, reduction="none")
+    found = outcome(eaft_ext.gated_ce, logits, labels, upstream, reduction="none")
+    for field, a, b in zip(Outcome._fields, found, expected, strict=True):
+        if route == "kernel":
+            assert same_bits(a, b), field
+        else:
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradient_reaches_the_buffer(device: str, dtype: torch.dtype, name: str) -> None:
+    """Nothing but the logits' own elements has a gradient, and NaN beside them does not leak."""
+    buffer, logits, labels = build(name, dtype, device)
+    upstream = upstream_of(labels)
+    expected = outcome(eaft_ext.gated_ce, logits.contiguous(), labels, upstream, reduction="none")
+    buffer.requires_grad_()
+    view = ALL[name][1](buffer)
+    eaft_ext.gated_ce(view, labels, reduction="none").backward(upstream)
+    (wanted,) = torch.autograd.grad(ALL[name][1](buffer), buffer, expected.gradient)
+    assert buffer.grad is not None
+    assert same_bits(buffer.grad, wanted)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_fused_gradient(device: str, dtype: torch.dtype, name: str) -> None:
+    _, logits, labels = build(name, dtype, device)
+    upstream = upstream_of(labels)
+    plain = ops.gated_ce_forward_with_grad(
+        upstream, logits.contiguous(), labels, 20, "entropy", [1.0], -100
+    )
+    found = ops.gated_ce_forward_with_grad(upstream, logits, labels, 20, "entropy", [1.0], -100)
+    for a, b in zip(found, plain, strict=True):
+        assert same_bits(a, b)
+
+
+@pytest.mark.operator("topk")
+@pytest.mark.parametrize("name", ALL)
+def test_topk(device: str, dtype: torch.dtype, name: str) -> None:
+    _, logits, _ = build(name, dtype, device)
+    values, indices = eaft_ext.topk(logits, 20)
+    expected_values, expected_indices = eaft_ext.topk(logits.contiguous(), 20)
+    assert torch.equal(values, expected_values) and torch.equal(indices, expected_indices)
+
+
+@pytest.mark.parametrize("name", READ_IN_PLACE)
+@pytest.mark.parametrize("fused", [False, True], ids=["backward_", "forward_with_grad_"])
+def test_in_place_changes_the_view_alone(
+    device: str, dtype: torch.dtype, name: str, fused: bool
+) -> None:
+    buffer, logits, labels = build(name, dtype, device)
+    before = bits(buffer).clone()
+    upstream = upstream_of(labels)
+    expected = outcome(
+        eaft_ext.gated_ce, logits.contiguous(), labels, upstream, reduction="none"
+    ).gradient
+    version = logits._version
+    if fused:
+        ops.gated_ce_forward_with_grad_(upstream, logits, labels, 20, "entropy", [1.0], -100)
+    else:
+        _, _, _, gate, row_max, log_sum = ops.gated_ce_forward(
+            logits, labels, 20, "entropy", [1.0], -100
+        )
+        ops.gated_ce_backward_(upstream * gate, logits, labels, row_max, log_sum, -100)
+    assert same_bits(logits, expected)
+    assert logits._version > version
+    outside = torch.ones(buffer.shape, dtype=torch.bool, device=device)
+    READ_IN_PLACE[name][1](outside).fill_(False)
+    assert torch.equal(bits(buffer)[outside], before[outside])
+
+
+@pytest.mark.parametrize("name", COPIED | OVERLAPPING)
+@pytest.mark.parametrize("fused", [False, True], ids=["backward_", "forward_with_grad_"])
+def test_in_place_refuses_what_it_cannot_overwrite(
+    device: str, dtype: torch.dtype, name: str, fused: bool
+) -> None:
+    buffer, logits, labels = build(name, dtype, device)
+    before = bits(buffer).clone()
+    stats = torch.ones(labels.shape, device=device)
+    with pytest.raises(ValueError, match=r"in place.*sizes \[.*strides \["):
+        if fused:
+            ops.gated_ce_forward_with_grad_(stats, logits, labels, 20, "none", [], -100)
+        else:
+            ops.gated_ce_backward_(stats, logits, labels, stats, stats, -100)
+    assert torch.equal(bits(buffer), before)
+
+
+@pytest.mark.parametrize("name", COPIED | OVERLAPPING)
+def test_inplace_backward_is_refused_in_the_forward(
+    device: str, dtype: torch.dtype, name: str
+) -> None:
+    """Before the work is done; and not at all where there will be no backward."""
+    buffer, logits, labels = build(name, dtype, device)
+    logits = logits.detach()
+    expected = eaft_ext.gated_ce(logits, labels)
+    with pytest.raises(ValueError, match=r"in place.*sizes \[.*strides \["):
+        eaft_ext.gated_ce(ALL[name][1](buffer.requires_grad_()), labels, inplace_backward=True)
+    assert same_bits(eaft_ext.gated_ce(logits, labels, inplace_backward=True), expected)

@@ -1,0 +1,64 @@
+"""No rows of V elements are allocated beyond the gradient, and none where it overwrites the logits.
+
+Measured from outside: a process of its own reads the peak of its resident memory, which covers
+tensors, scratch of the kernels and copies that autograd makes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eaft_ext
+
+LOGITS_MB = 48
+SLACK_MB = 6
+"""Page granularity, the allocator's arenas, Python."""
+
+
+@pytest.fixture(scope="module")
+def growth() -> dict[str, float]:
+    """Megabytes that each case of memory_cases.py adds to the peak."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("needs the peak of resident memory, and to reset it, as /proc of Linux allows")
+    script = Path(__file__).with_name("memory_cases.py")
+    environment = os.environ | {"PYTHONPATH": str(Path(eaft_ext.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(script), str(LOGITS_MB)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "forward",
+        "forward_of_few_rows",
+        "topk",
+        "in_place",
+        "in_place_leaf",
+        "in_place_unreduced",
+        "in_place_module",
+        "forward_with_grad_",
+    ],
+)
+def test_nothing_is_allocated(growth: dict[str, float], case: str, dtype: str) -> None:
+    assert growth[f"{case} {dtype}"] <= SLACK_MB
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["out_of_place", "out_of_place_leaf", "forward_with_grad"])
+def test_one_gradient_is_allocated(growth: dict[str, float], case: str, dtype: str) -> None:
+    """At least that much, too: the measure sees what is allocated."""
+    assert abs(growth[f"{case} {dtype}"] - LOGITS_MB) <= SLACK_MB

@@ -1,0 +1,182 @@
+"""torch.library's own checks of every operator: schema, fake tensors, autograd, dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from inputs import make, upstream_of
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import eaft_ext
+
+ops = torch.ops.eaft_ext
+
+V = 37
+
+
+def _vocabulary_first(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    logits, labels = make(6, V, dtype, device=device)
+    return logits.t().contiguous().t(), labels
+
+
+def _six_dimensions(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    logits, labels = make(32, V, dtype, device=device)
+    mixed = logits.view(2, 2, 2, 2, 2, V).permute(4, 3, 2, 1, 0, 5)
+    return mixed, labels.view(2, 2, 2, 2, 2)
+
+
+# Logits and labels of many kinds. The fake tensors must have the strides of the real ones.
+SAMPLES: dict[str, Callable[[str, torch.dtype], tuple[Tensor, Tensor]]] = {
+    "plain": lambda device, dtype: make(5, V, dtype, device=device),
+    "many_rows": lambda device, dtype: make(12, V, dtype, device=device, ignored=0.3),
+    "int32_labels": lambda device, dtype: (
+        make(5, V, dtype, device=device)[0],
+        make(5, V, dtype, device=device)[1].int(),
+    ),
+    "all_ignored": lambda device, dtype: make(5, V, dtype, device=device, ignored=1.0),
+    "no_rows": lambda device, dtype: make(0, V, dtype, device=device),
+    "one_row": lambda device, dtype: tuple(x[0] for x in make(1, V, dtype, device=device)),
+    "one_logit": lambda device, dtype: make(5, 1, dtype, device=device),
+    "cut_off": lambda device, dtype: (
+        make(12, V, dtype, device=device)[0].view(3, 4, V)[:, :-1],
+        make(9, V, dtype, device=device)[1].view(3, 3),
+    ),
+    "sequence_first": lambda device, dtype: (
+        make(12, V, dtype, device=device)[0].view(4, 3, V).transpose(0, 1),
+        make(12, V, dtype, device=device)[1].view(3, 4),
+    ),
+    "padded": lambda device, dtype: (
+        make(5, V + 3, dtype, device=device)[0][:, :V],
+        make(5, V, dtype, device=device)[1],
+    ),
+    "vocabulary_first": _vocabulary_first,
+    "six_dimensions": _six_dimensions,
+    "one_logit_of_several": lambda device, dtype: (
+        make(5, 3, dtype, device=device)[0][:, 1:2],
+        torch.zeros(5, dtype=torch.int64, device=device),
+    ),
+    "expanded": lambda device, dtype: (
+        make(1, V, dtype, device=device)[0].expand(5, V),
+        make(5, V, dtype, device=device)[1],
+    ),
+    "sliding_window": lambda device, dtype: (
+        make(1, V + 4, dtype, device=device)[0][0].unfold(0, V, 1),
+        make(5, V, dtype, device=device)[1],
+    ),
+}
+OVERWRITABLE = [
+    name
+    for name in SAMPLES
+    if name not in ("vocabulary_first", "six_dimensions", "expanded", "sliding_window")
+]
+
+FORWARD_OPTIONS = (4, "entropy", [2.0], -100)
+
+
+def _arguments(op: str, logits: Tensor, labels: Tensor) -> tuple[Any, ...]:
+    """What an operator is called with, on these logits."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    upstream = upstream_of(labels, dtype)
+    if op == "gated_ce_forward":
+        return logits, labels, *FORWARD_OPTIONS
+    if op.startswith("gated_ce_backward"):
+        *_, gate, row_max, log_sum = ops.gated_ce_forward(logits.detach(), labels, *FORWARD_OPTIONS)
+        return upstream * gate, logits, labels, row_max, log_sum, -100
+    if op.startswith("gated_ce_forward_with_grad"):
+        return upstream, logits, labels, *FORWARD_OPTIONS
+    assert op == "topk"
+    return logits, min(4, logits.size(-1))
+
+
+DIFFERENTIABLE = ["gated_ce_forward", "gated_ce_backward", "topk"]
+OPERATORS = [*DIFFERENTIABLE, "gated_ce_forward_with_grad"]
+IN_PLACE_OPERATORS = ["gated_ce_backward_", "gated_ce_forward_with_grad_"]
+
+
+def test_every_operator_is_here() -> None:
+    names = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("eaft_ext::")
+    }
+    assert names == {*OPERATORS, *IN_PLACE_OPERATORS}
+
+
+def _check(op: str, arguments: tuple[Any, ...]) -> None:
+    torch.library.opcheck(getattr(ops, op).default, arguments)
+
+
+@pytest.mark.parametrize("sample", ["plain", "cut_off"])
+@pytest.mark.parametrize("op", [*OPERATORS, *IN_PLACE_OPERATORS])
+def test_opcheck(device: str, dtype: torch.dtype, op: str, sample: str) -> None:
+    logits, labels = SAMPLES[sample](device, dtype)
+    _check(op, _arguments(op, logits, labels))
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_opcheck_of_layouts(device: str, op: str, sample: str) -> None:
+    logits, labels = SAMPLES[sample](device, torch.bfloat16)
+    _check(op, _arguments(op, logits, labels))
+
+
+@pytest.mark.parametrize("sample", OVERWRITABLE)
+@pytest.mark.parametrize("op", IN_PLACE_OPERATORS)
+def test_opcheck_of_layouts_in_place(device: str, op: str, sample: str) -> None:
+    logits, labels = SAMPLES[sample](device, torch.bfloat16)
+    _check(op, _arguments(op, logits, labels))
+
+
+@pytest.mark.parametrize("inplace_backward", [False, True])
+@pytest.mark.parametrize("sample", ["plain", "cut_off", "sequence_first", "all_ignored"])
+def test_opcheck_with_gradient(device: str, sample: str, inplace_backward: bool) -> None:
+    logits, labels = SAMPLES[sample](device, torch.float32)
+    arguments = (logits.detach().clone().requires_grad_(), labels, *FORWARD_OPTIONS)
+    _check("gated_ce_forward", (*arguments, inplace_backward))
+
+
+def test_opcheck_of_topk_with_gradient(device: str) -> None:
+    logits, _ = SAMPLES["plain"](device, torch.float32)
+    _check("topk", (logits.requires_grad_(), 4))
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_fake_outputs_have_the_real_ones_strides(device: str, op: str, sample: str) -> None:
+    """A compiler lays out memory by the fake ones."""
+    logits, labels = SAMPLES[sample](device, torch.float32)
+    arguments = _arguments(op, logits, labels)
+    real = getattr(ops, op)(*arguments)
+    with FakeTensorMode() as mode:
+        fake_arguments = [
+            mode.from_tensor(argument) if isinstance(argument, Tensor) else argument
+            for argument in arguments
+        ]
+        fake = getattr(ops, op)(*fake_arguments)
+    as_tuple = [(x,) if isinstance(x, Tensor) else tuple(x) for x in (real, fake)]
+    for a, b in zip(*as_tuple, strict=True):
+        assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+        # The stride of a dimension of one element, or of a tensor of none, is nobody's concern.
+        steps = [
+            [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+            for x in (a, b)
+        ]
+        assert a.numel() == 0 or steps[0] == steps[1]
+
+
+def test_meta_tensors() -> None:
+    """Shapes without memory, as when a model is laid out before it is loaded."""
+    logits = torch.empty(2, 3, V, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    labels = torch.empty(2, 3, dtype=torch.int64, device="meta")
+    loss, stats = eaft_ext.gated_ce(logits, labels, reduction="none", return_stats=True)
+    assert loss.shape == (2, 3) and loss.dtype == torch.float32 and loss.is_meta
+    assert stats.entropy.shape == (2, 3)
+    loss.sum().backward()
+    assert logits.grad is not None and logits.grad.shape == logits.shape
+    values, indices = eaft_ext.topk(logits, 4)
+    assert values.shape == indices.shape == (2, 3, 4)
+    assert values.dtype == torch.bfloat16 and indices.dtype == torch.int64

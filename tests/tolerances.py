@@ -1,0 +1,76 @@
+"""How far an operator may be from the truth. The only table, and the only two rules.
+
+``gt`` is the reference in float64 on the same, already rounded, inputs; ``ref`` is the reference in
+the dtype under test. The key of the table is the dtype of the output: float32 for losses and stats
+of 16-bit logits, the logits' dtype for gradients.
+
+1. Each element: ``|op - gt| <= |ref - gt| + ATOL``.
+2. The largest error: at most twice the reference's, three times for gradients. Not in float64,
+   where the reference is the truth and has no error to compare with.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ATOL = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 1e-3,
+    torch.bfloat16: 1e-2,
+}
+
+LOSS_FACTOR = 2.0
+GRADIENT_FACTOR = 3.0
+
+# The second rule needs a floor where the reference errs little by luck. An error is always allowed
+# that no computation in float32 can avoid, a few roundings (exponential, sum, logarithm, product):
+# - of the result in its dtype, relative to the largest value;
+# - of what it is computed from. A softmax sum S and a probability p next to 1 are known to an
+#   epsilon of float32, and so are ln S, the entropy and p - 1, however small they are. This error
+#   is absolute; the loss has it multiplied by the nll, a gradient by its row's weight.
+FLOOR_IN_EPSILONS = 4.0
+
+
+def assert_within(
+    name: str, op: Tensor, ref: Tensor, gt: Tensor, factor: float, weight: Tensor | float = 1.0
+) -> None:
+    """Hold ``op`` to both rules; the second one for every row of a matrix, or for a whole vector.
+
+    NaN and infinities must be the truth's, in the same places. ``weight`` is what the result is a
+    product with.
+    """
+    assert op.shape == ref.shape == gt.shape, f"{name}: {op.shape}, {ref.shape}, {gt.shape}"
+    assert op.dtype == ref.dtype, f"{name}: {op.dtype}, and the reference gives {ref.dtype}"
+    if op.numel() == 0:
+        return
+    atol, epsilon = ATOL[op.dtype], torch.finfo(op.dtype).eps
+    is_double = op.dtype == torch.float64
+    op, ref, gt = op.double(), ref.double(), gt.double()
+    assert torch.equal(op.isnan(), gt.isnan()), f"{name}: NaN in other places than in the truth"
+    infinite = gt.isinf()
+    assert torch.equal(op[infinite], gt[infinite]), f"{name}: infinities other than the truth's"
+
+    finite = gt.isfinite()
+    truth = torch.where(finite, gt, 0.0)
+    op_error = torch.where(finite, (op - gt).abs(), 0.0)
+    ref_error = torch.where(finite, (ref - gt).abs(), 0.0)
+
+    excess = op_error - ref_error - atol
+    assert excess.max() <= 0, (
+        f"{name}: off by {op_error.flatten()[excess.argmax()]:.3g} where the reference is off by "
+        f"{ref_error.flatten()[excess.argmax()]:.3g}, and {atol} more are allowed"
+    )
+    if is_double:
+        return
+    float32_epsilon = torch.finfo(torch.float32).eps
+    floor = FLOOR_IN_EPSILONS * (epsilon * truth.abs().amax(-1) + float32_epsilon * weight)
+    allowed = torch.maximum(factor * ref_error.amax(-1), floor)
+    largest = op_error.amax(-1)
+    worst = (largest - allowed).argmax()
+    assert (largest <= allowed).all(), (
+        f"{name}: the largest error is {largest.flatten()[worst]:.3g}, the reference's is "
+        f"{ref_error.amax(-1).flatten()[worst]:.3g} and {allowed.flatten()[worst]:.3g} is allowed "
+        f"(row {worst})"
+    )
