@@ -12,12 +12,13 @@
 
 namespace eaft_ext {
 
-// values: k logits, the largest first; the order of the others is free.
+// values: k logits, the largest first.
 template <typename Real>
 EAFT_HOST_DEVICE inline Real topk_entropy(const Real* values, int k) {
   Real z = 0;
   Real weighted = 0;
-  for (int i = 0; i < k; ++i) {
+  // From the smallest, next to whose sum the 1 of the largest comes last.
+  for (int i = k - 1; i >= 0; --i) {
     const Real shifted = values[i] - values[0];
     const Real e = std::exp(shifted);
     z += e;

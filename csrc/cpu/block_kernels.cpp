@@ -84,12 +84,11 @@ EAFT_ALWAYS_INLINE bool any_nan_loop(const Real* x, int count) {
   return found != 0;
 }
 
-// A group is summed by itself before it joins the rest: next to exp(0) = 1, a long run of terms
-// below half an ulp of 1 would vanish one by one, and those are what is left to learn of a
-// confident token.
+// A group is summed by itself, and joins the rest in double: next to exp(0) = 1, terms below half
+// an ulp of 1 would vanish one by one, and those are what is left to learn of a confident token.
 template <typename Real>
-EAFT_ALWAYS_INLINE Real exp_sum_loop(const Real* x, Real max, int count, Ahead ahead) {
-  Real total[kLanes] = {};
+EAFT_ALWAYS_INLINE double exp_sum_loop(const Real* x, Real max, int count, Ahead ahead) {
+  double total[kLanes] = {};
   // A moving pointer, not an index: indices that may wrap (-fwrapv, in Python's flags) turn into
   // gathers.
   for (const Real* const end = x + count; x != end;) {
@@ -156,7 +155,7 @@ EAFT_TARGET_CLONES
 bool any_nan(const double* x, int count) { return any_nan_loop(x, count); }
 
 EAFT_TARGET_CLONES
-float exp_sum(const float* x, float max, int count, Ahead ahead) {
+double exp_sum(const float* x, float max, int count, Ahead ahead) {
   return exp_sum_loop(x, max, count, ahead);
 }
 

@@ -37,7 +37,7 @@ bool any_nan(const float* x, int count);
 bool any_nan(const double* x, int count);
 
 // sum_j exp(x_j - max). count is a multiple of kGroupSize.
-float exp_sum(const float* x, float max, int count, Ahead ahead);
+double exp_sum(const float* x, float max, int count, Ahead ahead);
 double exp_sum(const double* x, double max, int count, Ahead ahead);
 
 // gradient_j = scale * exp(x_j - max). gradient may be x.

@@ -41,7 +41,7 @@ struct Rows {
 template <typename Real>
 struct RowScan {
   Real* group_max;
-  MaxSum<Real>* block_sums;
+  MaxSum<double>* block_sums;
 };
 
 // Scans of num_rows rows in one allocation: vocab_size / kGroupSize numbers each.
@@ -63,7 +63,7 @@ class RowScans {
   int64_t num_groups_;
   int64_t num_blocks_;
   std::vector<Real> group_max_;
-  std::vector<MaxSum<Real>> block_sums_;
+  std::vector<MaxSum<double>> block_sums_;
 };
 
 // `count` elements in the type they are computed in, filled up to whole groups with -inf: in place
@@ -100,7 +100,7 @@ void scan_block(const Rows<const Element>& rows, int64_t row, int64_t block,
   group_maxima(x, group_max, padded);
   if constexpr (kScan == Scan::kNan) {
     const bool has_nan = any_nan(x, padded);
-    scan.block_sums[block] = {0, has_nan ? std::numeric_limits<Real>::quiet_NaN() : Real(0)};
+    scan.block_sums[block] = {0, has_nan ? std::numeric_limits<double>::quiet_NaN() : 0.0};
   } else {
     const Real max = *std::max_element(group_max, group_max + padded / kGroupSize);
     // A block of -inf alone: any finite reference gives the sum 0, -inf would give NaN.
@@ -168,15 +168,14 @@ std::vector<Candidate<Compute<Element>>> select_top_k_with_nan(const Rows<const 
 }
 
 // The stats of a scanned row. label is in [0, vocab_size), k at most vocab_size. These few
-// operations are done in double, which costs nothing beside the scan: the blocks' sums, near 1 in
-// all for a confident token, then lose nothing.
+// operations are done in double, which costs nothing beside the scan.
 template <typename Element>
 TokenStats<double> finish_row(const Rows<const Element>& rows, int64_t row,
                               RowScan<Compute<Element>> scan, int64_t label, int k,
                               const Gate& gate) {
   MaxSum<double> total;
   for (int64_t block = 0; block < rows.num_blocks(); ++block) {
-    total = merge(total, {scan.block_sums[block].max, scan.block_sums[block].sum});
+    total = merge(total, scan.block_sums[block]);
   }
   double values[kMaxTopK];
   const auto top = select_top_k(rows, row, scan.group_max, k);
