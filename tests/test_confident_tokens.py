@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from inputs import make
 from parity import outcome
-from tolerances import FLOOR_IN_EPSILONS
+from tolerances import FLOOR_IN_EPSILONS, LOSS_FACTOR, assert_within
 
 import eaft_ext
 from eaft_ext import NoGate
@@ -42,6 +44,27 @@ def test_gradient_of_the_label(
             a, b = (x.gather(1, labels[:, None]).squeeze(1) for x in (a, b))
         relative = ((a - b) / b).abs().max()
         assert relative <= tolerance, f"{name} of the label is off by {relative:.2g} of itself"
+
+
+@pytest.mark.parametrize("position", [0, 64, 2048, 4095, 100_000, 151935])
+def test_long_runs_beside_the_label(device: str, position: int) -> None:
+    """The rest is even, each term far below half an ulp of the label's 1, on both sides of it."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 0.1 * torch.randn(2, 151936, generator=generator, dtype=torch.float64)
+    logits[:, position] = -math.inf
+    logits[:, position] = logits.logsumexp(1) + math.log(999)
+    logits = logits.float().to(device)
+    labels = torch.full((2,), position, device=device)
+    reference = eaft_ext.reference.gated_ce
+    op, ref, gt = (
+        function(x, labels, gate=NoGate(), reduction="none")
+        for function, x in (
+            (eaft_ext.gated_ce, logits),
+            (reference, logits),
+            (reference, logits.double()),
+        )
+    )
+    assert_within("nll", op, ref, gt, LOSS_FACTOR)
 
 
 @pytest.mark.parametrize("vocab_size", [5, 4097])

@@ -180,7 +180,12 @@ class TestWholeRun:
                 signal.raise_signal(signal.SIGINT)
 
         monkeypatch.setattr(Progress, "update", interrupt)
-        status, results = demo("--data", str(text_file))
+        # A process started in the background ignores the signal.
+        inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            status, results = demo("--data", str(text_file))
+        finally:
+            signal.signal(signal.SIGINT, inherited)
         assert status == 130
         assert results["interrupted"]
         assert [len(run["steps"]) for run in results["runs"].values()] == steps

@@ -191,6 +191,13 @@ def test_a_class_of_your_own(device: str, gate: Any) -> None:
     torch.testing.assert_close(stats.gate, stats.entropy / 20)
 
 
+@pytest.mark.usefixtures("route")
+def test_k_of_a_gate_is_at_most_the_vocabulary(device: str) -> None:
+    logits, labels = make(12, 6, device=device)
+    _, stats = gated_ce(logits, labels, 20, gate=OwnGate(), return_stats=True)
+    torch.testing.assert_close(stats.gate, stats.entropy / 6)
+
+
 @pytest.mark.parametrize(
     "shorthand", [{"alpha": 2.0}, {"normalizer": 3.0}, {"alpha": 2.0, "normalizer": 3.0}], ids=str
 )

@@ -122,6 +122,38 @@ def test_fused_gradient(device: str, dtype: torch.dtype, name: str) -> None:
         assert same_bits(a, b)
 
 
+def _spread(values: Tensor) -> Tensor:
+    """The same numbers, every other one of a buffer of NaN."""
+    buffer = torch.full((*values.shape, 2), math.nan, dtype=values.dtype, device=values.device)
+    buffer[..., 1] = values
+    return buffer[..., 1]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["backward", "forward_with_grad"])
+@pytest.mark.parametrize("kind", ["expanded", "strided", "float64", "bfloat16"])
+def test_numbers_per_row_of_any_layout(device: str, kind: str, fused: bool) -> None:
+    """Upstream gradients as autograd hands them over, stride 0 and all, and saved statistics."""
+    _, logits, labels = build("matrix", torch.float32, device)
+    numbers = torch.tensor([2.0, -1.0, 0.5, 0.0, 4.0, -8.0], device=device)
+    changed = {
+        "expanded": lambda x: x[:1].expand(6) if x is numbers else x,
+        "strided": _spread,
+        "float64": torch.Tensor.double,
+        "bfloat16": lambda x: x.bfloat16() if x is numbers else x,
+    }[kind]
+    plain = torch.full_like(numbers, 2.0) if kind == "expanded" else numbers
+    *_, row_max, log_sum = ops.gated_ce_forward(logits, labels, 20, "none", [], -100)
+    if fused:
+        options = (logits, labels, 20, "none", [], -100)
+        expected = ops.gated_ce_forward_with_grad(plain, *options)[-1]
+        found = ops.gated_ce_forward_with_grad(changed(numbers), *options)[-1]
+    else:
+        expected = ops.gated_ce_backward(plain, logits, labels, row_max, log_sum, -100)
+        saved = changed(row_max), changed(log_sum)
+        found = ops.gated_ce_backward(changed(numbers), logits, labels, *saved, -100)
+    assert same_bits(found, expected)
+
+
 @pytest.mark.operator("topk")
 @pytest.mark.parametrize("name", ALL)
 def test_topk(device: str, dtype: torch.dtype, name: str) -> None:
