@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from numbers import Real
 from typing import get_args
 
 import torch
@@ -82,7 +83,7 @@ def check_num_items(
                 f"{op}: num_items_in_batch is on {num_items_in_batch.device} and logits on "
                 f"{logits.device}"
             )
-    elif not isinstance(num_items_in_batch, int | float):
+    elif not isinstance(num_items_in_batch, Real):
         raise TypeError(
             f"{op}: num_items_in_batch must be a number or a tensor, got {num_items_in_batch!r}"
         )

@@ -30,7 +30,7 @@ def _compiled(function: Callable[..., Any], dynamic: bool = True) -> Callable[..
 
 
 def _both(
-    function: Callable[..., Tensor], compiled: Callable[..., Tensor], logits: Tensor, *rest: Tensor
+    function: Callable[..., Tensor], compiled: Callable[..., Tensor], logits: Tensor, *rest: Any
 ) -> None:
     found = []
     for one in (function, compiled):
@@ -69,16 +69,18 @@ def test_a_second_graph_is_an_error() -> None:
         compiled(*make(6, 34))
 
 
-def test_count_of_items_as_a_tensor(device: str) -> None:
+@pytest.mark.parametrize("kind", ["tensor", "int"])
+def test_count_of_items(device: str, kind: str) -> None:
     """A new count is no new graph."""
 
-    def function(x: Tensor, y: Tensor, count: Tensor) -> Tensor:
+    def function(x: Tensor, y: Tensor, count: Any) -> Tensor:
         return gated_ce(x, y, num_items_in_batch=count)
 
     compiled = _compiled(function)
     for count, (num_rows, vocab_size) in enumerate(SIZES, 7):
         logits, labels = make(num_rows, vocab_size, device=device, ignored=0.2)
-        _both(function, compiled, logits, labels, torch.tensor(count, device=device))
+        given = torch.tensor(count, device=device) if kind == "tensor" else count
+        _both(function, compiled, logits, labels, given)
 
 
 def test_stats(device: str) -> None:

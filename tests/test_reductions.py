@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from inputs import make
@@ -42,6 +43,7 @@ def test_mean_is_over_the_tokens_that_count(device: str, dtype: torch.dtype) -> 
 NUM_ITEMS: dict[str, Any] = {
     "int": 37,
     "float": 37.0,
+    "numpy": np.int64(37),
     "int64_tensor": torch.tensor(37),
     "int32_tensor": torch.tensor(37, dtype=torch.int32),
     "float32_tensor": torch.tensor(37.0),
