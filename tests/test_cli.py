@@ -13,7 +13,7 @@ import eaft_ext
 from eaft_ext.cli.main import main
 
 
-def test_info_describes_the_installation(capsys):
+def test_info_describes_the_installation(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["version", torch.__version__] in lines
@@ -24,7 +24,7 @@ def test_info_describes_the_installation(capsys):
     assert "CPU" in forward[1]
 
 
-def test_info_as_json_says_the_same(capsys):
+def test_info_as_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     main(["info"])
@@ -39,7 +39,9 @@ def test_info_as_json_says_the_same(capsys):
     assert all(line.endswith(words[-1].rstrip()) for line, words in zip(plain, stated, strict=True))
 
 
-def test_info_lists_gpus(capsys, monkeypatch):
+def test_info_lists_gpus(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Properties:
         name, major, minor, total_memory = "Some GPU", 9, 0, 80 * 2**30
 
@@ -52,14 +54,18 @@ def test_info_lists_gpus(capsys, monkeypatch):
     assert "gpus" not in section
 
 
-def test_info_without_gpu_says_so(capsys, monkeypatch):
+def test_info_without_gpu_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     main(["info", "--json"])
     assert json.loads(capsys.readouterr().out)["torch"]["gpus"] == "none visible"
 
 
-def test_info_without_the_compiled_part_prints_the_rest(capsys, monkeypatch):
+def test_info_without_the_compiled_part_prints_the_rest(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delattr(eaft_ext, "_library")
     monkeypatch.setitem(sys.modules, "eaft_ext._library", None)
     assert main(["info", "--json"]) == 0
@@ -69,7 +75,7 @@ def test_info_without_the_compiled_part_prints_the_rest(capsys, monkeypatch):
     assert report["torch"]["version"] == torch.__version__
 
 
-def test_torch_is_all_that_info_needs(tmp_path):
+def test_torch_is_all_that_info_needs(tmp_path: Path) -> None:
     """And the demo says in one sentence what it needs more."""
     program = """
 import sys
@@ -96,7 +102,7 @@ sys.exit(main(["demo"]))
     ]
 
 
-def test_version(capsys):
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0
@@ -120,7 +126,9 @@ def test_version(capsys):
         (["demo", "--device", "abacus"], "argument --device: 'abacus' cannot be used"),
     ],
 )
-def test_bad_arguments_are_named(arguments, complaint, capsys):
+def test_bad_arguments_are_named(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2

