@@ -127,7 +127,7 @@ def explanation(results: Results) -> list[str]:
         f"{results.held_out_conflicts}, as the base model sees them.",
         f"At every step gated_ce was checked against eaft_ext.reference on the same logits "
         f"(tolerance {TOLERANCE:.0e}).",
-        "So few steps show the mechanism; differences of a few percent change with the seed.",
+        "Short runs show the mechanism; differences of a few percent change with the seed.",
     ]
 
 
