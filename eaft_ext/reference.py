@@ -41,12 +41,16 @@ def topk_entropy(logits: Tensor, k: int) -> Tensor:
     ``Z = sum_i exp(t_i - t_1)``, ``q_i = exp(t_i - t_1) / Z``, ``H = ln Z - sum_i q_i (t_i - t_1)``
     """
     top = _widened(logits.detach()).topk(min(k, logits.size(-1)), dim=-1).values
-    shifted = top - top[..., :1]
+    # Without the largest, whose 1 in Z and 0 in the sum are left to the end: of a confident token the
+    # others are all there is.
+    shifted = top[..., 1:] - top[..., :1]
     exponential = shifted.exp()
-    z = exponential.sum(-1)
+    others = exponential.sum(-1)
     # A term with q_i = 0 is 0, also where t_i = -inf.
     weighted = torch.where(exponential == 0, 0.0, exponential * shifted).sum(-1)
-    return z.log() - weighted / z
+    # Where the largest is infinite there is no distribution: NaN, else 0.
+    undefined = top[..., 0] - top[..., 0]
+    return others.log1p() - weighted / (1 + others) + undefined
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:

@@ -5,7 +5,6 @@
 
 #include "gates.h"
 #include "host_device.h"
-#include "max_sum.h"
 
 namespace eaft_ext {
 
@@ -20,14 +19,15 @@ struct TokenStats {
 };
 
 template <typename Real>
-EAFT_HOST_DEVICE inline TokenStats<Real> token_stats(const Gate& gate, MaxSum<Real> row,
+EAFT_HOST_DEVICE inline TokenStats<Real> token_stats(const Gate& gate, Real row_max, Real log_sum,
                                                      Real target_logit, Real entropy) {
   TokenStats<Real> token;
-  token.row_max = row.max;
-  token.log_sum = std::log(row.sum);
-  token.nll = (row.max - target_logit) + token.log_sum;
-  // A NaN logit is in no top k, but it is in the sum: the whole row is NaN.
-  token.entropy = row.sum == row.sum ? entropy : row.sum;
+  token.row_max = row_max;
+  token.log_sum = log_sum;
+  token.nll = (row_max - target_logit) + log_sum;
+  // A NaN logit, or the NaN that stands for a label outside the vocabulary, may be in no top k: the
+  // whole row is NaN.
+  token.entropy = token.nll == token.nll ? entropy : token.nll;
   token.gate = gate_weight(gate, token.nll, token.entropy);
   // A muted token adds nothing, also where its nll is infinite.
   token.loss = token.gate == 0 ? Real(0) : token.gate * token.nll;

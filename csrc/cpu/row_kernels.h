@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "../core/entropy.h"
+#include "../core/max_sum.h"
 #include "../core/row_layout.h"
 #include "../core/token_stats.h"
 #include "block_kernels.h"
@@ -181,7 +183,7 @@ TokenStats<double> finish_row(const Rows<const Element>& rows, int64_t row,
   const auto top = select_top_k(rows, row, scan.group_max, k);
   for (int i = 0; i < k; ++i) values[i] = top[i].value;
   const double target_logit = to_real(rows[row][label]);
-  return token_stats(gate, total, target_logit, topk_entropy(values, k));
+  return token_stats(gate, total.max, std::log(total.sum), target_logit, topk_entropy(values, k));
 }
 
 // What the backward needs of a row.

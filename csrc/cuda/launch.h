@@ -1,31 +1,51 @@
-// Kernel launches on raw pointers and a stream: what ops_cuda.cpp knows of the kernels.
+// Kernel launches on raw pointers and a stream: what ops_cuda.cpp knows of the kernels. All of them
+// are for the current device, and start nothing where there are no rows.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 
-#include "../core/row_layout.h"
+#include "arguments.h"
+#include "parts.h"
 
 namespace eaft_ext::cuda {
 
-enum class ElementType { kFloat32, kBFloat16, kFloat16 };
-
-struct BackwardArguments {
-  const void* logits;  // num_rows rows of vocab_size elements
-  void* gradient;      // the same; may be the logits
-  RowLayout logits_layout;
-  RowLayout gradient_layout;
-  const float* weight;    // [num_rows]
-  const int64_t* labels;  // [num_rows]
-  const float* row_max;   // [num_rows]
-  const float* log_sum;   // [num_rows]
-  int64_t num_rows;
-  int64_t vocab_size;
-  int64_t ignore_index;
-};
+// The parts that rows are cut into; `workspace` is then of plan.workspace_bytes, 16-byte aligned.
+cudaError_t plan_gated_ce_forward(ElementType type, const ForwardArguments& arguments,
+                                  PartsPlan* plan);
+cudaError_t launch_gated_ce_forward(ElementType type, const ForwardArguments& arguments,
+                                    const PartsPlan& plan, void* workspace, cudaStream_t stream);
 
 cudaError_t launch_gated_ce_backward(ElementType type, const BackwardArguments& arguments,
                                      cudaStream_t stream);
+
+// What keeps a row on chip between its stats and its gradient.
+enum class RowHome {
+  kSharedMemory,  // of a cluster of blocks
+  kL2,            // as few rows at once as fit
+  kTwoKernels,    // so few rows that all fit into L2: forward and backward, each over all blocks
+};
+
+struct ForwardWithGradPlan {
+  RowHome home = RowHome::kL2;
+  int grid = 0;             // blocks
+  int cluster_size = 1;     // kSharedMemory
+  int slice_length = 0;     // kSharedMemory: elements of a row in each block
+  size_t shared_bytes = 0;  // of a block
+};
+
+cudaError_t plan_gated_ce_forward_with_grad(ElementType type,
+                                            const ForwardWithGradArguments& arguments,
+                                            ForwardWithGradPlan* plan);
+// Not for RowHome::kTwoKernels.
+cudaError_t launch_gated_ce_forward_with_grad(ElementType type,
+                                              const ForwardWithGradArguments& arguments,
+                                              const ForwardWithGradPlan& plan, cudaStream_t stream);
+
+cudaError_t plan_topk(ElementType type, const TopKArguments& arguments, PartsPlan* plan);
+cudaError_t launch_topk(ElementType type, const TopKArguments& arguments, const PartsPlan& plan,
+                        void* workspace, cudaStream_t stream);
 
 }  // namespace eaft_ext::cuda

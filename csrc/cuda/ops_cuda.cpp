@@ -1,60 +1,64 @@
-// The operators on CUDA tensors: checks, allocation, device guard, stream, dtype switch,
-// registration.
+// The operators on CUDA tensors: checks, allocation, device guard, stream, registration.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <string_view>
+#include <tuple>
+
 #include "../checks.h"
 #include "../tensor_rows.h"
 #include "launch.h"
+#include "tensors.h"
 
 namespace eaft_ext::cuda {
 namespace {
 
-using at::Tensor;
-
-ElementType element_type(const char* op, const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case at::kFloat:
-      return ElementType::kFloat32;
-    case at::kBFloat16:
-      return ElementType::kBFloat16;
-    case at::kHalf:
-      return ElementType::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, op, ": on CUDA, logits must be float32, bfloat16 or float16, got ",
-                       logits.scalar_type());
-  }
+void run_forward(const CheckedForward& forward) {
+  PartsPlan plan;
+  C10_CUDA_CHECK(plan_gated_ce_forward(forward.type, forward.arguments, &plan));
+  const Tensor workspace = make_workspace(forward.logits, plan.workspace_bytes);
+  C10_CUDA_CHECK(launch_gated_ce_forward(forward.type, forward.arguments, plan,
+                                         workspace.mutable_data_ptr(),
+                                         c10::cuda::getCurrentCUDAStream()));
 }
 
-Tensor per_row(const char* op, const char* name, const Tensor& tensor, const Tensor& logits) {
-  check_per_row(op, name, tensor, logits);
-  return tensor.to(at::kFloat).contiguous();
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cuda(
+    const Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
+    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, bool inplace_backward) {
+  const char* op = "gated_ce_forward";
+  check_logits(op, logits);
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const Stats stats(logits);
+  const CheckedForward forward(op, logits, labels, k, gate, gate_parameters, ignore_index, stats);
+  // Said before the work is done, not in the backward.
+  if (inplace_backward) check_writable(op, logits);
+  run_forward(forward);
+  return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.row_max, stats.log_sum};
 }
 
 // Writes weight * (softmax(logits) - onehot(labels)) into gradient, which may be the logits.
 void backward_into(const char* op, const Tensor& gradient, const Tensor& raw_weight,
                    const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_row_max,
                    const Tensor& raw_log_sum, int64_t ignore_index) {
-  check_labels(op, raw_labels, logits);
-  const Tensor labels = raw_labels.to(at::kLong).contiguous();
+  const Tensor labels = int64_labels(op, raw_labels, logits);
   const Tensor weight = per_row(op, "weight", raw_weight, logits);
   const Tensor row_max = per_row(op, "row_max", raw_row_max, logits);
   const Tensor log_sum = per_row(op, "log_sum", raw_log_sum, logits);
   BackwardArguments arguments{};
-  arguments.logits = logits.const_data_ptr();
+  arguments.logits = logits_arguments(op, logits);
   arguments.gradient = gradient.mutable_data_ptr();
-  arguments.logits_layout = row_layout(logits);
   arguments.gradient_layout = row_layout(gradient);
-  arguments.weight = weight.const_data_ptr<float>();
   arguments.labels = labels.const_data_ptr<int64_t>();
+  arguments.ignore_index = ignore_index;
+  arguments.weight = weight.const_data_ptr<float>();
   arguments.row_max = row_max.const_data_ptr<float>();
   arguments.log_sum = log_sum.const_data_ptr<float>();
-  arguments.vocab_size = logits.size(-1);
-  arguments.num_rows = logits.numel() / arguments.vocab_size;
-  arguments.ignore_index = ignore_index;
   C10_CUDA_CHECK(launch_gated_ce_backward(element_type(op, logits), arguments,
                                           c10::cuda::getCurrentCUDAStream()));
 }
@@ -79,11 +83,91 @@ void gated_ce_backward_cuda_(const Tensor& weight, Tensor& logits, const Tensor&
   mark_written(logits);
 }
 
+// The forward into its stats, and the gradient of sum(upstream * loss) into gradient, which may be
+// the logits.
+void forward_with_grad_into(const char* op, const Tensor& gradient, const Stats& stats,
+                            const Tensor& raw_upstream, const CheckedForward& forward) {
+  const Tensor& logits = forward.logits;
+  const Tensor upstream = per_row(op, "upstream", raw_upstream, logits);
+  ForwardWithGradArguments arguments{};
+  arguments.forward = forward.arguments;
+  arguments.upstream = upstream.const_data_ptr<float>();
+  arguments.gradient = gradient.mutable_data_ptr();
+  arguments.gradient_layout = row_layout(gradient);
+  ForwardWithGradPlan plan;
+  C10_CUDA_CHECK(plan_gated_ce_forward_with_grad(forward.type, arguments, &plan));
+  if (plan.home == RowHome::kTwoKernels) {
+    run_forward(forward);
+    backward_into(op, gradient, at::mul(upstream, stats.gate), logits, forward.labels,
+                  stats.row_max, stats.log_sum, forward.arguments.ignore_index);
+    return;
+  }
+  C10_CUDA_CHECK(launch_gated_ce_forward_with_grad(forward.type, arguments, plan,
+                                                   c10::cuda::getCurrentCUDAStream()));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cuda(
+    const Tensor& upstream, const Tensor& logits, const Tensor& labels, int64_t k,
+    std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
+  const char* op = "gated_ce_forward_with_grad";
+  check_logits(op, logits);
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const Stats stats(logits);
+  const Tensor gradient = write_gradient_like(logits, [&](const Tensor& source,
+                                                          const Tensor& target) {
+    const CheckedForward forward(op, source, labels, k, gate, gate_parameters, ignore_index, stats);
+    forward_with_grad_into(op, target, stats, upstream, forward);
+  });
+  return {stats.loss, stats.nll, stats.entropy, stats.gate, gradient};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cuda_(
+    const Tensor& upstream, Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
+    c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
+  const char* op = "gated_ce_forward_with_grad_";
+  check_logits(op, logits);
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const Stats stats(logits);
+  const CheckedForward forward(op, logits, labels, k, gate, gate_parameters, ignore_index, stats);
+  check_writable(op, logits);
+  forward_with_grad_into(op, logits, stats, upstream, forward);
+  mark_written(logits);
+  return {stats.loss, stats.nll, stats.entropy, stats.gate};
+}
+
+std::tuple<Tensor, Tensor> topk_cuda(const Tensor& raw_logits, int64_t k) {
+  const char* op = "topk";
+  check_logits(op, raw_logits);
+  check_k(op, k, 1, std::min<int64_t>(kMaxTopK, raw_logits.size(-1)));
+  const c10::cuda::CUDAGuard guard(raw_logits.device());
+  const ElementType type = element_type(op, raw_logits);
+  const Tensor logits = with_readable_rows(raw_logits);
+  auto sizes = logits.sizes().vec();
+  sizes.back() = k;
+  const Tensor values = at::empty(sizes, logits.options());
+  const Tensor indices = at::empty(sizes, logits.options().dtype(at::kLong));
+  TopKArguments arguments{};
+  arguments.logits = logits_arguments(op, logits);
+  arguments.k = static_cast<int>(k);
+  arguments.values = values.mutable_data_ptr();
+  arguments.indices = indices.mutable_data_ptr<int64_t>();
+  PartsPlan plan;
+  C10_CUDA_CHECK(plan_topk(type, arguments, &plan));
+  const Tensor workspace = make_workspace(logits, plan.workspace_bytes);
+  C10_CUDA_CHECK(launch_topk(type, arguments, plan, workspace.mutable_data_ptr(),
+                             c10::cuda::getCurrentCUDAStream()));
+  return {values, indices};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(eaft_ext, CUDA, m) {
+  m.impl("gated_ce_forward", &gated_ce_forward_cuda);
   m.impl("gated_ce_backward", &gated_ce_backward_cuda);
   m.impl("gated_ce_backward_", &gated_ce_backward_cuda_);
+  m.impl("gated_ce_forward_with_grad", &gated_ce_forward_with_grad_cuda);
+  m.impl("gated_ce_forward_with_grad_", &gated_ce_forward_with_grad_cuda_);
+  m.impl("topk", &topk_cuda);
 }
 
 }  // namespace eaft_ext::cuda

@@ -1,0 +1,67 @@
+// What the kernels are told: raw pointers and numbers. Shapes stand beside each pointer; a tensor
+// of logits or gradients is (num_rows, vocab_size) with contiguous rows wherever their layout puts
+// them.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/gates.h"
+#include "../core/row_layout.h"
+
+namespace eaft_ext::cuda {
+
+enum class ElementType { kFloat32, kBFloat16, kFloat16 };
+
+// The logits, and what of them counts.
+struct LogitsArguments {
+  const void* logits;  // (num_rows, vocab_size)
+  RowLayout layout;
+  int64_t num_rows;
+  int64_t vocab_size;  // below 2^31
+};
+
+// Where the forward leaves its results, [num_rows] each.
+struct StatsPointers {
+  float* loss;
+  float* nll;
+  float* entropy;
+  float* gate;
+  float* row_max;
+  float* log_sum;
+};
+
+struct ForwardArguments {
+  LogitsArguments logits;
+  const int64_t* labels;  // [num_rows]
+  int64_t ignore_index;
+  int k;  // from 1 to kMaxTopK, and at most vocab_size
+  Gate gate;
+  StatsPointers stats;
+};
+
+struct BackwardArguments {
+  LogitsArguments logits;
+  void* gradient;  // (num_rows, vocab_size); may be the logits
+  RowLayout gradient_layout;
+  const int64_t* labels;  // [num_rows]
+  int64_t ignore_index;
+  const float* weight;   // [num_rows]
+  const float* row_max;  // [num_rows]
+  const float* log_sum;  // [num_rows]
+};
+
+struct ForwardWithGradArguments {
+  ForwardArguments forward;
+  const float* upstream;  // [num_rows]
+  void* gradient;         // (num_rows, vocab_size); may be the logits
+  RowLayout gradient_layout;
+};
+
+struct TopKArguments {
+  LogitsArguments logits;
+  int k;             // from 1 to kMaxTopK, and at most vocab_size
+  void* values;      // (num_rows, k), contiguous, of the logits' type
+  int64_t* indices;  // (num_rows, k), contiguous
+};
+
+}  // namespace eaft_ext::cuda

@@ -1,0 +1,26 @@
+// From an element type that is known at run time to one that is known to the compiler.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include "arguments.h"
+
+namespace eaft_ext::cuda {
+
+// body(Element{})
+template <typename Body>
+cudaError_t dispatch_element(ElementType type, const Body& body) {
+  switch (type) {
+    case ElementType::kFloat32:
+      return body(float{});
+    case ElementType::kBFloat16:
+      return body(__nv_bfloat16{});
+    case ElementType::kFloat16:
+      return body(__half{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace eaft_ext::cuda

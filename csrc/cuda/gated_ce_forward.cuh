@@ -1,0 +1,134 @@
+// Loss and stats of each row of logits x with label y, from one read of the row:
+//
+//     nll = (max - x_y) + ln sum_j exp(x_j - max)     H = entropy of the k largest     loss = g nll
+//
+// Work: a block takes one row, or one part of it where rows are few (parts.h); its first warp
+// selects the k largest from what the scan found and finishes the row. The blocks that are resident
+// together are in different phases, so one's selection hides behind the others' loads. Bytes: one
+// read; rows whose label is ignored are not read.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/entropy.h"
+#include "../core/token_stats.h"
+#include "arguments.h"
+#include "parts.h"
+#include "scan_row.cuh"
+
+namespace eaft_ext::cuda {
+
+template <int kThreads>
+struct ForwardStorage {
+  ScanStorage<kThreads> scan;
+  uint32_t top[kMaxTopK];
+  uint32_t sorted[kMaxTopK];
+};
+
+constexpr int kMergeThreads = 256;
+
+struct MergeStorage {
+  CandidateList<uint32_t> list;
+  uint32_t scratch[kMaxTopK];
+  uint32_t top[kMaxTopK];
+  uint32_t sorted[kMaxTopK];
+};
+
+template <typename Element>
+__device__ inline const Element* row_of(const LogitsArguments& logits, int64_t row) {
+  return static_cast<const Element*>(logits.logits) + logits.layout.offset(row);
+}
+
+// The label's logit. A label outside the vocabulary spoils its own row: nothing is read for it.
+template <typename Element>
+__device__ inline float target_logit_of(const LogitsArguments& logits, int64_t row, int64_t label) {
+  if (label < 0 || label >= logits.vocab_size) return NAN;
+  return to_float(row_of<Element>(logits, row)[label]);
+}
+
+__device__ inline void write_stats(const StatsPointers& stats, int64_t row,
+                                   const TokenStats<float>& token) {
+  stats.loss[row] = token.loss;
+  stats.nll[row] = token.nll;
+  stats.entropy[row] = token.entropy;
+  stats.gate[row] = token.gate;
+  stats.row_max[row] = token.row_max;
+  stats.log_sum[row] = token.log_sum;
+}
+
+// The entropy of k keys, in no order. Sorted first, since the order in which they came to the list
+// changes from run to run, and rounded sums would with it. By one warp.
+template <typename Element>
+__device__ inline float warp_entropy(const uint32_t* top, int k, uint32_t* sorted) {
+  warp_sort(top, k, sorted);
+  const float largest = value_of<Element>(sorted[0]);
+  EntropySums<float> sums;
+  for (int i = lane_index(); i < k; i += kWarpSize) {
+    if (i > 0) sums.add(value_of<Element>(sorted[i]) - largest);
+  }
+  sums.z = warp_sum(sums.z);
+  sums.weighted = warp_sum(sums.weighted);
+  return sums.entropy();
+}
+
+// A block for each part of each row.
+template <typename Element, int kThreads>
+__global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads)
+    gated_ce_forward_kernel(const __grid_constant__ ForwardArguments arguments,
+                            const __grid_constant__ RowParts<uint32_t> parts) {
+  auto& storage = *reinterpret_cast<ForwardStorage<kThreads>*>(block_memory());
+  const LogitsArguments& logits = arguments.logits;
+  const int64_t row = blockIdx.x / parts.count;
+  const int begin = static_cast<int>(blockIdx.x % parts.count) * parts.length;
+  if (arguments.labels[row] == arguments.ignore_index) {
+    if (threadIdx.x == 0 && begin == 0) write_stats(arguments.stats, row, {});
+    return;
+  }
+  const int length = min(parts.length, static_cast<int>(logits.vocab_size) - begin);
+  const RowPart<Element> part(row_of<Element>(logits, row) + begin, length);
+  const PartSum sum = scan_part<kThreads>(part, arguments.k, storage.scan);
+  if (warp_index() != 0) return;
+  if (parts.count > 1) {
+    warp_top_k(storage.scan.list, arguments.k, parts.top + int64_t{blockIdx.x} * arguments.k);
+    if (lane_index() == 0) {
+      parts.max[blockIdx.x] = sum.max;
+      parts.sum[blockIdx.x] = sum.sum;
+    }
+    return;
+  }
+  const float target_logit = target_logit_of<Element>(logits, row, arguments.labels[row]);
+  warp_top_k(storage.scan.list, arguments.k, storage.top);
+  const float entropy = warp_entropy<Element>(storage.top, arguments.k, storage.sorted);
+  if (lane_index() == 0) {
+    write_stats(arguments.stats, row,
+                token_stats(arguments.gate, sum.max, sum.log_sum(), target_logit, entropy));
+  }
+}
+
+// Merges the parts of each row: a block for each row.
+template <typename Element>
+__global__ void __launch_bounds__(kMergeThreads)
+    gated_ce_forward_merge_kernel(const __grid_constant__ ForwardArguments arguments,
+                                  const __grid_constant__ RowParts<uint32_t> parts) {
+  auto& storage = *reinterpret_cast<MergeStorage*>(block_memory());
+  const int64_t row = blockIdx.x;
+  const int64_t label = arguments.labels[row];
+  if (label == arguments.ignore_index) return;  // written by the first part's block
+  const int num_keys = parts.count * arguments.k;
+  const RowPart<uint32_t> keys(parts.top + row * num_keys, num_keys);
+  select_part<ReadyKeys<uint32_t>, kMergeThreads>(keys, 0, arguments.k, storage.list,
+                                                  storage.scratch);
+  if (warp_index() != 0) return;
+  const float target_logit = target_logit_of<Element>(arguments.logits, row, label);
+  const PartSum sum = warp_merge(parts.count, [&](int i) {
+    return PartSum{parts.max[row * parts.count + i], parts.sum[row * parts.count + i]};
+  });
+  warp_top_k(storage.list, arguments.k, storage.top);
+  const float entropy = warp_entropy<Element>(storage.top, arguments.k, storage.sorted);
+  if (lane_index() == 0) {
+    write_stats(arguments.stats, row,
+                token_stats(arguments.gate, sum.max, sum.log_sum(), target_logit, entropy));
+  }
+}
+
+}  // namespace eaft_ext::cuda

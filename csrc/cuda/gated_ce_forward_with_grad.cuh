@@ -1,0 +1,156 @@
+// Loss, stats and, for u the gradient of a row's loss, dL/dx = u g (softmax(x) - onehot(y)) at
+// once. Bytes: one read and one write of the row; what lies between the two stays on chip, in one
+// of two ways.
+//
+// On chip in shared memory (compute capability 9.0 and up): a cluster of blocks takes a row, each
+// block a slice. Bulk copies bring all of the slice; the block scans each tile as it comes, reads
+// the sums and candidates of the other blocks through distributed shared memory and merges them,
+// every block for itself, and writes the gradient of its slice. Several clusters are resident on a
+// multiprocessor: one loads while another writes.
+//
+// On chip in L2 (everywhere): a block takes one row after the other and reads each twice, and so
+// few blocks are started that all their rows fit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "gated_ce_backward.cuh"
+#include "gated_ce_forward.cuh"
+#include "staged_part.cuh"
+
+namespace eaft_ext::cuda {
+
+constexpr int kMaxClusterSize = 8;
+
+// What a block tells the others of its cluster, and what it makes of what they say.
+template <int kThreads>
+struct ForwardWithGradStorage {
+  ForwardStorage<kThreads> forward;
+  uint32_t slice_top[kMaxTopK];  // read by the other blocks
+  PartSum slice_sum;             // read by the other blocks
+  float row_max;
+  float log_sum;
+  float weight;
+  Arrival arrivals[kMaxStagedTiles<kThreads>];
+};
+
+// Where the slice lies behind the storage.
+template <int kThreads>
+constexpr size_t kSliceOffset = (sizeof(ForwardWithGradStorage<kThreads>) + 127) / 128 * 128;
+
+// Finishes the row by one warp: its stats, and what the gradient needs for all threads.
+template <typename Element, int kThreads>
+__device__ inline void finish_row(const ForwardWithGradArguments& arguments, int64_t row,
+                                  int64_t label, const PartSum& sum, float target_logit,
+                                  bool writes_stats, ForwardWithGradStorage<kThreads>& storage) {
+  const ForwardArguments& forward = arguments.forward;
+  const float entropy =
+      warp_entropy<Element>(storage.forward.top, forward.k, storage.forward.sorted);
+  if (lane_index() != 0) return;
+  const TokenStats<float> token =
+      token_stats(forward.gate, sum.max, sum.log_sum(), target_logit, entropy);
+  if (writes_stats) write_stats(forward.stats, row, token);
+  storage.row_max = token.row_max;
+  storage.log_sum = token.log_sum;
+  storage.weight = weight_of(label, forward.ignore_index, forward.logits.vocab_size,
+                             arguments.upstream[row] * token.gate);
+}
+
+// One row by one cluster; the grid has a cluster for each row. slice_length: elements of each
+// block's slice but the last, a multiple of the vector size.
+template <typename Element, int kThreads>
+__global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads)
+    gated_ce_forward_with_grad_staged_kernel(
+        const __grid_constant__ ForwardWithGradArguments arguments, int slice_length) {
+  auto& storage = *reinterpret_cast<ForwardWithGradStorage<kThreads>*>(block_memory());
+  auto* slice = reinterpret_cast<Vector<Element>*>(block_memory() + kSliceOffset<kThreads>);
+  const ForwardArguments& forward = arguments.forward;
+  const int k = forward.k;
+  const int num_blocks = cluster_size();
+  const int rank = cluster_rank();
+  const int64_t row = blockIdx.x / num_blocks;
+  const int vocab_size = static_cast<int>(forward.logits.vocab_size);
+  const int begin = min(rank * slice_length, vocab_size);
+  const int length = min(slice_length, vocab_size - begin);
+  const int64_t label = forward.labels[row];
+  Element* target =
+      static_cast<Element*>(arguments.gradient) + arguments.gradient_layout.offset(row) + begin;
+  StagedPart<Element, kThreads> part(row_of<Element>(forward.logits, row) + begin, length, slice,
+                                     storage.arrivals);
+  if (label == forward.ignore_index) {  // by all blocks of the cluster: none waits for the others
+    if (threadIdx.x == 0 && rank == 0) write_stats(forward.stats, row, {});
+    write_gradient<kThreads>(part, target, RowGradient(0, 0, 0, -1));
+    return;
+  }
+  if (threadIdx.x == 0) part.start();
+  __syncthreads();  // the arrivals are made
+
+  const PartSum slice_sum = scan_part<kThreads>(part, k, storage.forward.scan);
+  CandidateList<uint32_t>& list = storage.forward.scan.list;
+  float target_logit = 0;
+  if (warp_index() == 0) {
+    // Read now: when all have arrived, the gradient may be written over it.
+    target_logit = target_logit_of<Element>(forward.logits, row, label);
+    warp_top_k(list, k, storage.slice_top);
+    if (lane_index() == 0) storage.slice_sum = slice_sum;
+  }
+  cluster_arrive();
+  cluster_wait();  // every block's sum and candidates are there
+  if (warp_index() == 0) {
+    // The list is free, and has room for the candidates of all blocks.
+    static_assert(kMaxClusterSize * kMaxTopK <= CandidateList<uint32_t>::kCapacity, "they fit");
+    const PartSum sum = warp_merge(
+        num_blocks, [&](int block) { return *of_cluster_rank(&storage.slice_sum, block); });
+    for (int i = lane_index(); i < num_blocks * k; i += kWarpSize) {
+      list.keys[i] = of_cluster_rank(storage.slice_top, i / k)[i % k];
+    }
+    if (lane_index() == 0) {
+      list.count = num_blocks * k;
+      list.floor = 0;
+    }
+    __syncwarp();
+    warp_top_k(list, k, storage.forward.top);
+    finish_row<Element, kThreads>(arguments, row, label, sum, target_logit, rank == 0, storage);
+  }
+  cluster_arrive();  // this block has read the others
+  __syncthreads();   // the row is finished
+  const RowGradient gradient(storage.row_max, storage.log_sum, storage.weight,
+                             label_in_part(label, begin));
+  write_gradient<kThreads>(part, target, gradient);
+  cluster_wait();  // and they have read this one, whose memory ends with it
+}
+
+// One row after the other by one block; the second read comes from L2.
+template <typename Element, int kThreads>
+__global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads)
+    gated_ce_forward_with_grad_cached_kernel(
+        const __grid_constant__ ForwardWithGradArguments arguments) {
+  auto& storage = *reinterpret_cast<ForwardWithGradStorage<kThreads>*>(block_memory());
+  const ForwardArguments& forward = arguments.forward;
+  for (int64_t row = blockIdx.x; row < forward.logits.num_rows; row += gridDim.x) {
+    const int64_t label = forward.labels[row];
+    const RowPart<Element> part(row_of<Element>(forward.logits, row),
+                                static_cast<int>(forward.logits.vocab_size));
+    const bool ignored = label == forward.ignore_index;
+    PartSum sum{};
+    if (!ignored) sum = scan_part<kThreads>(part, forward.k, storage.forward.scan);
+    if (ignored) {
+      if (threadIdx.x == 0) write_stats(forward.stats, row, {});
+      if (threadIdx.x == 0) storage.weight = 0;
+    } else if (warp_index() == 0) {
+      const float target_logit = target_logit_of<Element>(forward.logits, row, label);
+      warp_top_k(storage.forward.scan.list, forward.k, storage.forward.top);
+      finish_row<Element, kThreads>(arguments, row, label, sum, target_logit, true, storage);
+    }
+    __syncthreads();  // the row is finished
+    const RowGradient gradient(storage.row_max, storage.log_sum, storage.weight,
+                               label_in_part(label, 0));
+    __syncthreads();  // and its numbers are read, before the next row's take their place
+    Element* target =
+        static_cast<Element*>(arguments.gradient) + arguments.gradient_layout.offset(row);
+    write_gradient<kThreads>(part, target, gradient);
+  }
+}
+
+}  // namespace eaft_ext::cuda

@@ -1,0 +1,81 @@
+// What the lanes of a warp make of their values together. Every lane gets the result, and the order
+// of the additions is fixed: the same bits run after run.
+#pragma once
+
+#include <cstdint>
+
+#include "device.cuh"
+
+namespace eaft_ext::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLowest = -3.40282347e38f;
+
+__device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+__device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+
+template <typename T>
+__device__ inline T warp_sum(T value) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, offset);
+  }
+  return value;
+}
+
+__device__ inline float warp_max(float value) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
+  }
+  return value;
+}
+
+__device__ inline uint32_t warp_and(uint32_t bits) { return __reduce_and_sync(kAllLanes, bits); }
+__device__ inline uint32_t warp_or(uint32_t bits) { return __reduce_or_sync(kAllLanes, bits); }
+__device__ inline uint64_t warp_and(uint64_t bits) {
+  const uint64_t high = warp_and(static_cast<uint32_t>(bits >> 32));
+  return high << 32 | warp_and(static_cast<uint32_t>(bits));
+}
+__device__ inline uint64_t warp_or(uint64_t bits) {
+  const uint64_t high = warp_or(static_cast<uint32_t>(bits >> 32));
+  return high << 32 | warp_or(static_cast<uint32_t>(bits));
+}
+
+// A softmax denominator in parts, as in core/max_sum.h: sum = sum_j exp(x_j - max). In double,
+// because next to the maximum's own 1 a float forgets what the others add, and close to p = 1 that
+// is the nll.
+struct PartSum {
+  float max;
+  double sum;
+
+  // ln(sum), of which the 1 is taken away before the rounding to float.
+  __device__ float log_sum() const { return log1pf(static_cast<float>(sum - 1)); }
+};
+
+// What an exponent is taken relative to: finite, also where there is no finite element.
+__device__ inline float reference_of(float max) { return fmaxf(max, kLowest); }
+
+// exp(x - reference). The difference comes before the change of base: folded into one multiply-add,
+// logits near 1e4 would lose three digits.
+__device__ inline float exp_relative(float x, float reference) {
+  return exp2_approximate((x - reference) * kLog2E);
+}
+
+// Merges get(0) ... get(n - 1).
+template <typename Get>
+__device__ inline PartSum warp_merge(int n, const Get& get) {
+  float max = -INFINITY;
+  for (int i = lane_index(); i < n; i += kWarpSize) max = fmaxf(max, get(i).max);
+  max = warp_max(max);
+  double sum = 0;
+  for (int i = lane_index(); i < n; i += kWarpSize) {
+    const PartSum part = get(i);
+    sum += part.sum * static_cast<double>(exp_relative(part.max, reference_of(max)));
+  }
+  return {max, warp_sum(sum)};
+}
+
+}  // namespace eaft_ext::cuda

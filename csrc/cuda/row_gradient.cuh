@@ -1,0 +1,99 @@
+// The gradient of a part of a row, from the max and log-sum of the row:
+//
+//     p_j = exp(x_j - max - log_sum)        dx_j = weight p_j,   dx_y = weight (p_y - 1)
+//
+// In float until the one rounding to the logits' type.
+#pragma once
+
+#include <cstdint>
+
+#include "reduce.cuh"
+#include "row_part.cuh"
+
+namespace eaft_ext::cuda {
+
+struct RowGradient {
+  float max;
+  float log_sum;
+  float weight;
+  float scale;  // weight / sum
+  int label;    // its place in the part, or outside of it
+
+  __device__ RowGradient(float row_max, float row_log_sum, float row_weight, int label_in_part)
+      : max(row_max),
+        log_sum(row_log_sum),
+        weight(row_weight),
+        scale(row_weight * expf(-row_log_sum)),
+        label(label_in_part) {}
+
+  __device__ bool muted() const { return weight == 0.0f; }
+
+  // Of `size` elements that begin at that place of the part.
+  template <typename Element>
+  __device__ void apply(Vector<Element>& vector, int begin, int size) const {
+    const int at_label = label - begin;
+    float label_gradient = 0;
+    const bool has_label = at_label >= 0 && at_label < size;
+#pragma unroll
+    for (int e = 0; e < kVectorSize<Element>; ++e) {
+      const float x = to_float(vector.elements[e]);
+      // p - 1 before any rounding, to the logits' type or to p: close to p = 1 it is all there is.
+      if (has_label && e == at_label) label_gradient = weight * expm1f((x - max) - log_sum);
+      const float gradient = scale * exp_relative(x, max);
+      vector.elements[e] =
+          from_float<Element>(has_label && e == at_label ? label_gradient : gradient);
+    }
+  }
+};
+
+template <typename Element>
+__device__ inline void store_vector(Element* target, const Vector<Element>& vector, int size) {
+  if (size == kVectorSize<Element>) {
+    store_once(reinterpret_cast<uint4*>(target), bit_cast<uint4>(vector));
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kVectorSize<Element>; ++e) {
+    if (e < size) target[e] = vector.elements[e];
+  }
+}
+
+// Writes the gradient of the part to `target`, which may be where the part was read from. A row of
+// weight 0 is written without being read. By all threads of the block; needs no barrier.
+template <int kThreads, typename Part>
+__device__ inline void write_gradient(const Part& part, typename Part::Element* target,
+                                      const RowGradient& gradient) {
+  using Element = typename Part::Element;
+  const RowPart<Element> to(target, part.length());
+  const bool muted = gradient.muted();
+  // Whole vectors come and go where both rows are aligned at the same element. Else the target's
+  // are gathered one element at a time; then it is no row that is read here.
+  const bool same_alignment = to.head() == part.head();
+  for (int tile = 0; tile < num_tiles<kThreads>(to); ++tile) {
+    Vector<Element> vectors[kVectorsPerThread] = {};
+    if (!muted && same_alignment) {
+      load_tile<kThreads>(part, tile, Element{}, vectors);
+    } else if (!muted) {
+#pragma unroll
+      for (int v = 0; v < kVectorsPerThread; ++v) {
+        const int vector = vector_of_tile<kThreads>(tile, v);
+        if (vector >= to.num_vectors()) continue;
+#pragma unroll
+        for (int e = 0; e < Part::kSize; ++e) {
+          if (e < to.size(vector)) vectors[v].elements[e] = part.element(to.begin(vector) + e);
+        }
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < kVectorsPerThread; ++v) {
+      const int vector = vector_of_tile<kThreads>(tile, v);
+      if (vector >= to.num_vectors()) continue;
+      const int begin = to.begin(vector);
+      const int size = to.size(vector);
+      if (!muted) gradient.apply(vectors[v], begin, size);
+      store_vector(target + begin, vectors[v], size);
+    }
+  }
+}
+
+}  // namespace eaft_ext::cuda

@@ -1,0 +1,128 @@
+// One read of a part of a row for all that the forward needs of it:
+//
+//     max = max_j x_j       sum = sum_j exp(x_j - max)       the k largest x_j
+//
+// Work: a thread takes kVectorsPerThread vectors of 16 bytes at a time and keeps a maximum and a
+// sum of its own, rescaled when the maximum rises. After the first tile the threads' maxima give
+// the floor of top_k.cuh; from then on an element is compared with it, and about k (1 + ln(V /
+// tile)) of them go to the list. The loop has no barriers but that of the first tile, so the warps
+// drift apart and the memory is never idle; when the list is half full, it is shrunk. A row in
+// rising order overflows it all the same: then the finished maxima give a floor, and the part is
+// read once more (select_row.cuh).
+#pragma once
+
+#include <cstdint>
+
+#include "row_part.cuh"
+#include "select_row.cuh"
+#include "top_k.cuh"
+
+namespace eaft_ext::cuda {
+
+template <int kThreads>
+struct ScanStorage {
+  CandidateList<uint32_t> list;
+  uint32_t scratch[kMaxTopK];
+  PartSum warp_sums[kThreads / kWarpSize];
+};
+
+// A thread's softmax denominator. A tile's sum joins the others with its rounding error kept apart,
+// so that thousands of small terms are not lost beside the maximum's 1.
+struct ThreadSum {
+  float max = -INFINITY;
+  float sum = 0;
+  float error = 0;
+
+  // The elements of a tile, of which tile_max is the largest.
+  template <typename Element>
+  __device__ void add(const Vector<Element> (&vectors)[kVectorsPerThread], float tile_max) {
+    const float old_reference = reference_of(max);
+    max = fmaxf(max, tile_max);
+    const float reference = reference_of(max);
+    float tile = 0;
+#pragma unroll
+    for (int v = 0; v < kVectorsPerThread; ++v) {
+      float vector_sum = 0;
+#pragma unroll
+      for (int e = 0; e < kVectorSize<Element>; ++e) {
+        vector_sum += exp_relative(to_float(vectors[v].elements[e]), reference);
+      }
+      tile += vector_sum;
+    }
+    const float scale = exp_relative(old_reference, reference);
+    const float scaled = sum * scale;
+    const float total = scaled + tile;
+    const float of_tile = total - scaled;
+    error = error * scale + ((scaled - (total - of_tile)) + (tile - of_tile));
+    sum = total;
+  }
+
+  __device__ PartSum get() const {
+    return {max, static_cast<double>(sum) + static_cast<double>(error)};
+  }
+};
+
+// By all threads of the block, between two barriers. The first warp gets the maximum and the sum,
+// and finds what the k largest can be in the list. k may exceed the part's length: fillers are
+// -inf.
+template <int kThreads, typename Part>
+__device__ inline PartSum scan_part(const Part& part, int k, ScanStorage<kThreads>& storage) {
+  using Element = typename Part::Element;
+  using Keys = ValueKeys<Element>;
+  constexpr int kCapacity = CandidateList<uint32_t>::kCapacity;
+  const uint32_t lowest = key_of<Element>(-INFINITY);
+  CandidateList<uint32_t>& list = storage.list;
+
+  ThreadSum sum;
+  float floor = 0;
+  bool crowded = false;  // this thread met a list that was half full
+  // At least one, which may be empty.
+  for (int tile = 0; tile == 0 || tile < num_tiles<kThreads>(part); ++tile) {
+    Vector<Element> vectors[kVectorsPerThread];
+    load_tile<kThreads>(part, tile, Keys::filler(), vectors);
+    float tile_max = -INFINITY;
+#pragma unroll
+    for (int v = 0; v < kVectorsPerThread; ++v) tile_max = fmaxf(tile_max, largest_of(vectors[v]));
+    sum.add(vectors, tile_max);
+    if (tile == 0) {
+      const uint32_t own = key_of<Element>(sum.max);
+      floor = value_of<Element>(floor_of_threads<kThreads>(own, lowest, k, list));
+    }
+    if (tile_max > floor) {
+#pragma unroll
+      for (int v = 0; v < kVectorsPerThread; ++v) {
+        recompute_from(vectors[v]);
+        if (!(largest_of(vectors[v]) > floor)) continue;
+        unsigned above = 0;
+#pragma unroll
+        for (int e = 0; e < Part::kSize; ++e) {
+          above |= (to_float(vectors[v].elements[e]) > floor) << e;
+        }
+        for (; above != 0; above &= above - 1) {
+          const float x = element_at(vectors[v], __ffs(static_cast<int>(above)) - 1);
+          crowded |= list.push(key_of<Element>(x)) >= kCapacity / 2;
+        }
+      }
+    }
+    // Asked ever more rarely, as what is above the floor gets ever rarer.
+    const bool ask = tile > 0 && (tile & (tile + 1)) == 0;
+    if (ask && __syncthreads_or(crowded)) {
+      floor = value_of<Element>(shrink(list, k, storage.scratch));
+      crowded = false;
+    }
+  }
+
+  __syncthreads();  // all have pushed
+  if (list.overflew) {
+    floor_of_threads<kThreads>(key_of<Element>(sum.max), lowest, k, list);
+    offer_part<Keys, kThreads>(part, 0, k, list, storage.scratch);
+  }
+  const PartSum own = sum.get();
+  const PartSum of_warp = warp_merge(kWarpSize, [&](int) { return own; });
+  if (lane_index() == 0) storage.warp_sums[warp_index()] = of_warp;
+  __syncthreads();  // sums and candidates of all warps are there
+  if (warp_index() != 0) return of_warp;
+  return warp_merge(kThreads / kWarpSize, [&](int i) { return storage.warp_sums[i]; });
+}
+
+}  // namespace eaft_ext::cuda

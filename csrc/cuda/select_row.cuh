@@ -1,0 +1,110 @@
+// The k largest keys of a part of a row by a block that does nothing else: for top-k, for merging
+// what blocks selected each, and for rows whose order defeats the scan. One read, and one more of a
+// tile at the beginning; a barrier after each vector of a thread, so the list never overflows
+// unseen.
+#pragma once
+
+#include <cstdint>
+
+#include "row_part.cuh"
+#include "top_k.cuh"
+
+namespace eaft_ext::cuda {
+
+// Keys of values alone: equal ones need no order.
+template <typename Element>
+struct ValueKeys {
+  using Key = uint32_t;
+  __device__ static Key key(Element x, int) { return key_of<Element>(to_float(x)); }
+  __device__ static bool may_exceed(Element x, Key floor) {
+    return !(to_float(x) < value_of<Element>(floor));
+  }
+  __device__ static Element filler() { return from_float<Element>(-INFINITY); }
+};
+
+// Keys of values and places: among equals the lowest index is the largest key.
+template <typename Element>
+struct PairKeys {
+  using Key = uint64_t;
+  __device__ static Key key(Element x, int index) {
+    const float value = to_float(x) + 0.0f;  // -0 equals 0
+    return static_cast<Key>(key_of<Element>(value)) << 32 | ~static_cast<uint32_t>(index);
+  }
+  __device__ static int index_of(Key key) { return static_cast<int>(~static_cast<uint32_t>(key)); }
+  __device__ static bool may_exceed(Element x, Key floor) {
+    return !(to_float(x) < value_of<Element>(static_cast<uint32_t>(floor >> 32)));
+  }
+  __device__ static Element filler() { return from_float<Element>(-INFINITY); }
+};
+
+// Keys that are there already.
+template <typename Key_>
+struct ReadyKeys {
+  using Key = Key_;
+  __device__ static Key key(Key key, int) { return key; }
+  __device__ static bool may_exceed(Key key, Key floor) { return key > floor; }
+  __device__ static Key filler() { return 0; }
+};
+
+// The keys of one vector, 0 where it has no element; `first_index` is the place of the part's first
+// element in its row.
+template <typename Keys, typename Part>
+__device__ inline typename Keys::Key key_of_vector(const Part& part, int vector, int e,
+                                                   typename Part::Element x, int first_index) {
+  const bool exists = vector < part.num_vectors() && e < part.size(vector);
+  return exists ? Keys::key(x, first_index + part.begin(vector) + e) : 0;
+}
+
+// Offers every element of the part to the list, which is empty and has a floor. Ends with a
+// barrier.
+template <typename Keys, int kThreads, typename Part>
+__device__ inline void offer_part(const Part& part, int first_index, int k,
+                                  CandidateList<typename Keys::Key>& list,
+                                  typename Keys::Key* scratch) {
+  using Key = typename Keys::Key;
+  Key floor = list.floor;
+  const int num_rounds = (part.num_vectors() + kThreads - 1) / kThreads;
+  auto next = load_vector(part, threadIdx.x, Keys::filler());
+  for (int round = 0; round < num_rounds; ++round) {
+    const int vector = round * kThreads + static_cast<int>(threadIdx.x);
+    const auto x = next;
+    next = load_vector(part, vector + kThreads, Keys::filler());
+    uint32_t pending = ~0u >> (32 - Part::kSize);
+    bool full;
+    do {
+#pragma unroll
+      for (int e = 0; e < Part::kSize; ++e) {
+        if (!(pending >> e & 1)) continue;
+        bool kept_out = false;
+        if (Keys::may_exceed(x.elements[e], floor)) {
+          const Key key = key_of_vector<Keys>(part, vector, e, x.elements[e], first_index);
+          kept_out = key > floor && list.push(key) >= list.kCapacity;
+        }
+        if (!kept_out) pending &= ~(1u << e);
+      }
+      full = __syncthreads_or(pending != 0);  // all have pushed
+      if (full) floor = shrink(list, k, scratch);
+    } while (full);
+  }
+}
+
+// Leaves what the k largest can be in the list. k <= part.length(). Ends with a barrier.
+template <typename Keys, int kThreads, typename Part>
+__device__ inline void select_part(const Part& part, int first_index, int k,
+                                   CandidateList<typename Keys::Key>& list,
+                                   typename Keys::Key* scratch) {
+  using Key = typename Keys::Key;
+  Key largest = 0;
+  for (int round = 0; round < kVectorsPerThread; ++round) {
+    const int vector = round * kThreads + static_cast<int>(threadIdx.x);
+    const auto x = load_vector(part, vector, Keys::filler());
+#pragma unroll
+    for (int e = 0; e < Part::kSize; ++e) {
+      largest = max(largest, key_of_vector<Keys>(part, vector, e, x.elements[e], first_index));
+    }
+  }
+  floor_of_threads<kThreads>(largest, Key(0), k, list);
+  offer_part<Keys, kThreads>(part, first_index, k, list, scratch);
+}
+
+}  // namespace eaft_ext::cuda

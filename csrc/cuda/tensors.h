@@ -1,0 +1,112 @@
+// Between tensors and what the kernels are told.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <string_view>
+
+#include "../checks.h"
+#include "../gate_from_name.h"
+#include "../tensor_rows.h"
+#include "arguments.h"
+
+namespace eaft_ext::cuda {
+
+using at::Tensor;
+
+inline ElementType element_type(const char* op, const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case at::kFloat:
+      return ElementType::kFloat32;
+    case at::kBFloat16:
+      return ElementType::kBFloat16;
+    case at::kHalf:
+      return ElementType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": on CUDA, logits must be float32, bfloat16 or float16, got ",
+                       logits.scalar_type());
+  }
+}
+
+// Rows and places in a row are numbered in 32 bits.
+inline void check_size(const char* op, const Tensor& logits) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK_VALUE(logits.size(-1) <= kMost && logits.numel() / logits.size(-1) <= kMost, op,
+                    ": on CUDA, logits can have at most ", kMost,
+                    " rows, each of at most as many, got ", logits.sizes());
+}
+
+// Of logits that have readable rows.
+inline LogitsArguments logits_arguments(const char* op, const Tensor& logits) {
+  check_size(op, logits);
+  LogitsArguments arguments{};
+  arguments.logits = logits.const_data_ptr();
+  arguments.layout = row_layout(logits);
+  arguments.vocab_size = logits.size(-1);
+  arguments.num_rows = logits.numel() / arguments.vocab_size;
+  return arguments;
+}
+
+inline Tensor int64_labels(const char* op, const Tensor& labels, const Tensor& logits) {
+  check_labels(op, labels, logits);
+  return labels.to(at::kLong).contiguous();
+}
+
+inline Tensor per_row(const char* op, const char* name, const Tensor& tensor,
+                      const Tensor& logits) {
+  check_per_row(op, name, tensor, logits);
+  return tensor.to(at::kFloat).contiguous();
+}
+
+// Memory for what blocks of one launch leave for the next.
+inline Tensor make_workspace(const Tensor& logits, size_t bytes) {
+  return at::empty({static_cast<int64_t>(bytes)}, logits.options().dtype(at::kByte));
+}
+
+// The outputs of the forward, one number a row each. Every one is written by the kernels.
+struct Stats {
+  Tensor loss, nll, entropy, gate, row_max, log_sum;
+
+  explicit Stats(const Tensor& logits) {
+    const auto sizes = logits.sizes().slice(0, logits.dim() - 1);
+    for (Tensor* stat : {&loss, &nll, &entropy, &gate, &row_max, &log_sum}) {
+      *stat = at::empty(sizes, logits.options().dtype(at::kFloat));
+    }
+  }
+
+  StatsPointers pointers() const {
+    return {loss.mutable_data_ptr<float>(),    nll.mutable_data_ptr<float>(),
+            entropy.mutable_data_ptr<float>(), gate.mutable_data_ptr<float>(),
+            row_max.mutable_data_ptr<float>(), log_sum.mutable_data_ptr<float>()};
+  }
+};
+
+// Arguments of a forward, checked once, with the tensors that they point to.
+struct CheckedForward {
+  Tensor logits;  // rows readable as they lie
+  Tensor labels;  // int64, contiguous
+  ElementType type;
+  ForwardArguments arguments{};
+
+  CheckedForward(const char* op, const Tensor& raw_logits, const Tensor& raw_labels, int64_t k,
+                 std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
+                 const Stats& stats) {
+    type = element_type(op, raw_logits);
+    check_k(op, k, kMinTopK, kMaxTopK);
+    logits = with_readable_rows(raw_logits);
+    labels = int64_labels(op, raw_labels, raw_logits);
+    arguments.logits = logits_arguments(op, logits);
+    arguments.labels = labels.const_data_ptr<int64_t>();
+    arguments.ignore_index = ignore_index;
+    arguments.k = static_cast<int>(std::min<int64_t>(k, logits.size(-1)));
+    arguments.gate = gate_from_name(gate, gate_parameters, arguments.k);
+    arguments.stats = stats.pointers();
+  }
+};
+
+}  // namespace eaft_ext::cuda
