@@ -33,6 +33,14 @@ inline void check_labels(const char* op, const at::Tensor& labels, const at::Ten
                    ": labels must be int64 or int32, got ", labels.scalar_type());
 }
 
+// The factor of scale_gradient_.
+inline void check_factor(const char* op, const at::Tensor& factor, const at::Tensor& gradient) {
+  TORCH_CHECK_VALUE(factor.numel() == 1 && factor.scalar_type() == at::kFloat &&
+                        factor.device() == gradient.device(),
+                    op, ": factor must be one float32 number on ", gradient.device(), ", got ",
+                    factor.sizes(), " of ", factor.scalar_type(), " on ", factor.device());
+}
+
 inline void check_k(const char* op, int64_t k, int64_t min_k, int64_t max_k) {
   TORCH_CHECK_VALUE(k >= min_k && k <= max_k, op, ": k must be from ", min_k, " to ", max_k,
                     ", got ", k);

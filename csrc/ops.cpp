@@ -32,6 +32,11 @@ TORCH_LIBRARY(eaft_ext, m) {
       "gated_ce_forward_with_grad_(Tensor upstream, Tensor(a!) logits, Tensor labels, int k, "
       "str gate, float[] gate_parameters, int ignore_index) -> (Tensor, Tensor, Tensor, Tensor)");
 
+  // gradient *= factor, a float32 number on its device, unless that is 1: then nothing is touched,
+  // and nobody waits for the device to find out. For losses that have their gradient before the
+  // backward.
+  m.def("scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()");
+
   // -> values (..., k), indices (..., k): the largest first, the lowest index first among equals
   m.def("topk(Tensor logits, int k) -> (Tensor, Tensor)");
 }

@@ -91,6 +91,13 @@ def check_num_items(
         raise ValueError(f"{op}: num_items_in_batch must be at least 0, got {num_items_in_batch}")
 
 
+def check_gradient_in_forward(op: str, gradient_in_forward: bool, reduction: str) -> None:
+    if gradient_in_forward and reduction == "none":
+        raise ValueError(
+            f"{op}: gradient_in_forward needs reduction 'mean' or 'sum', got {reduction!r}"
+        )
+
+
 def check_options(
     op: str,
     k: int,

@@ -82,6 +82,11 @@ def _(
     return _stats(logits, 4)
 
 
+@torch.library.register_fake("eaft_ext::scale_gradient_")
+def _(gradient: Tensor, factor: Tensor) -> None:
+    return None
+
+
 @torch.library.register_fake("eaft_ext::topk")
 def _(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (*logits.shape[:-1], k)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, TypeGuard, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from eaft_ext import reference
-from eaft_ext._checks import check_k, check_labels, check_logits, check_num_items, check_options
+from eaft_ext._checks import (
+    check_gradient_in_forward,
+    check_k,
+    check_labels,
+    check_logits,
+    check_num_items,
+    check_options,
+)
 from eaft_ext._library import MAX_TOP_K, has_kernel
 from eaft_ext._registration import ops
+from eaft_ext._scalar_loss import ScalarLoss
 from eaft_ext.gates import BUILT_IN, Gate, GateFunction, NoGate
 from eaft_ext.reference import Reduction, TokenStats
 
 # Fake tensors have no kernels but are registered for all operators.
 _KERNEL_DEVICES = {
     op: frozenset(["meta", *(d for d in ("cpu", "cuda") if has_kernel(op, d))])
-    for op in ("gated_ce_forward", "topk")
+    for op in ("gated_ce_forward", "gated_ce_forward_with_grad", "topk")
 }
 
 
@@ -47,7 +55,7 @@ def _kernel_token_losses(
 ) -> tuple[Tensor, TokenStats]:
     """Per-token loss and stats by the compiled operators."""
     valid = labels != ignore_index
-    inside = gate if isinstance(gate, BUILT_IN) and type(gate) in BUILT_IN else NoGate()
+    inside = gate if _is_built_in(gate) else NoGate()
     # In a compiled graph the compiler decides about memory.
     has_backward = torch.is_grad_enabled() and logits.requires_grad
     inplace_backward = inplace_backward and has_backward and not torch.compiler.is_compiling()
@@ -59,6 +67,41 @@ def _kernel_token_losses(
         weight = reference.gate_weights(gate, min(k, logits.size(-1)), nll, entropy, valid)
         loss = reference.weigh(loss, weight)
     return loss, TokenStats(nll, entropy, weight, valid)
+
+
+def _is_built_in(gate: Gate | GateFunction) -> TypeGuard[Gate]:
+    """Whether the kernels know the gate; a subclass may be another function."""
+    return isinstance(gate, BUILT_IN) and type(gate) in BUILT_IN
+
+
+def _can_fuse(logits: Tensor) -> bool:
+    """Whether the gradient of a scalar loss can be computed in the forward.
+
+    Not for float16, whose gradient would be rounded before a loss scale lifts it.
+    """
+    return (
+        torch.is_grad_enabled()
+        and logits.requires_grad
+        and logits.dtype in (torch.float32, torch.bfloat16)
+        and not torch.compiler.is_compiling()
+        and _takes_kernel("gated_ce_forward_with_grad", logits)
+    )
+
+
+def _fused_loss(
+    logits: Tensor,
+    labels: Tensor,
+    k: int,
+    gate: Gate,
+    ignore_index: int,
+    divisor: float | Tensor,
+    inplace: bool,
+) -> tuple[Tensor, TokenStats]:
+    """A scalar loss and stats, the gradient being computed at once."""
+    loss, nll, entropy, weight = ScalarLoss.apply(
+        logits, labels, divisor, k, gate.name, gate.parameters(), ignore_index, inplace
+    )
+    return loss, TokenStats(nll, entropy, weight, labels != ignore_index)
 
 
 @overload
@@ -74,6 +117,7 @@ def gated_ce(
     reduction: Reduction = ...,
     num_items_in_batch: float | Tensor | None = ...,
     inplace_backward: bool = ...,
+    gradient_in_forward: bool = ...,
     return_stats: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -89,6 +133,7 @@ def gated_ce(
     reduction: Reduction = ...,
     num_items_in_batch: float | Tensor | None = ...,
     inplace_backward: bool = ...,
+    gradient_in_forward: bool = ...,
     return_stats: Literal[True],
 ) -> tuple[Tensor, TokenStats]: ...
 def gated_ce(
@@ -103,6 +148,7 @@ def gated_ce(
     reduction: Reduction = "mean",
     num_items_in_batch: float | Tensor | None = None,
     inplace_backward: bool = False,
+    gradient_in_forward: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     r"""Token-gated cross-entropy: EAFT's loss (arXiv 2601.02151), and its family.
@@ -133,6 +179,12 @@ def gated_ce(
             logits must have a contiguous last dimension and rows that share no memory, must not be
             used afterwards, nor may other parts of the same tensor take part in another such call.
             Left to the compiler under ``torch.compile``.
+        gradient_in_forward: compute the gradient of a "mean" or "sum" together with the loss: the
+            logits are read once instead of twice, and not kept. Worth it where ``.backward()`` is
+            called on the loss itself; the gradient of a loss that is scaled before takes one more
+            read and write, and a second rounding. With ``inplace_backward`` the logits are
+            overwritten in the forward already. Left alone for float16, for gates of your own, where
+            no gradient is asked for and under ``torch.compile``.
         return_stats: also return :class:`TokenStats`.
 
     Returns:
@@ -143,9 +195,9 @@ def gated_ce(
 
     Raises:
         TypeError: an unsupported dtype; ``gate`` together with ``alpha`` or ``normalizer``.
-        ValueError: shapes, devices, k, reduction; a label outside [0, V) other than
-            ``ignore_index``. On CUDA such a label gives NaN instead, for its token alone, unless
-            the environment has ``EAFT_EXT_CHECKS=1``.
+        ValueError: shapes, devices, k, reduction, ``gradient_in_forward`` of "none"; a label
+            outside [0, V) other than ``ignore_index``. On CUDA such a label gives NaN instead, for
+            its token alone, unless the environment has ``EAFT_EXT_CHECKS=1``.
         RuntimeError: from a second derivative; :mod:`eaft_ext.reference` has one.
 
     NaN logits give NaN for their own row. Devices without kernels take :mod:`eaft_ext.reference`.
@@ -155,6 +207,16 @@ def gated_ce(
     check_labels(op, labels, logits, ignore_index)
     chosen = check_options(op, k, alpha, normalizer, gate, reduction)
     check_num_items(op, num_items_in_batch, reduction, logits)
+    check_gradient_in_forward(op, gradient_in_forward, reduction)
+    if gradient_in_forward and _is_built_in(chosen) and _can_fuse(logits):
+        divisor: float | Tensor = 1.0
+        if reduction == "mean":
+            valid = labels != ignore_index
+            divisor = reference.mean_divisor(valid, num_items_in_batch, torch.float32)
+        loss, stats = _fused_loss(
+            logits, labels, k, chosen, ignore_index, divisor, inplace_backward
+        )
+        return (loss, stats) if return_stats else loss
     if _takes_kernel("gated_ce_forward", logits):
         loss, stats = _kernel_token_losses(
             logits, labels, k, chosen, ignore_index, inplace_backward

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from eaft_ext._checks import check_options
+from eaft_ext._checks import check_gradient_in_forward, check_options
 from eaft_ext.functional import gated_ce
 from eaft_ext.gates import EntropyGate, Gate, GateFunction
 from eaft_ext.reference import Reduction
@@ -27,9 +27,11 @@ class GatedCrossEntropyLoss(nn.Module):
         ignore_index: int = -100,
         reduction: Reduction = "mean",
         inplace_backward: bool = False,
+        gradient_in_forward: bool = False,
     ) -> None:
         super().__init__()
         check_options(type(self).__name__, k, alpha, normalizer, gate, reduction)
+        check_gradient_in_forward(type(self).__name__, gradient_in_forward, reduction)
         self.k = k
         self.alpha = alpha
         self.normalizer = normalizer
@@ -37,6 +39,7 @@ class GatedCrossEntropyLoss(nn.Module):
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
         self.inplace_backward = inplace_backward
+        self.gradient_in_forward = gradient_in_forward
 
     def forward(
         self, logits: Tensor, labels: Tensor, num_items_in_batch: float | Tensor | None = None
@@ -53,6 +56,7 @@ class GatedCrossEntropyLoss(nn.Module):
             reduction=self.reduction,
             num_items_in_batch=num_items_in_batch,
             inplace_backward=self.inplace_backward,
+            gradient_in_forward=self.gradient_in_forward,
         )
 
     def extra_repr(self) -> str:
@@ -60,5 +64,6 @@ class GatedCrossEntropyLoss(nn.Module):
         gate = EntropyGate(self.alpha, self.normalizer) if self.gate is None else self.gate
         return (
             f"k={self.k}, gate={gate}, ignore_index={self.ignore_index}, "
-            f"reduction={self.reduction!r}, inplace_backward={self.inplace_backward}"
+            f"reduction={self.reduction!r}, inplace_backward={self.inplace_backward}, "
+            f"gradient_in_forward={self.gradient_in_forward}"
         )

@@ -41,8 +41,8 @@ def topk_entropy(logits: Tensor, k: int) -> Tensor:
     ``Z = sum_i exp(t_i - t_1)``, ``q_i = exp(t_i - t_1) / Z``, ``H = ln Z - sum_i q_i (t_i - t_1)``
     """
     top = _widened(logits.detach()).topk(min(k, logits.size(-1)), dim=-1).values
-    # Without the largest, whose 1 in Z and 0 in the sum are left to the end: of a confident token the
-    # others are all there is.
+    # Without the largest, whose 1 in Z and 0 in the sum are left to the end: of a confident token
+    # the others are all there is.
     shifted = top[..., 1:] - top[..., :1]
     exponential = shifted.exp()
     others = exponential.sum(-1)
@@ -86,6 +86,18 @@ def weigh(nll: Tensor, gate: Tensor) -> Tensor:
     return torch.where(gate == 0, 0.0, gate * nll)
 
 
+def mean_divisor(
+    valid: Tensor, num_items_in_batch: float | Tensor | None, dtype: torch.dtype
+) -> float | Tensor:
+    """What "mean" divides by: 1 where there is nothing to learn from."""
+    if num_items_in_batch is None:
+        return valid.sum().clamp(min=1)
+    if isinstance(num_items_in_batch, Tensor):
+        count = num_items_in_batch.reshape(()).to(dtype)
+        return count.masked_fill(count == 0, 1)
+    return num_items_in_batch or 1
+
+
 def reduce_loss(
     loss: Tensor,
     valid: Tensor,
@@ -102,12 +114,7 @@ def reduce_loss(
     total = loss.sum()
     if reduction == "sum":
         return total
-    if num_items_in_batch is None:
-        return total / valid.sum().clamp(min=1)
-    if isinstance(num_items_in_batch, Tensor):
-        count = num_items_in_batch.reshape(()).to(total.dtype)
-        return total / count.masked_fill(count == 0, 1)
-    return total / (num_items_in_batch or 1)
+    return total / mean_divisor(valid, num_items_in_batch, total.dtype)
 
 
 def token_losses(

@@ -21,7 +21,7 @@ from cuda_on_host import build
 from cuda_on_host.build import why_not
 from torch import Tensor
 
-__all__ = ["Stats", "backward", "forward", "forward_with_grad", "topk", "why_not"]
+__all__ = ["Stats", "backward", "forward", "forward_with_grad", "scale_gradient", "topk", "why_not"]
 
 SOURCE = "kernels.cpp"
 MAX_ROW_DIMS = 4  # as kMaxRowDims
@@ -307,6 +307,15 @@ def forward_with_grad(
         ctypes.c_uint64(seed),
     )
     return stats.loss, stats.nll, stats.entropy, stats.gate, gradient
+
+
+def scale_gradient(gradient: Tensor, factor: float, *, seed: int = 0) -> Tensor:
+    """``scale_gradient_`` of a copy of the gradient."""
+    call = Call("scale_gradient")
+    result = call.input_and_output("gradient", gradient)
+    number = call.input("factor", torch.tensor([factor]))
+    call.run(_type(gradient), *_matrix(result), _pointer(number), ctypes.c_uint64(seed))
+    return result
 
 
 def topk(logits: Tensor, k: int, *, parts: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:

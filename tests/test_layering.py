@@ -47,12 +47,13 @@ INCLUDES = [
 ]
 
 # What a module, or all of a package, may import of ours. "" is the package's own face, __init__.py.
-BOTTOM = {"reference", "gates", "_library", "_registration", "_checks"}
+BOTTOM = {"reference", "gates", "_library", "_registration", "_scalar_loss", "_checks"}
 IMPORTS = {
     "reference": set[str](),
     "gates": set[str](),
     "_library": {"_C"},
     "_registration": {"_library"},
+    "_scalar_loss": {"_registration"},
     "_checks": {"_library", "gates", "reference"},
     "functional": BOTTOM,
     "linear": BOTTOM | {"functional"},

@@ -88,13 +88,15 @@ def _arguments(op: str, logits: Tensor, labels: Tensor) -> tuple[Any, ...]:
         return upstream * gate, logits, labels, row_max, log_sum, -100
     if op.startswith("gated_ce_forward_with_grad"):
         return upstream, logits, labels, *FORWARD_OPTIONS
+    if op == "scale_gradient_":
+        return logits, torch.tensor(0.5, device=logits.device)
     assert op == "topk"
     return logits, min(4, logits.size(-1))
 
 
 DIFFERENTIABLE = ["gated_ce_forward", "gated_ce_backward", "topk"]
 OPERATORS = [*DIFFERENTIABLE, "gated_ce_forward_with_grad"]
-IN_PLACE_OPERATORS = ["gated_ce_backward_", "gated_ce_forward_with_grad_"]
+IN_PLACE_OPERATORS = ["gated_ce_backward_", "gated_ce_forward_with_grad_", "scale_gradient_"]
 
 
 def test_every_operator_is_here() -> None:

@@ -225,6 +225,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cpu_(
   return {stats.loss, stats.nll, stats.entropy, stats.gate};
 }
 
+void scale_gradient_cpu_(Tensor& gradient, const Tensor& factor) {
+  check_factor("scale_gradient_", factor, gradient);
+  if (*factor.const_data_ptr<float>() != 1) gradient.mul_(factor);
+}
+
 std::tuple<Tensor, Tensor> topk_cpu(const Tensor& raw_logits, int64_t k) {
   const char* op = "topk";
   check_logits(op, raw_logits);
@@ -261,6 +266,7 @@ TORCH_LIBRARY_IMPL(eaft_ext, CPU, m) {
   m.impl("gated_ce_backward_", &gated_ce_backward_cpu_);
   m.impl("gated_ce_forward_with_grad", &gated_ce_forward_with_grad_cpu);
   m.impl("gated_ce_forward_with_grad_", &gated_ce_forward_with_grad_cpu_);
+  m.impl("scale_gradient_", &scale_gradient_cpu_);
   m.impl("topk", &topk_cpu);
 }
 

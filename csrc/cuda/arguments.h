@@ -57,6 +57,14 @@ struct ForwardWithGradArguments {
   RowLayout gradient_layout;
 };
 
+struct ScaleGradientArguments {
+  void* gradient;  // (num_rows, vocab_size)
+  RowLayout layout;
+  int64_t num_rows;
+  int64_t vocab_size;
+  const float* factor;  // [1]
+};
+
 struct TopKArguments {
   LogitsArguments logits;
   int k;             // from 1 to kMaxTopK, and at most vocab_size

@@ -44,7 +44,7 @@ __device__ inline uint4 load_once(const uint4* source) {
 __device__ inline void store_once(uint4* target, uint4 v) { __stcs(target, v); }
 
 // ---- Bulk asynchronous copies from global to shared memory, of compute capability 9.0 and up.
-// Addresses and sizes are multiples of 16 bytes. One thread makes a Arrival, starts the copies
+// Addresses and sizes are multiples of 16 bytes. One thread makes an Arrival, starts the copies
 // whose bytes it counts, and any thread may wait for them; an Arrival is used once.
 
 struct alignas(8) Arrival {

@@ -44,6 +44,9 @@ cudaError_t launch_gated_ce_forward_with_grad(ElementType type,
                                               const ForwardWithGradArguments& arguments,
                                               const ForwardWithGradPlan& plan, cudaStream_t stream);
 
+cudaError_t launch_scale_gradient(ElementType type, const ScaleGradientArguments& arguments,
+                                  cudaStream_t stream);
+
 cudaError_t plan_topk(ElementType type, const TopKArguments& arguments, PartsPlan* plan);
 cudaError_t launch_topk(ElementType type, const TopKArguments& arguments, const PartsPlan& plan,
                         void* workspace, cudaStream_t stream);

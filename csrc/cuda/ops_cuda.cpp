@@ -135,6 +135,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cuda_(
   return {stats.loss, stats.nll, stats.entropy, stats.gate};
 }
 
+void scale_gradient_cuda_(Tensor& gradient, const Tensor& factor) {
+  const char* op = "scale_gradient_";
+  check_logits(op, gradient);
+  check_writable(op, gradient);
+  check_factor(op, factor, gradient);
+  const c10::cuda::CUDAGuard guard(gradient.device());
+  ScaleGradientArguments arguments{};
+  arguments.gradient = gradient.mutable_data_ptr();
+  arguments.layout = row_layout(gradient);
+  arguments.vocab_size = gradient.size(-1);
+  arguments.num_rows = gradient.numel() / arguments.vocab_size;
+  arguments.factor = factor.const_data_ptr<float>();
+  C10_CUDA_CHECK(launch_scale_gradient(element_type(op, gradient), arguments,
+                                       c10::cuda::getCurrentCUDAStream()));
+  mark_written(gradient);
+}
+
 std::tuple<Tensor, Tensor> topk_cuda(const Tensor& raw_logits, int64_t k) {
   const char* op = "topk";
   check_logits(op, raw_logits);
@@ -167,6 +184,7 @@ TORCH_LIBRARY_IMPL(eaft_ext, CUDA, m) {
   m.impl("gated_ce_backward_", &gated_ce_backward_cuda_);
   m.impl("gated_ce_forward_with_grad", &gated_ce_forward_with_grad_cuda);
   m.impl("gated_ce_forward_with_grad_", &gated_ce_forward_with_grad_cuda_);
+  m.impl("scale_gradient_", &scale_gradient_cuda_);
   m.impl("topk", &topk_cuda);
 }
 

@@ -58,11 +58,26 @@ __device__ inline void store_vector(Element* target, const Vector<Element>& vect
   }
 }
 
+// Every element times a factor.
+struct ScaledGradient {
+  float factor;
+
+  __device__ bool muted() const { return false; }
+
+  template <typename Element>
+  __device__ void apply(Vector<Element>& vector, int, int) const {
+#pragma unroll
+    for (int e = 0; e < kVectorSize<Element>; ++e) {
+      vector.elements[e] = from_float<Element>(factor * to_float(vector.elements[e]));
+    }
+  }
+};
+
 // Writes the gradient of the part to `target`, which may be where the part was read from. A row of
 // weight 0 is written without being read. By all threads of the block; needs no barrier.
-template <int kThreads, typename Part>
+template <int kThreads, typename Part, typename Gradient>
 __device__ inline void write_gradient(const Part& part, typename Part::Element* target,
-                                      const RowGradient& gradient) {
+                                      const Gradient& gradient) {
   using Element = typename Part::Element;
   const RowPart<Element> to(target, part.length());
   const bool muted = gradient.muted();

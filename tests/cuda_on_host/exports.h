@@ -21,6 +21,8 @@ std::string run_forward(ElementType type, const ForwardArguments& arguments, int
 std::string run_backward(ElementType type, const BackwardArguments& arguments, uint64_t seed);
 std::string run_forward_with_grad(ElementType type, const ForwardWithGradArguments& arguments,
                                   int cluster_size, uint64_t seed);
+std::string run_scale_gradient(ElementType type, const ScaleGradientArguments& arguments,
+                               uint64_t seed);
 std::string run_topk(ElementType type, const TopKArguments& arguments, int parts, uint64_t seed);
 
 inline RowLayout layout_from(const int64_t* numbers) {
@@ -107,6 +109,16 @@ EXPORT forward_with_grad_on_host(int type, const float* upstream, const void* lo
   arguments.gradient_layout = layout_from(gradient_layout);
   leave(run_forward_with_grad(static_cast<ElementType>(type), arguments, cluster_size, seed), error,
         error_size);
+}
+
+// gradient: (num_rows, vocab_size). factor: [1].
+EXPORT scale_gradient_on_host(int type, void* gradient, const int64_t* gradient_layout,
+                              int64_t num_rows, int64_t vocab_size, const float* factor,
+                              uint64_t seed, char* error, int64_t error_size) {
+  using namespace eaft_ext::cuda;
+  const ScaleGradientArguments arguments{gradient, layout_from(gradient_layout), num_rows,
+                                         vocab_size, factor};
+  leave(run_scale_gradient(static_cast<ElementType>(type), arguments, seed), error, error_size);
 }
 
 // values, of the logits' type, and indices: (num_rows, k), contiguous.

@@ -7,6 +7,7 @@
 #include "cuda/gated_ce_forward.cuh"
 #include "cuda/gated_ce_forward_with_grad.cuh"
 #include "cuda/parts.h"
+#include "cuda/scale_gradient.cuh"
 #include "cuda/topk.cuh"
 #include "exports.h"
 
@@ -131,6 +132,18 @@ std::string run_forward_with_grad(ElementType type, const ForwardWithGradArgumen
         {logits.num_rows * cluster_size, cluster_size, kThreads,
          kSliceOffset<kThreads> + slice * sizeof(Element)},
         seed, arguments, slice);
+  });
+}
+
+std::string run_scale_gradient(ElementType type, const ScaleGradientArguments& arguments,
+                               uint64_t seed) {
+  if (arguments.num_rows == 0) return {};
+  return for_element(type, [&](auto element) {
+    using Element = decltype(element);
+    // Few blocks, that take one part after the other.
+    const int64_t grid = 1 + static_cast<int64_t>(seed % 4);
+    return launch<scale_gradient_kernel<Element>>({grid, 1, BackwardTraits<Element>::kThreads, 0},
+                                                  seed, arguments);
   });
 }
 
