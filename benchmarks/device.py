@@ -7,11 +7,16 @@ import contextlib
 import ctypes
 import gc
 import re
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from eaft_ext.cli import info
+import torch
+
+NO_GPU = "There is no CUDA GPU that PyTorch can use here, so nothing was measured."
 
 
 class Device(abc.ABC):
@@ -43,6 +48,26 @@ class Device(abc.ABC):
     def peak_bytes(self) -> int:
         """The most bytes that were in use since ``reset_peak``."""
 
+    def facts(self) -> dict[str, str | int]:
+        """What else a result file says of the device."""
+        return {}
+
+    @abc.abstractmethod
+    def get_ahead(self) -> None:
+        """Let the host queue what follows, so that launching it is not part of its time."""
+
+    @abc.abstractmethod
+    def wait(self) -> None:
+        """Return when all work is done."""
+
+    def release(self) -> None:
+        """Hand back the memory that is not in use."""
+        gc.collect()
+
+    def is_alive(self) -> bool:
+        """Whether the device still works after an error."""
+        return True
+
 
 class Cpu(Device):
     """The CPU: a wall clock, and the kernel's own count of the process's resident memory.
@@ -58,6 +83,8 @@ class Cpu(Device):
 
     def model(self) -> str:
         """The name that the system reports."""
+        from eaft_ext.cli import info  # not where the package is yet to be built
+
         return info.collect()["system"]["cpu"].rsplit(" (", 1)[0]
 
     def cache_bytes(self) -> int:
@@ -92,6 +119,12 @@ class Cpu(Device):
         assert match, "Linux reports VmHWM"
         return int(match[1]) * 1024
 
+    def get_ahead(self) -> None:
+        """There is no queue."""
+
+    def wait(self) -> None:
+        """The work is done when a call returns."""
+
 
 # For a process that measures memory: blocks of 64 KB and more are mapped and unmapped one by one,
 # and the heap shrinks at once.
@@ -100,3 +133,107 @@ MALLOC_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_ARENA_MAX": "1",
 }
+
+
+class Cuda(Device):
+    """The current CUDA device: events on its stream, and the counters of PyTorch's allocator.
+
+    Those see all that anyone allocates through PyTorch, tensors and scratch alike, rounded up to
+    the allocator's blocks: for a large tensor by less than 1 MiB.
+    """
+
+    type = "cuda"
+
+    # About 2 ms: longer than it takes to launch a forward and a backward.
+    _AHEAD_CYCLES = 4_000_000
+
+    def model(self) -> str:
+        """The name that the driver reports."""
+        return torch.cuda.get_device_name()
+
+    def cache_bytes(self) -> int:
+        """The size of the L2."""
+        return int(self._properties().L2_cache_size)
+
+    def mark(self) -> torch.cuda.Event:
+        """An event on the current stream."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        """The time between the events, after the second one."""
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+    def reset_peak(self) -> int | None:
+        """Set the allocator's peak back to what is allocated."""
+        gc.collect(0)
+        self.wait()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+
+    def peak_bytes(self) -> int:
+        """The allocator's peak."""
+        return torch.cuda.max_memory_allocated()
+
+    def facts(self) -> dict[str, str | int]:
+        """The chip, the driver, and what is installed for it."""
+        properties = self._properties()
+        return {
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": int(properties.multi_processor_count),
+            "memory_bytes": int(properties.total_memory),
+            "driver": driver_version(),
+            "cuda": torch.version.cuda or "",
+        }
+
+    def get_ahead(self) -> None:
+        """Occupy the stream without touching memory."""
+        torch.cuda._sleep(self._AHEAD_CYCLES)
+
+    def wait(self) -> None:
+        """Synchronise."""
+        torch.cuda.synchronize()
+
+    def release(self) -> None:
+        """Empty the allocator's cache, if the device still works."""
+        gc.collect()
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+    def is_alive(self) -> bool:
+        """An illegal access ends the CUDA context: every later call fails."""
+        try:
+            torch.ones(1, device="cuda").item()
+        except RuntimeError:
+            return False
+        return True
+
+    @staticmethod
+    def _properties() -> Any:
+        return torch.cuda.get_device_properties(torch.cuda.current_device())
+
+
+def driver_version() -> str:
+    """The version of the NVIDIA driver; "" where nothing tells it."""
+    if smi := shutil.which("nvidia-smi"):
+        command = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.split()[0]
+    with contextlib.suppress(OSError):
+        text = Path("/proc/driver/nvidia/version").read_text()
+        if match := re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", text):
+            return match[1]
+    return ""
+
+
+def open_device(name: str) -> Device:
+    """The device of a name; a sentence and exit code 2 if it is not there."""
+    if name == "cpu":
+        return Cpu()
+    if not torch.cuda.is_available():
+        print(NO_GPU, file=sys.stderr)
+        sys.exit(2)
+    return Cuda()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
+import peers
 import torch
 from device import Device
 
@@ -17,10 +20,10 @@ import eaft_ext
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def describe(device: Device) -> dict[str, str | int]:
+def describe(device: Device) -> dict[str, Any]:
     """The facts that go into a result file."""
     build = eaft_ext.build_info()
-    return {
+    machine: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device.type,
         "model": device.model(),
@@ -34,11 +37,29 @@ def describe(device: Device) -> dict[str, str | int]:
         "eaft_ext": eaft_ext.__version__,
         "compiler": build["compiler"],
         "commit": commit(),
+        **device.facts(),
     }
+    if device.type == "cuda":
+        machine["cuda_arch_list"] = build["cuda_arch_list"]
+        machine["triton"] = _version("triton")
+        machine["peers"] = peers.versions()
+    return machine
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def commit() -> str:
-    """The commit of this checkout, with "-dirty" where tracked files differ; "" outside of git."""
+    """The commit of this checkout, with "-dirty" where tracked files differ; "" outside of git.
+
+    A copy without its history is told by the environment, ``EAFT_EXT_COMMIT``.
+    """
+    if told := os.environ.get("EAFT_EXT_COMMIT"):
+        return told
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -47,7 +68,7 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def file_stem(machine: dict[str, str | int]) -> str:
+def file_stem(machine: dict[str, Any]) -> str:
     """The name of the result files: one for each kind of machine."""
     slug = re.sub(r"[^a-z0-9]+", "-", str(machine["model"]).lower()).strip("-")
     return f"{machine['device']}-{slug}"

@@ -1,4 +1,4 @@
-"""Peak memory of each contender beyond its inputs, measured in a process made for it.
+"""Peak memory of each contender beyond its inputs, on a CPU measured in a process made for it.
 
 The inputs are the logits, the labels and, for a copy, the memory it goes to. After a warm-up, which
 takes the memory that is taken only once (threads, compiled code), the device's high-water mark is
@@ -28,10 +28,12 @@ def peak_once(runner: Runner, rotation: Rotation, device: Device) -> dict[str, i
         return None
     result = runner.forward(arguments)
     peaks = {FORWARD: device.peak_bytes() - before}
-    if not runner.contender.is_loss:
+    if not runner.has_backward:
         return {TOTAL: peaks[FORWARD]}
-    runner.backward(result)
-    return {**peaks, TOTAL: device.peak_bytes() - before}
+    gradient = runner.backward(result)
+    peaks[TOTAL] = device.peak_bytes() - before
+    del gradient
+    return peaks
 
 
 def measure(case: Case, contenders: list[Contender]) -> Iterator[Answer]:
@@ -39,7 +41,7 @@ def measure(case: Case, contenders: list[Contender]) -> Iterator[Answer]:
     device = Cpu()
     rotation = Rotation(case, 0, device.type)
     for contender in contenders:
-        runner = Runner(contender)
+        runner = contender.make_runner()
         calls = [peak_once(runner, rotation, device) for _ in range(1 + CALLS)][1:]
         peaks = [call for call in calls if call is not None]
         if peaks:

@@ -1,9 +1,10 @@
-"""Puts the figures of the newest result file into the README; no figure is typed by hand.
+"""Puts the figures of the newest result files into the README; no figure is typed by hand.
 
     python benchmarks/readme_tables.py            writes README.md
     python benchmarks/readme_tables.py --check    exits with 1 if that would change it
 
-What stands between ``<!-- benchmark:cpu -->`` and ``<!-- /benchmark:cpu -->`` is replaced.
+What stands between ``<!-- benchmark:cpu -->`` and ``<!-- /benchmark:cpu -->`` is replaced, and the
+same for ``cuda`` once there is a result file of a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from cases import SHAPES
 from machine import ROOT
 from report import bounds_table, summary
 from results import FOLDER, Result
@@ -34,12 +36,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
     arguments = parser.parse_args()
-    result = Result.newest("cpu", arguments.results)
-    if result is None:
+    results = {d: r for d in SHAPES if (r := Result.newest(d, arguments.results))}
+    if not results:
         sys.exit(f"no result file in {arguments.results}: run benchmarks/run.py first")
-    print(bounds_table(result))
-    text = arguments.readme.read_text()
-    new = fill(text, "cpu", summary(result))
+    new = text = arguments.readme.read_text()
+    for device, result in results.items():
+        print(bounds_table(result))
+        new = fill(new, device, summary(result))
     if arguments.check:
         if new != text:
             sys.exit(f"{arguments.readme} does not show the newest result file")

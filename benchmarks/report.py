@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from bounds import Bound, evaluate
+from bounds import Bound, evaluate, unmeasured
 from cases import TIMES
-from contenders import CONTENDERS
+from contenders import CONTENDERS, SWEEP, Contender
+from peers import PEERS
 from results import CaseResult, Result
-from timing import BACKWARD, FORWARD, TOTAL
+from timing import BACKWARD, FORWARD, GRAPH, LATENCY, PHASES, TOTAL
 
 MISSING = "-"
 MIB = 2**20
+ON_A_GPU = (
+    "Calls are queued ahead of the device: launching them is not part of their time, unless they "
+    "wait for the device, as Liger-Kernel does, which also computes its gradient in the forward. "
+    "Logits that are overwritten are restored outside of what is timed. One label in 1,024 is "
+    "ignored."
+)
+# Three ways to call a forward and a backward on few rows.
+LAUNCHES = {TOTAL: "queued", LATENCY: "on an idle device", GRAPH: "in a CUDA graph"}
+# What times are given in, and how many of it are a second.
+UNITS = {"cpu": ("milliseconds", "ms", 1e3), "cuda": ("microseconds", "µs", 1e6)}
 COLUMNS = (
     *("num_rows", "vocab_size", "dtype", "contender", "phase", "rounds"),
     *("min_s", "lower_quartile_s", "median_s", "upper_quartile_s"),
@@ -37,19 +48,21 @@ def number(value: float | None, unit: str = "") -> str:
     return f"{value:,.{digits}f}{unit}"
 
 
-def milliseconds(result: CaseResult, name: str, phase: str = TOTAL) -> str:
-    """The median of a contender's times in a phase."""
+def median(result: CaseResult, name: str, scale: float, phase: str = TOTAL) -> str:
+    """The median of a contender's times in a phase, times a scale; or why there is none."""
     spread = result.spread(name, phase)
-    return number(spread.median * 1e3 if spread else None)
+    if spread is None and name in result.failed and not result.spread(name):
+        return result.failed[name].split(":")[0]
+    return number(spread.median * scale if spread else None)
 
 
-def quartiles(result: CaseResult, name: str) -> str:
-    """The least total and the quartiles around its median."""
+def quartiles(result: CaseResult, name: str, scale: float) -> str:
+    """The least total and the quartiles around its median, times a scale."""
     spread = result.spread(name)
     if spread is None:
         return MISSING
     figures = (spread.minimum, spread.lower_quartile, spread.upper_quartile)
-    return " / ".join(number(figure * 1e3) for figure in figures)
+    return " / ".join(number(figure * scale) for figure in figures)
 
 
 def mebibytes(result: CaseResult, name: str, phase: str = TOTAL) -> str:
@@ -61,10 +74,16 @@ def mebibytes(result: CaseResult, name: str, phase: str = TOTAL) -> str:
 def machine_line(result: Result) -> str:
     """Where, when and with what."""
     m = result.machine
+    if m["device"] == "cpu":
+        hardware = f"{m['threads']} threads on {m['cores']} cores ({m['cpu_capability']})"
+    else:
+        hardware = f"driver {m['driver']}, CUDA {m['cuda']}"
     commit = f", commit {m['commit']}" if m["commit"] else ""
+    beside = [f"{PEERS[module]} {version}" for module, version in m.get("peers", {}).items()]
     return (
-        f"{m['model']}, {m['threads']} threads on {m['cores']} cores ({m['cpu_capability']}), "
-        f"torch {m['torch']}, eaft_ext {m['eaft_ext']}{commit}, {m['date'][:10]}."
+        f"{m['model']}, {hardware}, torch {m['torch']}, eaft_ext {m['eaft_ext']}{commit}, "
+        + "".join(f"{peer}, " for peer in beside)
+        + f"{m['date'][:10]}."
     )
 
 
@@ -83,17 +102,26 @@ def bounds_table(result: Result) -> str:
     return table(["promise", "bound", "measured", ""], rows) if rows else ""
 
 
-def case_table(result: CaseResult) -> str:
+def bounds_not_measured(result: Result) -> str:
+    """The promises that a GPU's result is silent about; "" if there are none, or nothing else."""
+    missing = unmeasured(result)
+    if result.machine["device"] == "cpu" or not missing or not evaluate(result):
+        return ""
+    return "Not measured: " + "; ".join(bound.promise for bound in missing) + "."
+
+
+def case_table(result: CaseResult, device: str) -> str:
     """Everything about one case."""
-    head = ["", "forward, ms", "backward, ms", "both, ms", "min / quartiles", f"both, {TIMES} copy"]
-    head += ["eager ÷ this", "peak forward, MiB", "peak, MiB"]
+    _, unit, scale = UNITS[device]
+    head = ["", f"forward, {unit}", f"backward, {unit}", f"both, {unit}", "min / quartiles"]
+    head += [f"both, {TIMES} copy", "eager ÷ this", "peak forward, MiB", "peak, MiB"]
     rows = [
         [
             contender.title,
-            milliseconds(result, contender.name, FORWARD),
-            milliseconds(result, contender.name, BACKWARD),
-            milliseconds(result, contender.name),
-            quartiles(result, contender.name),
+            median(result, contender.name, scale, FORWARD),
+            median(result, contender.name, scale, BACKWARD),
+            median(result, contender.name, scale),
+            quartiles(result, contender.name, scale),
             number(result.ratio(contender.name, "copy")),
             number(result.ratio("eager", contender.name) if contender.is_loss else None),
             mebibytes(result, contender.name, FORWARD),
@@ -118,8 +146,40 @@ def utilisation_table(result: CaseResult) -> str:
     return table(["", "cores busy", "faster than one thread"], rows) if rows else ""
 
 
+def launch_table(result: CaseResult, scale: float) -> str:
+    """Few rows on a GPU, called in three ways; "" where that was not measured."""
+    contenders = [c for c in result.contenders if result.spread(c.name, LATENCY)]
+    rows = [
+        [contender.title, *(median(result, contender.name, scale, phase) for phase in LAUNCHES)]
+        for contender in contenders
+    ]
+    return table(["", *LAUNCHES.values()], rows) if rows else ""
+
+
+def sweep_table(result: CaseResult, scale: float) -> str:
+    """What k costs, by the operators alone; "" where that was not measured."""
+    rows = [
+        [
+            f"K = {k}",
+            *(median(result, name, scale, phase) for phase in (FORWARD, BACKWARD, TOTAL)),
+            number(result.quotient((name, FORWARD), (SWEEP[2], FORWARD)), TIMES),
+            number(result.quotient((name, TOTAL), (SWEEP[2], TOTAL)), TIMES),
+        ]
+        for k, name in SWEEP.items()
+        if result.spread(name)
+    ]
+    head = ["", "forward", "backward", "both", "forward, of K = 2", "both, of K = 2"]
+    return table(head, rows) if rows else ""
+
+
+def failures(failed: dict[str, str]) -> str:
+    """What has no times, and why."""
+    return "\n".join(f"- without {name}: {reason}" for name, reason in failed.items())
+
+
 def markdown(result: Result) -> str:
     """The whole report."""
+    device = result.machine["device"]
     parts = [
         "# Benchmark of `gated_ce`",
         machine_line(result),
@@ -127,38 +187,74 @@ def markdown(result: Result) -> str:
         "the call of the loss, backward is `.backward()` of the scalar it gives. Memory is the "
         f"measured peak beyond the inputs. {TIMES} copy: over the copy into existing memory.",
     ]
+    if device != "cpu":
+        parts += [ON_A_GPU, "## In short", *summary_parts(result)]
     for case in result.cases:
         logits = number(case.case.logits_bytes / MIB)
         rounds = max(spread.rounds for c in case.contenders if (spread := case.spread(c.name)))
         parts.append(f"## {case.case}")
-        parts.append(f"Logits of {logits} MiB, {rounds} rounds.")
-        parts.append(case_table(case))
+        line = f"Logits of {logits} MiB, {rounds} rounds."
+        if device != "cpu" and case.copy_bytes_per_second:
+            line += f" The copy moves {case.copy_bytes_per_second / 1e12:.2f} TB/s."
+        parts += [line, case_table(case, device)]
         if busy := utilisation_table(case):
             parts += ["Cores in use, forward and backward (`utilisation.py` says how):", busy]
-    if bounds := bounds_table(result):
+    for failed_case, failed in result.failed.items():
+        if failed:
+            parts += [f"{failed_case}:", failures(failed)]
+    if device == "cpu" and (bounds := bounds_table(result)):
         parts += ["## Promises", bounds]
     return "\n\n".join(parts) + "\n"
 
 
+def by_case(
+    result: Result, contenders: list[Contender], cell: Callable[[CaseResult, str], str]
+) -> str:
+    """A row for each case, a column for each contender."""
+    head = ["", *(c.title for c in contenders)]
+    rows = [[str(case.case), *(cell(case, c.name) for c in contenders)] for case in result.cases]
+    return table(head, rows)
+
+
 def summary(result: Result) -> str:
     """The short form for the README."""
+    return "\n\n".join([machine_line(result), *summary_parts(result)])
+
+
+def summary_parts(result: Result) -> list[str]:
+    """Tables over all cases, each after a line that says what it is."""
+    device = result.machine["device"]
+    unit, _, scale = UNITS[device]
     names = {name for case in result.cases for name in case.seconds}
-    columns = [c for c in CONTENDERS if c.name in names]
-    head = ["", *(c.title for c in columns)]
-    times, peaks = [], []
-    for case in result.cases:
-        times.append([str(case.case), *(milliseconds(case, c.name) for c in columns)])
-        peaks.append([str(case.case), *(mebibytes(case, c.name) for c in columns)])
-    parts = [
-        machine_line(result),
-        "Forward and backward together, milliseconds (median, interleaved in one run):",
-        table(head, times),
+    contenders = [c for c in CONTENDERS if c.name in names and c.shape is None]
+    parts = []
+    if device != "cpu":
+        with_forward = [c for c in contenders if c.runner.has_backward]
+        parts += [
+            f"Forward, {unit} (median, interleaved in one run):",
+            by_case(result, with_forward, lambda case, name: median(case, name, scale, FORWARD)),
+        ]
+    parts += [
+        f"Forward and backward together, {unit} (median, interleaved in one run):",
+        by_case(result, contenders, lambda case, name: median(case, name, scale)),
         "Peak memory beyond the inputs, MiB (measured):",
-        table(head, peaks),
+        by_case(result, contenders, mebibytes),
     ]
+    for case in result.cases:
+        if sweep := sweep_table(case, scale):
+            parts += [
+                f"What K costs at {case.case}, {unit}, by the operators alone; K = 2, the least "
+                "they take, stands in for plain cross-entropy:",
+                sweep,
+            ]
+    for case in result.cases:
+        if launches := launch_table(case, scale):
+            parts += [f"Few rows, {case.case}, {unit}, forward and backward:", launches]
     if bounds := bounds_table(result):
         parts += ["What was promised, and what came out:", bounds]
-    return "\n\n".join(parts)
+    if missing := bounds_not_measured(result):
+        parts.append(missing)
+    return parts
 
 
 def csv_text(result: Result) -> str:
@@ -168,7 +264,7 @@ def csv_text(result: Result) -> str:
     writer.writerow(COLUMNS)
     for case in result.cases:
         for contender in case.contenders:
-            for phase in (FORWARD, BACKWARD, TOTAL):
+            for phase in PHASES:
                 spread = case.spread(contender.name, phase)
                 if spread is None:
                     continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +38,12 @@ class CaseResult:
 
     def __init__(self, raw: dict[str, Any]) -> None:
         self.case = Case(**raw["case"])
-        self.seconds: dict[str, dict[str, list[float]]] = raw["seconds"]
-        self.peak_bytes: dict[str, dict[str, int]] = raw["peak_bytes"]
-        self.utilisation: dict[str, dict[str, Any]] = raw["utilisation"]
+        self.seconds: dict[str, dict[str, list[float]]] = raw.get("seconds", {})
+        self.peak_bytes: dict[str, dict[str, int]] = raw.get("peak_bytes", {})
+        self.utilisation: dict[str, dict[str, Any]] = raw.get("utilisation", {})
+        self.agreement: dict[str, dict[str, float]] = raw.get("agreement", {})
+        self.failed: dict[str, str] = raw.get("failed", {})
+        self.copy_bytes_per_second: float | None = raw.get("copy_bytes_per_second")
         self.contenders = [c for c in CONTENDERS if c.name in self.seconds]
 
     def spread(self, name: str, phase: str = TOTAL) -> Spread | None:
@@ -49,12 +53,25 @@ class CaseResult:
 
     def ratio(self, numerator: str, denominator: str, phase: str = TOTAL) -> float | None:
         """The median of ``numerator`` in a phase over the median total of ``denominator``."""
-        above, below = self.spread(numerator, phase), self.spread(denominator)
-        return above.median / below.median if above and below else None
+        return self.quotient((numerator, phase), (denominator, TOTAL))
+
+    def quotient(self, above: tuple[str, str], below: tuple[str, str]) -> float | None:
+        """The median of one contender and phase over that of another."""
+        numerator, denominator = self.spread(*above), self.spread(*below)
+        return numerator.median / denominator.median if numerator and denominator else None
 
     def peak(self, name: str, phase: str = TOTAL) -> int | None:
         """Peak bytes beyond the inputs, None where they were not measured."""
         return self.peak_bytes.get(name, {}).get(phase)
+
+    def disagreement(self, name: str, other: str) -> float | None:
+        """The largest difference of loss and gradient norm, relative to those of another."""
+        mine, theirs = self.agreement.get(name), self.agreement.get(other)
+        if not (mine and theirs):
+            return None
+        differences = [abs(mine[key] - theirs[key]) / abs(theirs[key] or 1) for key in theirs]
+        # NaN is no agreement, and max() would let it pass.
+        return math.inf if any(math.isnan(d) for d in differences) else max(differences)
 
 
 class Result:
@@ -63,7 +80,8 @@ class Result:
     def __init__(self, raw: dict[str, Any]) -> None:
         self.raw = raw
         self.machine: dict[str, Any] = raw["machine"]
-        self.cases = [CaseResult(case) for case in raw["cases"]]
+        self.cases = [CaseResult(case) for case in raw["cases"] if case.get("seconds")]
+        self.failed = {Case(**case["case"]): case.get("failed", {}) for case in raw["cases"]}
 
     @classmethod
     def newest(cls, device: str, folder: Path = FOLDER) -> Result | None:

@@ -1,37 +1,42 @@
-"""Benchmarks of gated_ce on the CPU: time side by side, peak memory, cores in use.
+"""Benchmarks of gated_ce: time side by side, peak memory, on a CPU also the cores in use.
 
-    python benchmarks/run.py                 all cases, about four minutes on two cores
-    python benchmarks/run.py --quick         one small shape, a smoke test
+    python benchmarks/run.py                    on the CPU, about four minutes on two cores
+    python benchmarks/run.py --device cuda      on the current GPU, with the peers installed there
+    python benchmarks/run.py --quick            one small shape, a smoke test
 
-Writes <machine>.json with every single time, and <machine>.csv and <machine>.md made from it.
+Writes <machine>.json with every single time, and <machine>.csv and <machine>.md made from it, anew
+after each case. Ends with 1 if one of our own contenders failed, and with 3 if the device was lost:
+the same command with --resume then goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import math
+import os
 import re
 import sys
-from dataclasses import asdict
+import threading
+import traceback
 from pathlib import Path
-from typing import Any
 
-import torch
-from cases import DTYPES, QUICK_SHAPES, SHAPES, Case, Rotation
-from contenders import CONTENDERS, Contender, Runner
-from device import Cpu, Device
+import bounds
+import peers
+from cases import DTYPES, QUICK_SHAPES, SHAPES, Case
+from contenders import CONTENDERS
+from device import Device, open_device
+from launches import MAX_ROWS
 from machine import describe, file_stem, load
-from memory import measure_peaks
+from measure import measure_case
+from progress import LEFT_OUT, DeviceLostError, Progress, describe_error
 from report import csv_text, markdown
 from results import FOLDER, Result
-from timing import time_once, time_side_by_side
-from utilisation import measure_utilisation
+from schedule import Schedule
 
-# So few rows that one for each thread would leave cores idle.
-FEW_ROWS = 8
-WARM_UP = 2
-MIN_SECONDS = 3.0
+REPEATS = {"cpu": 15, "cuda": 30}
+MIN_SECONDS = {"cpu": 3.0, "cuda": 1.5}
+DEVICE_LOST = 3
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -49,6 +54,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def minutes(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     summary, _, details = (__doc__ or "").partition("\n\n")
@@ -57,11 +73,21 @@ def parse() -> argparse.Namespace:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--device", choices=list(SHAPES), default="cpu")
     parser.add_argument(
         "--shapes", type=shape, nargs="+", metavar="NxV", help="rows x vocabulary, any number"
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--repeats", type=positive, help="rounds of each case (default 15)")
+    parser.add_argument("--repeats", type=positive, help=f"rounds of each case (default {REPEATS})")
+    parser.add_argument(
+        "--minutes", type=minutes, help="about how long all may take; what is worth least is cut"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the cases that the result file has already"
+    )
+    parser.add_argument(
+        "--checks", type=Path, metavar="FILE", help="JSON to keep with the result, of gpu_check.sh"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="one small shape, few rounds, without torch.compile"
     )
@@ -69,78 +95,134 @@ def parse() -> argparse.Namespace:
         "--output", type=Path, default=FOLDER, metavar="DIR", help="default: benchmarks/results"
     )
     arguments = parser.parse_args()
-    arguments.shapes = arguments.shapes or (QUICK_SHAPES if arguments.quick else SHAPES)
-    arguments.repeats = arguments.repeats or (3 if arguments.quick else 15)
+    arguments.shapes = arguments.shapes or (
+        QUICK_SHAPES if arguments.quick else SHAPES[arguments.device]
+    )
+    arguments.repeats = arguments.repeats or (3 if arguments.quick else REPEATS[arguments.device])
     return arguments
 
 
-def warmed_up(contender: Contender, rotation: Rotation, device: Device) -> Runner | None:
-    """The contender after a few calls, None if it fails here (torch.compile needs a compiler)."""
-    try:
-        runner = Runner(contender)
-        for _ in range(WARM_UP):
-            time_once(runner, rotation, device)
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")
-        print(f"  without {contender.name}: {type(error).__name__}: {reason}", file=sys.stderr)
-        return None
-    return runner
+def cases_in_order(arguments: argparse.Namespace) -> list[Case]:
+    """What is measured, on a GPU by worth: bfloat16 first, and few rows last."""
+    cases = [
+        Case(num_rows, vocab_size, dtype)
+        for num_rows, vocab_size in arguments.shapes
+        for dtype in arguments.dtypes
+    ]
+    if arguments.device == "cuda":
+        cases.sort(key=lambda case: (case.num_rows <= MAX_ROWS, case.dtype != "bfloat16"))
+    return cases
 
 
-def measure(
-    case: Case, contenders: list[Contender], device: Device, repeats: int, min_seconds: float
-) -> dict[str, Any]:
-    """One case, as it stands in the result file. All memory is released in between."""
-    torch.compiler.reset()
-    rotation = Rotation(case, device.cache_bytes(), device.type)
-    runners = [r for c in contenders if (r := warmed_up(c, rotation, device))]
-    seconds = time_side_by_side(runners, rotation, device, repeats, min_seconds)
-    del runners, rotation
-    gc.collect()
-    # Compiled code keeps the number of threads that it was compiled for.
-    losses = [c.name for c in contenders if c.is_loss and c.name != "compiled"]
-    return {
-        "case": asdict(case),
-        "seconds": {
-            name: {phase: [round(t, 9) for t in times] for phase, times in phases.items()}
-            for name, phases in seconds.items()
-        },
-        "peak_bytes": measure_peaks(case, list(seconds)),
-        "utilisation": measure_utilisation(case, losses) if case.num_rows <= FEW_ROWS else {},
-    }
+def write_reports(progress: Progress) -> str:
+    """The report, also written beside the result file, with a table of all figures."""
+    result = Result(progress.raw)
+    progress.raw["bounds"] = bounds.as_json(result)
+    progress.write()
+    report = markdown(result)
+    progress.path.with_suffix(".csv").write_text(csv_text(result))
+    progress.path.with_suffix(".md").write_text(report)
+    return report
 
 
-def main() -> None:
+def lose_device() -> None:
+    """End without the interpreter's clean-up, which would fail or wait on the device."""
+    sys.stderr.flush()
+    os._exit(DEVICE_LOST)
+
+
+def end_when_hopeless(case: Case, seconds: float) -> threading.Timer:
+    """End the process after so long, unless cancelled: a kernel that hangs cannot be interrupted.
+
+    The result file then blames the contender that was being tried, if one was.
+    """
+
+    def give_up() -> None:
+        print(f"gave up at {case} after {seconds:.0f} s", file=sys.stderr)
+        lose_device()
+
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), give_up)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def measure_all(arguments: argparse.Namespace, device: Device, progress: Progress) -> None:
+    """Every case that the result file does not have yet."""
+    schedule = Schedule(arguments.minutes)
+    min_seconds = 0.0 if arguments.quick else MIN_SECONDS[device.type]
+    candidates = [
+        c
+        for c in CONTENDERS
+        if (not c.module or peers.version(c.module)) and not (arguments.quick and c.compiles)
+    ]
+    pending = [case for case in cases_in_order(arguments) if not progress.is_complete(case)]
+    # What an earlier process ended in comes last.
+    pending.sort(key=lambda case: progress.entry(case).attempts)
+    for index, case in enumerate(pending):
+        entry = progress.entry(case)
+        if not schedule.has_time():
+            entry.fail("all", LEFT_OUT)
+            continue
+        if not entry.begin():
+            continue
+        print(case, file=sys.stderr)
+        contenders = [c for c in candidates if c.takes_part(case, device.type)]
+        schedule.begin(case, pending[index + 1 :])
+        watchdog = end_when_hopeless(case, schedule.seconds_until_hopeless())
+        reason = None
+        try:
+            measure_case(case, contenders, device, entry, schedule, arguments.repeats, min_seconds)
+        except DeviceLostError:
+            write_reports(progress)
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            reason = describe_error(error)
+        finally:
+            watchdog.cancel()
+        write_reports(progress)
+        if reason is not None:
+            entry.fail("all", reason)
+            device.release()
+            if not device.is_alive():
+                raise DeviceLostError(f"the device is lost in {case}: {reason}")
+
+
+def own_failures(progress: Progress) -> list[str]:
+    """What should have been measured and was not, peers and a lack of time apart."""
+    own = {"all", *(c.name for c in CONTENDERS if c.is_ours)}
+    return [
+        f"{Case(**case['case'])}: {name}: {reason}"
+        for case in progress.raw["cases"]
+        for name, reason in case["failed"].items()
+        if name.split(" of ")[-1] in own and reason != LEFT_OUT
+    ]
+
+
+def main() -> int:
     """Measure, print and write."""
     arguments = parse()
-    device = Cpu()
-    contenders = [c for c in CONTENDERS if not (arguments.quick and c.name == "compiled")]
-    min_seconds = 0.0 if arguments.quick else MIN_SECONDS
+    device = open_device(arguments.device)
     raw = {
         "machine": describe(device),
         "repeats": arguments.repeats,
         "load_before": load(),
-        "cases": [],
+        "checks": json.loads(arguments.checks.read_text()) if arguments.checks else {},
     }
-    if raw["load_before"] > 0.5:
+    if raw["load_before"] > 0.5 and arguments.device == "cpu":
         print(f"load {raw['load_before']:.1f}: times will be unsteady", file=sys.stderr)
-    for rows, vocab in arguments.shapes:
-        for dtype in arguments.dtypes:
-            case = Case(rows, vocab, dtype)
-            print(case, file=sys.stderr)
-            raw["cases"].append(measure(case, contenders, device, arguments.repeats, min_seconds))
-    report = markdown(result := Result(raw))
-    stem = file_stem(result.machine)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for suffix, text in (
-        ("json", json.dumps(raw) + "\n"),
-        ("csv", csv_text(result)),
-        ("md", report),
-    ):
-        (arguments.output / f"{stem}.{suffix}").write_text(text)
-    print(report)
-    print(f"wrote {arguments.output / stem}.json, .csv and .md", file=sys.stderr)
+    path = arguments.output / f"{file_stem(raw['machine'])}.json"
+    progress = Progress(path, raw, arguments.resume)
+    try:
+        measure_all(arguments, device, progress)
+    except DeviceLostError as error:
+        print(error, file=sys.stderr)
+        lose_device()
+    print(write_reports(progress))
+    print(f"wrote {path}, .csv and .md", file=sys.stderr)
+    return 1 if own_failures(progress) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

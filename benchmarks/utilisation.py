@@ -37,7 +37,7 @@ def measure(case: Case, contenders: list[Contender]) -> Iterator[Answer]:
     rotation = Rotation(case, device.cache_bytes(), device.type)
     all_threads = torch.get_num_threads()
     for contender in contenders:
-        runner = Runner(contender)
+        runner = contender.make_runner()
         one_turn(runner, rotation)
         alone: list[tuple[float, float]] = []
         together: list[tuple[float, float]] = []

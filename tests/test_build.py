@@ -238,7 +238,8 @@ def test_kernels_keep_to_registers_on_every_architecture(source: Path, tmp_path:
     command += ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", *targets]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    kernels = re.findall(r"Compiling entry function '(\w+_kernel\w*)' for 'sm_(\d+)'", result.stderr)
+    entry = r"Compiling entry function '(\w+_kernel\w*)' for 'sm_(\d+)'"
+    kernels = re.findall(entry, result.stderr)
     # Each kernel for three types of logits, on each architecture.
     assert {number for _, number in kernels} == set(numbers)
     assert len(kernels) % (3 * len(numbers)) == 0, result.stderr

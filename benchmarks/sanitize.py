@@ -1,0 +1,150 @@
+"""Every operator on small inputs, for compute-sanitizer to watch; the results are checked too.
+
+    compute-sanitizer --tool racecheck python benchmarks/sanitize.py
+
+The rows are short, so that it takes seconds, but for one vocabulary that few rows share out among
+many blocks. The truth is the reference in float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+import torch
+from cases import IGNORED
+from torch import Tensor
+
+import eaft_ext
+from eaft_ext import reference
+
+ops = torch.ops.eaft_ext
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Rows, vocabulary: even and odd, below and above a block's width, many rows and few.
+SHAPES = ((5, 7), (70, 128), (9, 1000), (4, 4099), (3, 20_001))
+LONG_SHAPES = ((2, 151_936), (1, 50_257))
+KS = (2, 20, 128)
+# Of the largest value, for losses and for gradients, whose last bit is the logits' own.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def inputs(num_rows: int, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, labels of which one in four is ignored, and upstream gradients, on the CPU."""
+    generator = torch.Generator().manual_seed(num_rows * vocab_size)
+    logits = 3 * torch.randn(num_rows, vocab_size, generator=generator)
+    labels = torch.randint(vocab_size, (num_rows,), generator=generator)
+    labels[3::4] = IGNORED
+    upstream = torch.randn(num_rows, generator=generator)
+    return logits.to(dtype), labels, upstream
+
+
+def on_device(logits: Tensor, device: str, misaligned: bool) -> Tensor:
+    """A copy on the device; misaligned rows begin one element into memory of one more."""
+    if not misaligned:
+        return logits.to(device, copy=True)
+    num_rows, vocab_size = logits.shape
+    wide = torch.nn.functional.pad(logits, (1, 0), value=torch.nan).to(device)
+    assert wide.shape == (num_rows, vocab_size + 1)
+    return wide[:, 1:]
+
+
+def truth(
+    logits: Tensor, labels: Tensor, upstream: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and entropy of each row, and the gradient of their weighted sum, in float64."""
+    leaf = logits.double().requires_grad_()
+    loss, stats = reference.gated_ce(leaf, labels, k, reduction="none", return_stats=True)
+    loss.backward(upstream.double())
+    assert leaf.grad is not None
+    return loss.detach(), stats.entropy, leaf.grad
+
+
+def results(
+    logits: Tensor, labels: Tensor, upstream: Tensor, k: int
+) -> Iterator[tuple[str, str, Tensor]]:
+    """Operator, which of its results, and the result; in-place operators get copies."""
+    gate = eaft_ext.EntropyGate()
+    options = (labels, k, gate.name, gate.parameters(), IGNORED)
+
+    def copy() -> Tensor:
+        # With the strides of the original, as misaligned, and no element longer.
+        offset = logits.storage_offset()
+        length = offset + (logits.size(0) - 1) * logits.stride(0) + logits.size(1)
+        memory = torch.full((length,), torch.nan, dtype=logits.dtype, device=logits.device)
+        return memory.as_strided(logits.shape, logits.stride(), offset).copy_(logits)
+
+    loss, _, entropy, weight, row_max, log_sum = ops.gated_ce_forward(logits, *options)
+    yield "gated_ce_forward", "loss", loss
+    yield "gated_ce_forward", "entropy", entropy
+    stats = (labels, row_max, log_sum, IGNORED)
+    yield "gated_ce_backward", "gradient", ops.gated_ce_backward(upstream * weight, logits, *stats)
+    overwritten = copy()
+    ops.gated_ce_backward_(upstream * weight, overwritten, *stats)
+    yield "gated_ce_backward_", "gradient", overwritten
+    loss, _, entropy, _, gradient = ops.gated_ce_forward_with_grad(upstream, logits, *options)
+    yield "gated_ce_forward_with_grad", "loss", loss
+    yield "gated_ce_forward_with_grad", "entropy", entropy
+    yield "gated_ce_forward_with_grad", "gradient", gradient
+    for factor in (1.0, 0.5):  # the first is said to touch nothing
+        ops.scale_gradient_(gradient, torch.tensor(factor, device=gradient.device))
+        yield "scale_gradient_", "gradient" if factor == 1 else "half of the gradient", gradient
+    overwritten = copy()
+    loss, *_ = ops.gated_ce_forward_with_grad_(upstream, overwritten, *options)
+    yield "gated_ce_forward_with_grad_", "loss", loss
+    yield "gated_ce_forward_with_grad_", "gradient", overwritten
+
+
+def check_losses(device: str, num_rows: int, vocab_size: int, dtype: torch.dtype, k: int) -> int:
+    """Run all operators of the loss on a shape; how many results were wrong."""
+    logits, labels, upstream = inputs(num_rows, vocab_size, dtype)
+    loss, entropy, gradient = truth(logits, labels, upstream, k)
+    expected = {"loss": loss, "entropy": entropy, "gradient": gradient}
+    expected["half of the gradient"] = gradient / 2
+    wrong = 0
+    for misaligned in (False, True):
+        arguments = (on_device(logits, device, misaligned), labels.to(device), upstream.to(device))
+        for op, what, found in results(*arguments, k):
+            right = expected[what]
+            error = (found.cpu().double() - right).abs().max() / right.abs().max().clamp(min=1e-30)
+            if not error <= TOLERANCE[dtype]:  # also if it is NaN
+                case = f"{num_rows} x {vocab_size} {dtype}, k = {k}, misaligned: {misaligned}"
+                print(f"wrong: {what} of {op} at {case}: off by {error:.3g} of the largest")
+                wrong += 1
+    return wrong
+
+
+def check_topk(device: str, num_rows: int, vocab_size: int, dtype: torch.dtype, k: int) -> int:
+    """The same for the values and indices of topk."""
+    logits, _, _ = inputs(num_rows, vocab_size, dtype)
+    k = min(k, vocab_size)
+    right = logits.topk(k).values
+    for misaligned in (False, True):
+        values, indices = ops.topk(on_device(logits, device, misaligned), k)
+        found = logits.gather(1, indices.cpu())
+        if not (torch.equal(values.cpu(), right) and torch.equal(found, right)):
+            print(f"wrong: topk at {num_rows} x {vocab_size} {dtype}, k = {k}")
+            return 1
+    return 0
+
+
+def main() -> int:
+    """Run all; 1 if a result was wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda", help="cpu tries this script out")
+    arguments = parser.parse_args()
+    cases = [(shape, dtype, k) for shape in SHAPES for dtype in DTYPES for k in KS]
+    cases += [(shape, dtype, KS[1]) for shape in LONG_SHAPES for dtype in DTYPES]
+    wrong = 0
+    for (num_rows, vocab_size), dtype, k in cases:
+        wrong += check_losses(arguments.device, num_rows, vocab_size, dtype, k)
+        wrong += check_topk(arguments.device, num_rows, vocab_size, dtype, k)
+    if arguments.device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{len(cases)} cases, {wrong} wrong results")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""How a time limit is shared out among the cases that are left."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+from cases import Case
+
+# A case is not worth beginning with less, and its rounds get no less.
+CASE_SECONDS = 5.0
+ROUNDS_SECONDS = 4.0
+# What is set aside for them where something is compiled first.
+BESIDE_COMPILING_SECONDS = 8.0
+# A case that is so much over its time hangs.
+PATIENCE_SECONDS = 45.0
+
+
+class Schedule:
+    """A deadline, and each case's share of the time until then; without a limit, all is infinite.
+
+    What a case does not use goes to those after it. A case of few rows counts for a third.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self._case_end = math.inf
+        self._longest_compilation = 0.0
+
+    def has_time(self) -> bool:
+        """Whether a case may begin."""
+        return time.monotonic() + CASE_SECONDS < self._end
+
+    def begin(self, case: Case, after: Sequence[Case]) -> None:
+        """A case begins now."""
+        now = time.monotonic()
+        weights = [1 if each.num_rows <= 64 else 3 for each in (case, *after)]
+        self._case_end = now + (self._end - now) * weights[0] / sum(weights)
+
+    def seconds_for_rounds(self) -> float:
+        """What is left for the rounds of the case."""
+        return max(self._case_end - time.monotonic(), ROUNDS_SECONDS)
+
+    def seconds_until_hopeless(self) -> float:
+        """When to give the case up."""
+        return self._case_end - time.monotonic() + PATIENCE_SECONDS
+
+    def can_compile(self) -> bool:
+        """Whether the case has time for what compiles first, as long as that took before."""
+        needed = self._longest_compilation + BESIDE_COMPILING_SECONDS
+        return time.monotonic() + needed < self._case_end
+
+    def has_compiled(self, seconds: float) -> None:
+        """Remember how long it took."""
+        self._longest_compilation = max(self._longest_compilation, seconds)
