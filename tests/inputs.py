@@ -165,6 +165,19 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
 
 
+def agree(a: Tensor, b: Tensor) -> bool:
+    """Whether two results for the same rows agree, of different layouts or among different rows.
+
+    In every bit on the CPU, whose kernels add in one order. On CUDA the order depends on the rows'
+    alignment, on their number and on the operator: there to a few roundings.
+    """
+    if a.device.type == "cpu":
+        return same_bits(a, b)
+    relative = max(1e-5, 2 * torch.finfo(a.dtype).eps)
+    same_kind = a.dtype == b.dtype and a.shape == b.shape
+    return same_kind and torch.allclose(a.float(), b.float(), relative, 1e-6, equal_nan=True)
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Let CPU operators use ``count`` threads."""

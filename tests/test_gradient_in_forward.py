@@ -167,7 +167,7 @@ def test_under_a_compiler(device: str) -> None:
 
 def test_the_reduction_must_give_a_scalar(device: str) -> None:
     logits, labels = _inputs(device)
-    with pytest.raises(ValueError, match="gradient_in_forward needs reduction .* got 'none'"):
+    with pytest.raises(ValueError, match=r"gradient_in_forward needs reduction .* got 'none'"):
         gated_ce(logits, labels, reduction="none", gradient_in_forward=True)
     with pytest.raises(ValueError, match="GatedCrossEntropyLoss: gradient_in_forward needs"):
         eaft_ext.GatedCrossEntropyLoss(reduction="none", gradient_in_forward=True)

@@ -112,6 +112,10 @@ __device__ inline int cluster_rank() {
 __device__ inline void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
+// The same for a thread that has only read.
+__device__ inline void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
 __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
@@ -132,6 +136,7 @@ __device__ inline void wait_for(const Arrival*) { __trap(); }
 __device__ inline int cluster_size() { return 1; }
 __device__ inline int cluster_rank() { return 0; }
 __device__ inline void cluster_arrive() {}
+__device__ inline void cluster_arrive_relaxed() {}
 __device__ inline void cluster_wait() {}
 template <typename T>
 __device__ inline const T* of_cluster_rank(const T* pointer, int) {

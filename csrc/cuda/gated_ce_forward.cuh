@@ -47,28 +47,34 @@ __device__ inline float target_logit_of(const LogitsArguments& logits, int64_t r
 }
 
 __device__ inline void write_stats(const StatsPointers& stats, int64_t row,
-                                   const TokenStats<float>& token) {
-  stats.loss[row] = token.loss;
-  stats.nll[row] = token.nll;
-  stats.entropy[row] = token.entropy;
-  stats.gate[row] = token.gate;
-  stats.row_max[row] = token.row_max;
-  stats.log_sum[row] = token.log_sum;
+                                   const TokenStats<double>& token) {
+  stats.loss[row] = static_cast<float>(token.loss);
+  stats.nll[row] = static_cast<float>(token.nll);
+  stats.entropy[row] = static_cast<float>(token.entropy);
+  stats.gate[row] = static_cast<float>(token.gate);
+  stats.row_max[row] = static_cast<float>(token.row_max);
+  stats.log_sum[row] = static_cast<float>(token.log_sum);
 }
 
-// The entropy of k keys, in no order. Sorted first, since the order in which they came to the list
-// changes from run to run, and rounded sums would with it. By one warp.
+// Stats of a row from its sum and the keys of its k largest logits, which come in no order; the
+// first lane gets them. In double: a loss is a gate times an nll, and beside an nll of 1e4 the last
+// bit of a float gate shows. By one warp.
 template <typename Element>
-__device__ inline float warp_entropy(const uint32_t* top, int k, uint32_t* sorted) {
-  warp_sort(top, k, sorted);
-  const float largest = value_of<Element>(sorted[0]);
-  EntropySums<float> sums;
-  for (int i = lane_index(); i < k; i += kWarpSize) {
+__device__ inline TokenStats<double> warp_token_stats(const ForwardArguments& arguments,
+                                                      const PartSum& sum, float target_logit,
+                                                      const uint32_t* top, uint32_t* sorted) {
+  // Sorted first, since the order in which the keys came to the list changes from run to run, and
+  // rounded sums would with it.
+  warp_sort(top, arguments.k, sorted);
+  const double largest = value_of<Element>(sorted[0]);
+  EntropySums<double> sums;
+  for (int i = lane_index(); i < arguments.k; i += kWarpSize) {
     if (i > 0) sums.add(value_of<Element>(sorted[i]) - largest);
   }
   sums.z = warp_sum(sums.z);
   sums.weighted = warp_sum(sums.weighted);
-  return sums.entropy();
+  if (lane_index() != 0) return {};
+  return token_stats<double>(arguments.gate, sum.max, sum.log_sum(), target_logit, sums.entropy());
 }
 
 // A block for each part of each row.
@@ -98,11 +104,9 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
   }
   const float target_logit = target_logit_of<Element>(logits, row, arguments.labels[row]);
   warp_top_k(storage.scan.list, arguments.k, storage.top);
-  const float entropy = warp_entropy<Element>(storage.top, arguments.k, storage.sorted);
-  if (lane_index() == 0) {
-    write_stats(arguments.stats, row,
-                token_stats(arguments.gate, sum.max, sum.log_sum(), target_logit, entropy));
-  }
+  const auto token =
+      warp_token_stats<Element>(arguments, sum, target_logit, storage.top, storage.sorted);
+  if (lane_index() == 0) write_stats(arguments.stats, row, token);
 }
 
 // Merges the parts of each row: a block for each row.
@@ -124,11 +128,9 @@ __global__ void __launch_bounds__(kMergeThreads)
     return PartSum{parts.max[row * parts.count + i], parts.sum[row * parts.count + i]};
   });
   warp_top_k(storage.list, arguments.k, storage.top);
-  const float entropy = warp_entropy<Element>(storage.top, arguments.k, storage.sorted);
-  if (lane_index() == 0) {
-    write_stats(arguments.stats, row,
-                token_stats(arguments.gate, sum.max, sum.log_sum(), target_logit, entropy));
-  }
+  const auto token =
+      warp_token_stats<Element>(arguments, sum, target_logit, storage.top, storage.sorted);
+  if (lane_index() == 0) write_stats(arguments.stats, row, token);
 }
 
 }  // namespace eaft_ext::cuda

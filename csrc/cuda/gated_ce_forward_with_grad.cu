@@ -2,6 +2,7 @@
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <utility>
 
 #include "dispatch.h"
 #include "gated_ce_forward_with_grad.cuh"
@@ -10,11 +11,7 @@
 namespace eaft_ext::cuda {
 namespace {
 
-constexpr int kStagedThreads = 256;
-constexpr int kCachedThreads = 384;
-// With three blocks on a multiprocessor, one of them is always loading or writing.
-constexpr int kWantedBlocks = 3;
-constexpr int kLeastBlocks = 2;
+constexpr int kLeastBlocks = 2;  // of a multiprocessor: fewer never load while another writes
 
 struct DeviceLimits {
   int device = 0;
@@ -57,7 +54,7 @@ struct ClusterLaunch {
   }
 };
 
-// A row in the shared memory of as few blocks as leave room for kWantedBlocks on a multiprocessor,
+// A row in the shared memory of as few blocks as leave room for kStagedBlocks on a multiprocessor,
 // of more where rows are few. Leaves the plan as it is where that cannot be.
 template <typename Element>
 cudaError_t plan_shared_memory(const DeviceLimits& limits, const LogitsArguments& logits,
@@ -69,6 +66,10 @@ cudaError_t plan_shared_memory(const DeviceLimits& limits, const LogitsArguments
   if (attributes.ptxVersion < 90) return cudaSuccess;
   if (const cudaError_t error = cudaFuncSetAttribute(
           kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes)) {
+    return error;
+  }
+  if (const cudaError_t error = cudaFuncSetAttribute(
+          kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared)) {
     return error;
   }
   constexpr int kLine = 128 / sizeof(Element);
@@ -95,14 +96,14 @@ cudaError_t plan_shared_memory(const DeviceLimits& limits, const LogitsArguments
       cudaGetLastError();  // this device has no room for such clusters
       continue;
     }
-    blocks = std::min(blocks, kWantedBlocks);
+    blocks = std::min(blocks, kStagedBlocks);
     const bool fills_device = logits.num_rows >= clusters;
     if (blocks > best_blocks || (blocks == best_blocks && plan->home == RowHome::kSharedMemory &&
                                  logits.num_rows * plan->cluster_size < limits.multiprocessors)) {
       best_blocks = blocks;
       *plan = tried;
     }
-    if (blocks == kWantedBlocks && fills_device) break;
+    if (blocks == kStagedBlocks && fills_device) break;
   }
   return cudaSuccess;
 }
@@ -140,7 +141,12 @@ cudaError_t make_plan(const DeviceLimits& limits, const ForwardWithGradArguments
   }
   const cudaError_t error = plan_shared_memory<Element>(limits, logits, plan);
   if (error != cudaSuccess || plan->home == RowHome::kSharedMemory) return error;
-  return plan_l2<Element>(limits, arguments, plan);
+  if (const cudaError_t l2_error = plan_l2<Element>(limits, arguments, plan)) return l2_error;
+  // Where so few rows fit that most of the device would idle, two passes of all of it are faster.
+  if (2 * plan->grid < std::min<int64_t>(logits.num_rows, limits.multiprocessors)) {
+    plan->home = RowHome::kTwoKernels;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace

@@ -22,6 +22,11 @@
 namespace eaft_ext::cuda {
 
 constexpr int kMaxClusterSize = 8;
+// So many blocks on a multiprocessor that one of them is always loading or writing, and so few
+// threads that each has 80 registers.
+constexpr int kStagedBlocks = 4;
+constexpr int kStagedThreads = 192;
+constexpr int kCachedThreads = 384;
 
 // What a block tells the others of its cluster, and what it makes of what they say.
 template <int kThreads>
@@ -42,27 +47,25 @@ constexpr size_t kSliceOffset = (sizeof(ForwardWithGradStorage<kThreads>) + 127)
 // Finishes the row by one warp: its stats, and what the gradient needs for all threads.
 template <typename Element, int kThreads>
 __device__ inline void finish_row(const ForwardWithGradArguments& arguments, int64_t row,
-                                  int64_t label, const PartSum& sum, float target_logit,
-                                  bool writes_stats, ForwardWithGradStorage<kThreads>& storage) {
+                                  int64_t label, float upstream, const PartSum& sum,
+                                  float target_logit, bool writes_stats,
+                                  ForwardWithGradStorage<kThreads>& storage) {
   const ForwardArguments& forward = arguments.forward;
-  const float entropy =
-      warp_entropy<Element>(storage.forward.top, forward.k, storage.forward.sorted);
+  const TokenStats<double> token = warp_token_stats<Element>(
+      forward, sum, target_logit, storage.forward.top, storage.forward.sorted);
   if (lane_index() != 0) return;
-  const TokenStats<float> token =
-      token_stats(forward.gate, sum.max, sum.log_sum(), target_logit, entropy);
-  if (writes_stats) write_stats(forward.stats, row, token);
-  storage.row_max = token.row_max;
-  storage.log_sum = token.log_sum;
+  storage.row_max = static_cast<float>(token.row_max);
+  storage.log_sum = static_cast<float>(token.log_sum);
   storage.weight = weight_of(label, forward.ignore_index, forward.logits.vocab_size,
-                             arguments.upstream[row] * token.gate);
+                             upstream * static_cast<float>(token.gate));
+  if (writes_stats) write_stats(forward.stats, row, token);
 }
 
 // One row by one cluster; the grid has a cluster for each row. slice_length: elements of each
 // block's slice but the last, a multiple of the vector size.
 template <typename Element, int kThreads>
-__global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads)
-    gated_ce_forward_with_grad_staged_kernel(
-        const __grid_constant__ ForwardWithGradArguments arguments, int slice_length) {
+__global__ void __launch_bounds__(kThreads, kStagedBlocks) gated_ce_forward_with_grad_staged_kernel(
+    const __grid_constant__ ForwardWithGradArguments arguments, int slice_length) {
   auto& storage = *reinterpret_cast<ForwardWithGradStorage<kThreads>*>(block_memory());
   auto* slice = reinterpret_cast<Vector<Element>*>(block_memory() + kSliceOffset<kThreads>);
   const ForwardArguments& forward = arguments.forward;
@@ -73,14 +76,16 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
   const int vocab_size = static_cast<int>(forward.logits.vocab_size);
   const int begin = min(rank * slice_length, vocab_size);
   const int length = min(slice_length, vocab_size - begin);
-  const int64_t label = forward.labels[row];
-  Element* target =
-      static_cast<Element*>(arguments.gradient) + arguments.gradient_layout.offset(row) + begin;
   StagedPart<Element, kThreads> part(row_of<Element>(forward.logits, row) + begin, length, slice,
                                      storage.arrivals);
-  if (label == forward.ignore_index) {  // by all blocks of the cluster: none waits for the others
+  const auto target = [&] {
+    return static_cast<Element*>(arguments.gradient) + arguments.gradient_layout.offset(row) +
+           begin;
+  };
+  if (forward.labels[row] == forward.ignore_index) {
+    // So do all blocks of the cluster: none waits for the others.
     if (threadIdx.x == 0 && rank == 0) write_stats(forward.stats, row, {});
-    write_gradient<kThreads>(part, target, RowGradient(0, 0, 0, -1));
+    write_gradient<kThreads>(part, target(), RowGradient(0, 0, 0, -1));
     return;
   }
   if (threadIdx.x == 0) part.start();
@@ -88,6 +93,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
 
   const PartSum slice_sum = scan_part<kThreads>(part, k, storage.forward.scan);
   CandidateList<uint32_t>& list = storage.forward.scan.list;
+  const int64_t label = forward.labels[row];
   float target_logit = 0;
   if (warp_index() == 0) {
     // Read now: when all have arrived, the gradient may be written over it.
@@ -97,27 +103,34 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
   }
   cluster_arrive();
   cluster_wait();  // every block's sum and candidates are there
+  // The list is free, and has room for the candidates of all blocks.
+  static_assert(kMaxClusterSize * kMaxTopK <= CandidateList<uint32_t>::kCapacity, "they fit");
+  for (int i = static_cast<int>(threadIdx.x); i < num_blocks * k; i += kThreads) {
+    list.keys[i] = of_cluster_rank(storage.slice_top, i / k)[i % k];
+  }
+  PartSum sum{};
+  float upstream = 0;
   if (warp_index() == 0) {
-    // The list is free, and has room for the candidates of all blocks.
-    static_assert(kMaxClusterSize * kMaxTopK <= CandidateList<uint32_t>::kCapacity, "they fit");
-    const PartSum sum = warp_merge(
-        num_blocks, [&](int block) { return *of_cluster_rank(&storage.slice_sum, block); });
-    for (int i = lane_index(); i < num_blocks * k; i += kWarpSize) {
-      list.keys[i] = of_cluster_rank(storage.slice_top, i / k)[i % k];
-    }
+    upstream = arguments.upstream[row];
+    PartSum part{-INFINITY, 0};
+    if (lane_index() < num_blocks) part = *of_cluster_rank(&storage.slice_sum, lane_index());
+    sum = warp_merge(kWarpSize, [&](int) { return part; });
     if (lane_index() == 0) {
       list.count = num_blocks * k;
       list.floor = 0;
     }
-    __syncwarp();
-    warp_top_k(list, k, storage.forward.top);
-    finish_row<Element, kThreads>(arguments, row, label, sum, target_logit, rank == 0, storage);
   }
-  cluster_arrive();  // this block has read the others
-  __syncthreads();   // the row is finished
+  __syncthreads();           // the list is there
+  cluster_arrive_relaxed();  // this block has read the others
+  if (warp_index() == 0) {
+    warp_top_k(list, k, storage.forward.top);
+    finish_row<Element, kThreads>(arguments, row, label, upstream, sum, target_logit, rank == 0,
+                                  storage);
+  }
+  __syncthreads();  // the row is finished
   const RowGradient gradient(storage.row_max, storage.log_sum, storage.weight,
                              label_in_part(label, begin));
-  write_gradient<kThreads>(part, target, gradient);
+  write_gradient<kThreads>(part, target(), gradient);
   cluster_wait();  // and they have read this one, whose memory ends with it
 }
 
@@ -140,8 +153,10 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
       if (threadIdx.x == 0) storage.weight = 0;
     } else if (warp_index() == 0) {
       const float target_logit = target_logit_of<Element>(forward.logits, row, label);
+      const float upstream = arguments.upstream[row];
       warp_top_k(storage.forward.scan.list, forward.k, storage.forward.top);
-      finish_row<Element, kThreads>(arguments, row, label, sum, target_logit, true, storage);
+      finish_row<Element, kThreads>(arguments, row, label, upstream, sum, target_logit, true,
+                                    storage);
     }
     __syncthreads();  // the row is finished
     const RowGradient gradient(storage.row_max, storage.log_sum, storage.weight,

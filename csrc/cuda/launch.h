@@ -25,7 +25,9 @@ cudaError_t launch_gated_ce_backward(ElementType type, const BackwardArguments& 
 enum class RowHome {
   kSharedMemory,  // of a cluster of blocks
   kL2,            // as few rows at once as fit
-  kTwoKernels,    // so few rows that all fit into L2: forward and backward, each over all blocks
+  // Nowhere: forward and backward, each over all blocks. For so few rows that all fit into L2, and
+  // for so long ones that L2 holds too few of them.
+  kTwoKernels,
 };
 
 struct ForwardWithGradPlan {

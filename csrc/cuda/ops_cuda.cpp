@@ -34,10 +34,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cuda
   const char* op = "gated_ce_forward";
   check_logits(op, logits);
   const c10::cuda::CUDAGuard guard(logits.device());
-  const Stats stats(logits);
-  const CheckedForward forward(op, logits, labels, k, gate, gate_parameters, ignore_index, stats);
   // Said before the work is done, not in the backward.
   if (inplace_backward) check_writable(op, logits);
+  const Stats stats(logits);
+  const CheckedForward forward(op, logits, labels, k, gate, gate_parameters, ignore_index, stats);
   run_forward(forward);
   return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.row_max, stats.log_sum};
 }
@@ -127,9 +127,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cuda_(
   const char* op = "gated_ce_forward_with_grad_";
   check_logits(op, logits);
   const c10::cuda::CUDAGuard guard(logits.device());
+  check_writable(op, logits);
   const Stats stats(logits);
   const CheckedForward forward(op, logits, labels, k, gate, gate_parameters, ignore_index, stats);
-  check_writable(op, logits);
   forward_with_grad_into(op, logits, stats, upstream, forward);
   mark_written(logits);
   return {stats.loss, stats.nll, stats.entropy, stats.gate};

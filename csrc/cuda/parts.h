@@ -29,6 +29,7 @@ struct RowParts {
 // `overhead` elements' time. A part is a multiple of `granularity` and at least `shortest` long.
 inline PartsPlan choose_parts(int64_t num_rows, int64_t vocab_size, int resident_blocks,
                               int granularity, int shortest, int overhead) {
+  resident_blocks = std::max(resident_blocks, 1);
   const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   PartsPlan best;
   int64_t least = INT64_MAX;

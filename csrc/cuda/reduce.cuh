@@ -51,8 +51,7 @@ struct PartSum {
   float max;
   double sum;
 
-  // ln(sum), of which the 1 is taken away before the rounding to float.
-  __device__ float log_sum() const { return log1pf(static_cast<float>(sum - 1)); }
+  __device__ double log_sum() const { return log1p(sum - 1); }
 };
 
 // What an exponent is taken relative to: finite, also where there is no finite element.

@@ -31,17 +31,24 @@ struct RowGradient {
   // Of `size` elements that begin at that place of the part.
   template <typename Element>
   __device__ void apply(Vector<Element>& vector, int begin, int size) const {
-    const int at_label = label - begin;
+    const auto at_label = static_cast<unsigned>(label - begin);
+    const bool has_label = at_label < static_cast<unsigned>(size);
+    // p - 1 before any rounding, to the logits' type or to p: close to p = 1 it is all there is.
+    // Beside the loop, where it would be compiled once for each element.
     float label_gradient = 0;
-    const bool has_label = at_label >= 0 && at_label < size;
+    if (has_label) {
+      const float x = element_at(vector, static_cast<int>(at_label));
+      label_gradient = weight * expm1f((x - max) - log_sum);
+    }
 #pragma unroll
     for (int e = 0; e < kVectorSize<Element>; ++e) {
-      const float x = to_float(vector.elements[e]);
-      // p - 1 before any rounding, to the logits' type or to p: close to p = 1 it is all there is.
-      if (has_label && e == at_label) label_gradient = weight * expm1f((x - max) - log_sum);
-      const float gradient = scale * exp_relative(x, max);
-      vector.elements[e] =
-          from_float<Element>(has_label && e == at_label ? label_gradient : gradient);
+      const float gradient = scale * exp_relative(to_float(vector.elements[e]), max);
+      vector.elements[e] = from_float<Element>(gradient);
+    }
+    if (!has_label) return;
+#pragma unroll
+    for (unsigned e = 0; e < kVectorSize<Element>; ++e) {
+      if (e == at_label) vector.elements[e] = from_float<Element>(label_gradient);
     }
   }
 };

@@ -4,10 +4,10 @@
 //
 // Work: a thread takes kVectorsPerThread vectors of 16 bytes at a time and keeps a maximum and a
 // sum of its own, rescaled when the maximum rises. After the first tile the threads' maxima give
-// the floor of top_k.cuh; from then on an element is compared with it, and about k (1 + ln(V /
-// tile)) of them go to the list. The loop has no barriers but that of the first tile, so the warps
-// drift apart and the memory is never idle; when the list is half full, it is shrunk. A row in
-// rising order overflows it all the same: then the finished maxima give a floor, and the part is
+// the floor of top_k.cuh; from then on an element is compared with it, and the few above it go to
+// the list. After 2, 4, 8, ... tiles, as many as there were before, the floor is raised if that
+// pays. Between these barriers the warps drift apart, and the memory is never idle. A row in rising
+// order overflows the list all the same: then the finished maxima give a floor, and the part is
 // read once more (select_row.cuh).
 #pragma once
 
@@ -69,13 +69,13 @@ template <int kThreads, typename Part>
 __device__ inline PartSum scan_part(const Part& part, int k, ScanStorage<kThreads>& storage) {
   using Element = typename Part::Element;
   using Keys = ValueKeys<Element>;
-  constexpr int kCapacity = CandidateList<uint32_t>::kCapacity;
+  const int many = max(2 * k, kWarpSize);  // candidates, which make raising the floor worth it
   const uint32_t lowest = key_of<Element>(-INFINITY);
   CandidateList<uint32_t>& list = storage.list;
 
   ThreadSum sum;
   float floor = 0;
-  bool crowded = false;  // this thread met a list that was half full
+  bool crowded = false;  // this thread met a list of many
   // At least one, which may be empty.
   for (int tile = 0; tile == 0 || tile < num_tiles<kThreads>(part); ++tile) {
     Vector<Element> vectors[kVectorsPerThread];
@@ -100,11 +100,11 @@ __device__ inline PartSum scan_part(const Part& part, int k, ScanStorage<kThread
         }
         for (; above != 0; above &= above - 1) {
           const float x = element_at(vectors[v], __ffs(static_cast<int>(above)) - 1);
-          crowded |= list.push(key_of<Element>(x)) >= kCapacity / 2;
+          crowded |= list.push(key_of<Element>(x)) >= many;
         }
       }
     }
-    // Asked ever more rarely, as what is above the floor gets ever rarer.
+    // After 2, 4, 8, ... tiles: what is above the floor gets ever rarer.
     const bool ask = tile > 0 && (tile & (tile + 1)) == 0;
     if (ask && __syncthreads_or(crowded)) {
       floor = value_of<Element>(shrink(list, k, storage.scratch));

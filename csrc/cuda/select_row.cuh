@@ -88,7 +88,8 @@ __device__ inline void offer_part(const Part& part, int first_index, int k,
   }
 }
 
-// Leaves what the k largest can be in the list. k <= part.length(). Ends with a barrier.
+// Leaves what the k largest can be in the list; of a part with fewer elements, these and key 0.
+// Ends with a barrier.
 template <typename Keys, int kThreads, typename Part>
 __device__ inline void select_part(const Part& part, int first_index, int k,
                                    CandidateList<typename Keys::Key>& list,

@@ -2,17 +2,11 @@
 // what nothing can matter any more; the few keys above it go to a list in shared memory; one warp
 // selects the k largest of the list.
 //
-//     floor      the k-th largest of the threads' own maxima is one that costs nothing: k keys
-//     reach
-//                it. About 1.1 k of what has been seen so far is above it, wherever the large ones
-//                are.
-//     list       raised floors and a full list: the warp keeps the k largest, whose least is a
-//     better
-//                floor, and the list goes on with those.
-//     selection  bit by bit from the highest: how many keys have this bit set, above a prefix that
-//     at
-//                least k keys reach? A ballot's worth of work for each bit; equal leading bits are
-//                skipped.
+//     floor      at first the k-th largest of the threads' own maxima: k keys reach it, and about
+//                1.1 k of those seen so far are above it, wherever the large ones are.
+//     list       when it holds many, the warp keeps its k largest, and their least is the floor.
+//     selection  bit by bit from the highest: the largest prefix that at least k keys reach. One
+//                count over the warp for each bit; leading bits that all keys share are skipped.
 //
 // A key is never 0. Either exactly k keys are above a floor that the selection gives, or the floor
 // is itself the k-th largest key, and fills the places that fewer keys above it leave.
@@ -96,6 +90,7 @@ __device__ __noinline__ void warp_top_k(CandidateList<Key>& list, int k, Key* to
     kept += __popc(keeping);
   }
   for (int i = kept + lane_index(); i < k; i += kWarpSize) top[i] = floor;
+  __syncwarp();  // all have read the floor
   if (lane_index() == 0) list.floor = floor;
   __syncwarp();
 }

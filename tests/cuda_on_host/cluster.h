@@ -37,6 +37,10 @@ inline void cluster_arrive(cuda_on_host::Place place = cuda_on_host::Place::here
   cuda_on_host::yield();
 }
 
+inline void cluster_arrive_relaxed(cuda_on_host::Place place = cuda_on_host::Place::here()) {
+  cluster_arrive(place);
+}
+
 inline void cluster_wait(cuda_on_host::Place place = cuda_on_host::Place::here()) {
   cuda_on_host::Thread& self = *cuda_on_host::machine.current;
   if (self.cluster_arrivals == self.cluster_waits) {

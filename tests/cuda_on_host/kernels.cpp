@@ -19,7 +19,6 @@ using cuda_on_host::launch;
 // As in the .cu files.
 constexpr int kThreads = 256;
 constexpr int kFewThreads = 128;  // for short rows
-constexpr int kCachedThreads = 384;
 
 // function(Element{}) for the element type.
 template <typename Function>
@@ -128,9 +127,9 @@ std::string run_forward_with_grad(ElementType type, const ForwardWithGradArgumen
     constexpr int kLine = 128 / sizeof(Element);
     const int wanted = (static_cast<int>(logits.vocab_size) + cluster_size - 1) / cluster_size;
     const int slice = (wanted + kLine - 1) / kLine * kLine;
-    return launch<gated_ce_forward_with_grad_staged_kernel<Element, kThreads>>(
-        {logits.num_rows * cluster_size, cluster_size, kThreads,
-         kSliceOffset<kThreads> + slice * sizeof(Element)},
+    return launch<gated_ce_forward_with_grad_staged_kernel<Element, kStagedThreads>>(
+        {logits.num_rows * cluster_size, cluster_size, kStagedThreads,
+         kSliceOffset<kStagedThreads> + slice * sizeof(Element)},
         seed, arguments, slice);
   });
 }
