@@ -172,6 +172,17 @@ def test_small_terms_beside_a_large_one(dtype: torch.dtype, place: int) -> None:
     assert_right(logits, labels, [Way("parts", 1), Way("cluster", 0)], gate=NoGate())
 
 
+@each_way
+def test_what_is_left_of_a_confident_token(way: Way) -> None:
+    """1e-6 in all: 1 + 1e-6 as a float would be off by six percent of it."""
+    logits, labels = make(8, 20011, trap="probability_one_minus_1e-6")
+    truth = reference.gated_ce(logits.double(), labels, gate=NoGate(), reduction="none")
+    found = way(logits, labels, torch.ones(8), gate=NoGate())
+    at_label = -found.gradient.gather(1, labels[:, None])[:, 0]
+    for value in (found.nll, at_label):
+        torch.testing.assert_close(value.double(), truth, rtol=5e-3, atol=0)
+
+
 @each_dtype
 @pytest.mark.parametrize("gate", [gate for gate in GATES if isinstance(gate, Gate)], ids=str)
 def test_gates(dtype: torch.dtype, gate: Gate) -> None:
