@@ -84,6 +84,7 @@ def results(
     overwritten = copy()
     ops.gated_ce_backward_(upstream * weight, overwritten, *stats)
     yield "gated_ce_backward_", "gradient", overwritten
+    yield from results_of_shards(logits, labels, upstream, k)
     loss, _, entropy, _, gradient = ops.gated_ce_forward_with_grad(upstream, logits, *options)
     yield "gated_ce_forward_with_grad", "loss", loss
     yield "gated_ce_forward_with_grad", "entropy", entropy
@@ -95,6 +96,29 @@ def results(
     loss, *_ = ops.gated_ce_forward_with_grad_(upstream, overwritten, *options)
     yield "gated_ce_forward_with_grad_", "loss", loss
     yield "gated_ce_forward_with_grad_", "gradient", overwritten
+
+
+def results_of_shards(
+    logits: Tensor, labels: Tensor, upstream: Tensor, k: int
+) -> Iterator[tuple[str, str, Tensor]]:
+    """The same of a vocabulary in three shards."""
+    gate = eaft_ext.EntropyGate()
+    width = max(1, logits.size(1) // 3)
+    shards = [
+        (0, logits[:, :width]),
+        (width, logits[:, width : 2 * width]),
+        (2 * width, logits[:, 2 * width :]),
+    ]
+    partials = [ops.gated_ce_partial(x, labels, k, start, None, IGNORED) for start, x in shards]
+    merged = (torch.stack(partials), gate.name, gate.parameters(), IGNORED, 0, None)
+    loss, _, entropy, weight, row_max, log_sum = ops.gated_ce_merge(logits, labels, *merged)
+    yield "gated_ce_partial", "loss", loss
+    yield "gated_ce_merge", "entropy", entropy
+    stats = (labels, row_max, log_sum, IGNORED)
+    gradients = [
+        ops.gated_ce_backward(upstream * weight, x, *stats, start, None) for start, x in shards
+    ]
+    yield "gated_ce_backward", "gradient", torch.cat(gradients, 1)
 
 
 def check_losses(device: str, num_rows: int, vocab_size: int, dtype: torch.dtype, k: int) -> int:

@@ -5,15 +5,44 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "core/limits.h"
+#include "core/shard_partial.h"
 #include "tensor_rows.h"
+#include "vocab_shard.h"
 
 namespace eaft_ext {
 
 inline void check_logits(const char* op, const at::Tensor& logits) {
   TORCH_CHECK_VALUE(logits.dim() >= 1 && logits.size(-1) >= 1, op,
                     ": logits must be (..., V) with V of at least 1, got ", logits.sizes());
+}
+
+// Logits of a shard, which may have no columns, or whole ones, where there is no vocab_start.
+inline VocabShard checked_shard(const char* op, const at::Tensor& logits,
+                                std::optional<int64_t> vocab_start,
+                                std::optional<int64_t> vocab_size) {
+  if (!vocab_start) check_logits(op, logits);
+  TORCH_CHECK_VALUE(logits.dim() >= 1, op, ": logits must be (..., V), got ", logits.sizes());
+  TORCH_CHECK_VALUE(!vocab_start || *vocab_start >= 0, op, ": vocab_start must be at least 0, got ",
+                    vocab_start.value_or(0));
+  return VocabShard(logits, vocab_start, vocab_size);
+}
+
+// The partials of all shards; gives their k.
+inline int check_partials(const char* op, const at::Tensor& partials, const at::Tensor& labels,
+                          at::ScalarType dtype) {
+  const int64_t k = partials.dim() == 0 ? 0 : partials.size(-1) - kPartialTop;
+  const bool fits = partials.dim() == labels.dim() + 2 && partials.size(0) >= 1 && k >= kMinTopK &&
+                    k <= kMaxTopK && partials.sizes().slice(1, labels.dim()) == labels.sizes();
+  TORCH_CHECK_VALUE(fits, op, ": partials must be (num_shards, ..., k + ", kPartialTop,
+                    ") with k from ", kMinTopK, " to ", kMaxTopK, ", got ", partials.sizes(),
+                    " for labels ", labels.sizes());
+  TORCH_CHECK_VALUE(partials.scalar_type() == dtype && partials.device() == labels.device(), op,
+                    ": partials must be ", dtype, " on ", labels.device(), ", got ",
+                    partials.scalar_type(), " on ", partials.device());
+  return static_cast<int>(k);
 }
 
 // A tensor of one number for each row of the logits, on their device.
@@ -31,6 +60,12 @@ inline void check_labels(const char* op, const at::Tensor& labels, const at::Ten
   check_per_row(op, "labels", labels, logits);
   TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong || labels.scalar_type() == at::kInt, op,
                    ": labels must be int64 or int32, got ", labels.scalar_type());
+}
+
+// Checked labels, contiguous.
+inline at::Tensor int64_labels(const char* op, const at::Tensor& labels, const at::Tensor& logits) {
+  check_labels(op, labels, logits);
+  return labels.to(at::kLong).contiguous();
 }
 
 // The factor of scale_gradient_.

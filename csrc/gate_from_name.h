@@ -20,7 +20,7 @@ inline Gate gate_from_name(std::string_view name, c10::ArrayRef<double> paramete
                       " takes from ", least, " to ", most, " parameters, got ", parameters.size());
   };
   Gate gate;
-  gate.normalizer = std::log(static_cast<double>(k));
+  gate.normalizer_is_log_k = true;
   if (name == "none") {
     expect(0, 0);
     gate.kind = GateKind::kNone;
@@ -28,7 +28,10 @@ inline Gate gate_from_name(std::string_view name, c10::ArrayRef<double> paramete
     expect(1, 2);
     gate.kind = GateKind::kEntropy;
     gate.first = parameters[0];
-    if (parameters.size() == 2) gate.normalizer = parameters[1];
+    if (parameters.size() == 2) {
+      gate.normalizer = parameters[1];
+      gate.normalizer_is_log_k = false;
+    }
   } else if (name == "sigmoid") {  // beta, slope
     expect(2, 2);
     gate.kind = GateKind::kSigmoid;
@@ -49,7 +52,7 @@ inline Gate gate_from_name(std::string_view name, c10::ArrayRef<double> paramete
     TORCH_CHECK_VALUE(
         false, "gate must be none, entropy, sigmoid, hard, probability or focal, got ", name);
   }
-  return gate;
+  return for_k(gate, static_cast<int>(k));
 }
 
 }  // namespace eaft_ext

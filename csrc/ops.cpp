@@ -1,8 +1,12 @@
 // The operators of eaft_ext: their schemas, and nothing else. Devices register in cpu/ops_cpu.cpp
 // and cuda/ops_cuda.cpp; fake tensors and autograd in eaft_ext/_registration.py.
 //
-// Shapes: logits (..., V); labels, weight and all stats (...). Stats and weight are float32,
-// float64 for float64 logits.
+// Shapes: logits (..., V); labels, weight and all stats (...). Stats, weight and partials are
+// float32, float64 for float64 logits.
+//
+// Where the vocabulary is divided into shards, logits are the columns of one of them, from the word
+// vocab_start on; columns of words from vocab_size on are padding, which is not read and whose
+// gradient is 0.
 #include <torch/library.h>
 
 TORCH_LIBRARY(eaft_ext, m) {
@@ -13,14 +17,28 @@ TORCH_LIBRARY(eaft_ext, m) {
       "int ignore_index, bool inplace_backward=False) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
-  // weight * (softmax(logits) - onehot(labels)), from the row_max and log_sum of the forward.
+  // weight * (softmax(logits) - onehot(labels)), from the row_max and log_sum of the forward. Of a
+  // shard if vocab_start is given: labels may then be in another one.
   m.def(
       "gated_ce_backward(Tensor weight, Tensor logits, Tensor labels, Tensor row_max, "
-      "Tensor log_sum, int ignore_index) -> Tensor");
+      "Tensor log_sum, int ignore_index, int? vocab_start=None, int? vocab_size=None) -> Tensor");
   // The same, written over the logits.
   m.def(
       "gated_ce_backward_(Tensor weight, Tensor(a!) logits, Tensor labels, Tensor row_max, "
-      "Tensor log_sum, int ignore_index) -> ()");
+      "Tensor log_sum, int ignore_index, int? vocab_start=None, int? vocab_size=None) -> ()");
+
+  // The forward where the vocabulary is divided: what a shard tells the others of each row,
+  // partial (..., k + 3), as core/shard_partial.h has it.
+  m.def(
+      "gated_ce_partial(Tensor logits, Tensor labels, int k, int vocab_start, int? vocab_size, "
+      "int ignore_index) -> Tensor");
+  // And what all of them, partials (num_shards, ..., k + 3), make of it together.
+  // -> loss, nll, entropy, gate, row_max, log_sum. logits, vocab_start, vocab_size and
+  // inplace_backward are for autograd.
+  m.def(
+      "gated_ce_merge(Tensor logits, Tensor labels, Tensor partials, str gate, "
+      "float[] gate_parameters, int ignore_index, int vocab_start, int? vocab_size, "
+      "bool inplace_backward=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Both at once, a row staying on chip in between. -> loss, nll, entropy, gate, and the gradient
   // of sum(upstream * loss)

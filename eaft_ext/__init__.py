@@ -16,6 +16,7 @@ from eaft_ext.gates import (
     SigmoidGate,
 )
 from eaft_ext.nn import GatedCrossEntropyLoss
+from eaft_ext.parallel import vocab_parallel_gated_ce
 from eaft_ext.reference import TokenStats
 
 __version__ = build_info()["version"]
@@ -35,4 +36,5 @@ __all__ = [
     "gated_ce",
     "reference",
     "topk",
+    "vocab_parallel_gated_ce",
 ]

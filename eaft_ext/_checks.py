@@ -16,24 +16,34 @@ from eaft_ext.reference import Reduction
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_logits(op: str, logits: Tensor) -> None:
+def wants_value_checks() -> bool:
+    """Whether to check what costs a synchronisation, or a wait for other processes."""
+    return not torch.compiler.is_compiling() and os.environ.get("EAFT_EXT_CHECKS") == "1"
+
+
+def check_logits(op: str, logits: Tensor, smallest_vocab: int = 1) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{op}: logits must be a tensor, got {type(logits).__name__}")
     if logits.dtype not in _DTYPES:
         raise TypeError(
             f"{op}: logits must be float32, bfloat16, float16 or float64, got {logits.dtype}"
         )
-    if logits.dim() == 0 or logits.size(-1) == 0:
+    if logits.dim() == 0 or logits.size(-1) < smallest_vocab:
         raise ValueError(
-            f"{op}: logits must be (..., V) with V of at least 1, got {tuple(logits.shape)}"
+            f"{op}: logits must be (..., V) with V of at least {smallest_vocab}, got "
+            f"{tuple(logits.shape)}"
         )
 
 
-def check_labels(op: str, labels: Tensor, logits: Tensor, ignore_index: int) -> None:
+def check_labels(op: str, labels: Tensor) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"{op}: labels must be a tensor, got {type(labels).__name__}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: labels must be int64 or int32, got {labels.dtype}")
+
+
+def check_placement(op: str, labels: Tensor, logits: Tensor) -> None:
+    """Labels belong to logits, row by row."""
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"{op}: labels must have the shape of the logits without the last dimension, got "
@@ -41,12 +51,12 @@ def check_labels(op: str, labels: Tensor, logits: Tensor, ignore_index: int) -> 
         )
     if labels.device != logits.device:
         raise ValueError(f"{op}: labels are on {labels.device} and logits on {logits.device}")
-    if not torch.compiler.is_compiling() and os.environ.get("EAFT_EXT_CHECKS") == "1":
-        _check_label_values(op, labels, logits.size(-1), ignore_index)
 
 
-def _check_label_values(op: str, labels: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """The check that the CPU kernels always make; elsewhere it costs a synchronisation."""
+def check_label_values(op: str, labels: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """The check that the CPU kernels always make; elsewhere only if it is asked for."""
+    if not wants_value_checks():
+        return
     outside = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
     for position in outside.nonzero()[:1].tolist():
         raise ValueError(

@@ -12,6 +12,9 @@ from eaft_ext import _library as _library  # loads the operators
 
 ops = torch.ops.eaft_ext
 
+PARTIAL_HEAD = 3
+"""Numbers of a partial before its k largest logits: kPartialTop in csrc/core/shard_partial.h."""
+
 
 def _stats(logits: Tensor, count: int) -> tuple[Tensor, ...]:
     """Fake per-token outputs of a forward."""
@@ -40,6 +43,8 @@ def _(
     row_max: Tensor,
     log_sum: Tensor,
     ignore_index: int,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor:
     return torch.empty_like(logits)
 
@@ -52,8 +57,38 @@ def _(
     row_max: Tensor,
     log_sum: Tensor,
     ignore_index: int,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
 ) -> None:
     return None
+
+
+@torch.library.register_fake("eaft_ext::gated_ce_partial")
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    k: int,
+    vocab_start: int,
+    vocab_size: int | None,
+    ignore_index: int,
+) -> Tensor:
+    (stat,) = _stats(logits, 1)
+    return stat.new_empty((*stat.shape, k + PARTIAL_HEAD))
+
+
+@torch.library.register_fake("eaft_ext::gated_ce_merge")
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    partials: Tensor,
+    gate: str,
+    gate_parameters: Sequence[float],
+    ignore_index: int,
+    vocab_start: int,
+    vocab_size: int | None,
+    inplace_backward: bool = False,
+) -> tuple[Tensor, ...]:
+    return _stats(logits, 6)
 
 
 @torch.library.register_fake("eaft_ext::gated_ce_forward_with_grad")
@@ -94,21 +129,37 @@ def _(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, _, _, _, ctx.ignore_index, ctx.inplace_backward = inputs
+    logits, labels, _, _, _, ignore_index, ctx.inplace_backward = inputs
+    _save(ctx, logits, labels, output, ignore_index)
+
+
+def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, _, _, _, *shard, ctx.inplace_backward = inputs
+    _save(ctx, logits, labels, output, *shard)
+
+
+def _save(
+    ctx: Any, logits: Tensor, labels: Tensor, output: tuple[Tensor, ...], *options: Any
+) -> None:
+    """What the backward takes: ``options`` are ignore_index, and the shard if it is of one."""
     _, nll, entropy, gate, row_max, log_sum = output
     # Only the loss has a gradient: gate and entropy are detached by definition.
     ctx.mark_non_differentiable(nll, entropy, gate, row_max, log_sum)
     ctx.save_for_backward(logits, labels, gate, row_max, log_sum)
     ctx.set_materialize_grads(False)
+    ctx.options = options
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
+    """The gradient of the logits."""
     if grad_loss is None:
-        return (None,) * 7
+        return None
     logits, labels, gate, row_max, log_sum = ctx.saved_tensors
-    arguments = (grad_loss * gate, logits, labels, row_max, log_sum, ctx.ignore_index)
+    arguments = (grad_loss * gate, logits, labels, row_max, log_sum, *ctx.options)
+    gradient: Tensor
     if not ctx.inplace_backward:
-        return ops.gated_ce_backward(*arguments), *(None,) * 6
+        gradient = ops.gated_ce_backward(*arguments)
+        return gradient
     if torch.is_grad_enabled():
         raise RuntimeError(
             "eaft_ext: inplace_backward overwrites the logits, so the graph of the backward cannot "
@@ -116,11 +167,23 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
         )
     ops.gated_ce_backward_(*arguments)
     # A new tensor on the same memory: autograd then keeps it as the gradient without a copy.
-    return logits.detach(), *(None,) * 6
+    gradient = logits.detach()
+    return gradient
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return _gradient(ctx, grad_loss), *(None,) * 6
+
+
+def _backward_merge(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return _gradient(ctx, grad_loss), *(None,) * 8
 
 
 torch.library.register_autograd(
     "eaft_ext::gated_ce_forward", _backward, setup_context=_save_forward
+)
+torch.library.register_autograd(
+    "eaft_ext::gated_ce_merge", _backward_merge, setup_context=_save_merge
 )
 
 

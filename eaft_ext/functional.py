@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeGuard, overload
+from typing import TYPE_CHECKING, Literal, TypeGuard, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from eaft_ext import reference
 from eaft_ext._checks import (
     check_gradient_in_forward,
     check_k,
+    check_label_values,
     check_labels,
     check_logits,
     check_num_items,
     check_options,
+    check_placement,
 )
-from eaft_ext._library import MAX_TOP_K, has_kernel
+from eaft_ext._dispatch import is_built_in, takes_kernel
+from eaft_ext._library import MAX_TOP_K
 from eaft_ext._registration import ops
 from eaft_ext._scalar_loss import ScalarLoss
-from eaft_ext.gates import BUILT_IN, Gate, GateFunction, NoGate
+from eaft_ext.gates import Gate, GateFunction, NoGate
 from eaft_ext.reference import Reduction, TokenStats
 
-# Fake tensors have no kernels but are registered for all operators.
-_KERNEL_DEVICES = {
-    op: frozenset(["meta", *(d for d in ("cpu", "cuda") if has_kernel(op, d))])
-    for op in ("gated_ce_forward", "gated_ce_forward_with_grad", "topk")
-}
-
-
-def _takes_kernel(op: str, logits: Tensor) -> bool:
-    """Whether operator ``op`` is for these logits; if not, the reference is.
-
-    float64 is for the CPU, where gradcheck runs. Function transforms (``torch.func``) and forward
-    mode need formulas that autograd can see through.
-    """
-    device = logits.device.type
-    if device not in _KERNEL_DEVICES[op] or (device == "cuda" and logits.dtype == torch.float64):
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    transformed = torch._C._are_functorch_transforms_active()
-    return not transformed and forward_ad.unpack_dual(logits).tangent is None
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def _kernel_token_losses(
@@ -55,7 +39,7 @@ def _kernel_token_losses(
 ) -> tuple[Tensor, TokenStats]:
     """Per-token loss and stats by the compiled operators."""
     valid = labels != ignore_index
-    inside = gate if _is_built_in(gate) else NoGate()
+    inside = gate if is_built_in(gate) else NoGate()
     # In a compiled graph the compiler decides about memory.
     has_backward = torch.is_grad_enabled() and logits.requires_grad
     inplace_backward = inplace_backward and has_backward and not torch.compiler.is_compiling()
@@ -69,9 +53,9 @@ def _kernel_token_losses(
     return loss, TokenStats(nll, entropy, weight, valid)
 
 
-def _is_built_in(gate: Gate | GateFunction) -> TypeGuard[Gate]:
-    """Whether the kernels know the gate; a subclass may be another function."""
-    return isinstance(gate, BUILT_IN) and type(gate) in BUILT_IN
+def _is_dtensor(logits: Tensor) -> TypeGuard[DTensor]:
+    """Without the import of the class, which takes half a second: whoever has one has paid it."""
+    return hasattr(logits, "device_mesh")
 
 
 def _can_fuse(logits: Tensor) -> bool:
@@ -84,7 +68,7 @@ def _can_fuse(logits: Tensor) -> bool:
         and logits.requires_grad
         and logits.dtype in (torch.float32, torch.bfloat16)
         and not torch.compiler.is_compiling()
-        and _takes_kernel("gated_ce_forward_with_grad", logits)
+        and takes_kernel("gated_ce_forward_with_grad", logits)
     )
 
 
@@ -162,7 +146,9 @@ def gated_ce(
 
     Args:
         logits: (..., V), float32, bfloat16 or float16, or float64 on the CPU. If the last dimension
-            is contiguous, any other strides are read in place; else a contiguous copy is made.
+            is contiguous, any other strides are read in place; else a contiguous copy is made. A
+            DTensor may be divided by rows, by vocabulary, or both: nothing but ``k + 3`` numbers a
+            token is exchanged, and results are DTensors.
         labels: (...), int64 or int32, on the logits' device. They belong to the logits at the same
             place: shift them, not the logits, for next-token prediction.
         k: how many of the largest logits H is taken over, from 2 to 128.
@@ -204,11 +190,28 @@ def gated_ce(
     """
     op = "gated_ce"
     check_logits(op, logits)
-    check_labels(op, labels, logits, ignore_index)
+    check_labels(op, labels)
     chosen = check_options(op, k, alpha, normalizer, gate, reduction)
     check_num_items(op, num_items_in_batch, reduction, logits)
     check_gradient_in_forward(op, gradient_in_forward, reduction)
-    if gradient_in_forward and _is_built_in(chosen) and _can_fuse(logits):
+    if _is_dtensor(logits):
+        from eaft_ext.parallel.dtensor import gated_ce_of_dtensor
+
+        loss, stats = gated_ce_of_dtensor(
+            op,
+            logits,
+            labels,
+            k,
+            chosen,
+            ignore_index,
+            reduction,
+            num_items_in_batch,
+            inplace_backward,
+        )
+        return (loss, stats) if return_stats else loss
+    check_placement(op, labels, logits)
+    check_label_values(op, labels, logits.size(-1), ignore_index)
+    if gradient_in_forward and is_built_in(chosen) and _can_fuse(logits):
         divisor: float | Tensor = 1.0
         if reduction == "mean":
             valid = labels != ignore_index
@@ -217,7 +220,7 @@ def gated_ce(
             logits, labels, k, chosen, ignore_index, divisor, inplace_backward
         )
         return (loss, stats) if return_stats else loss
-    if _takes_kernel("gated_ce_forward", logits):
+    if takes_kernel("gated_ce_forward", logits):
         loss, stats = _kernel_token_losses(
             logits, labels, k, chosen, ignore_index, inplace_backward
         )
@@ -244,7 +247,7 @@ def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     check_logits("topk", logits)
     check_k("topk", k, 1, min(logits.size(-1), MAX_TOP_K))
-    if _takes_kernel("topk", logits):
+    if takes_kernel("topk", logits):
         values, indices = ops.topk(logits, k)
         return values, indices
     return reference.topk(logits, k)

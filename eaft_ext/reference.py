@@ -129,6 +129,88 @@ def token_losses(
     return weigh(nll, weight), TokenStats(nll.detach(), entropy, weight, valid)
 
 
+def shard_partial(
+    logits: Tensor, labels: Tensor, k: int, vocab_start: int, ignore_index: int = -100
+) -> Tensor:
+    """What a shard of the vocabulary tells the others of each token: (..., k + 3).
+
+    ``logits`` (..., V_shard) are the columns from ``vocab_start`` on. Of each row x with label y::
+
+        y,  sum_j exp(x_j - t_1) - 1,  x_y or NaN where it is in another shard,  t_1 >= ... >= t_k
+
+    t: the k largest of the shard, NaN where it has fewer, or where the label is ignored.
+    """
+    x = _widened(logits.detach())
+    partial = x.new_full((*x.shape[:-1], k + 3), math.nan)
+    partial[..., 0] = labels
+    partial[..., 1] = -1
+    columns = x.size(-1)
+    if columns == 0:
+        return partial
+    row_max, largest = x.max(-1, keepdim=True)
+    finite_max = row_max.masked_fill(row_max == -math.inf, 0.0)
+    # Without the largest's own 1, beside which the others would be rounded off.
+    rest = (x - finite_max).exp().scatter(-1, largest, 0.0).sum(-1)
+    row_max = row_max.squeeze(-1)
+    # 0, or -1 where the 1 was none, or NaN.
+    rest = rest + torch.where(row_max == -math.inf, -1.0, row_max - row_max)
+    column = labels.long() - vocab_start
+    inside = (column >= 0) & (column < columns)
+    target = x.gather(-1, torch.where(inside, column, 0).unsqueeze(-1)).squeeze(-1)
+    top = x.masked_fill(x.isnan(), -math.inf).topk(min(k, columns), dim=-1).values
+    valid = labels != ignore_index
+    partial[..., 1] = torch.where(valid, rest, -1.0)
+    partial[..., 2] = torch.where(valid & inside, target, math.nan)
+    partial[..., 3 : 3 + top.size(-1)] = torch.where(valid.unsqueeze(-1), top, math.nan)
+    return partial
+
+
+def merge_partials(
+    partials: Tensor, labels: Tensor, ignore_index: int = -100
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """nll, entropy, row_max and log_sum of each token, from what all shards tell of it.
+
+    ``partials`` (num_shards, ..., k + 3) are :func:`shard_partial` of each. NaN where the label is
+    in no shard or in several, or where shards were given different labels.
+    """
+    valid = labels != ignore_index
+    label, rest, target = partials[..., :3].unbind(-1)
+    top = partials[..., 3:]
+    top = top.masked_fill(top.isnan(), -math.inf)
+    row_max, first = top[..., 0].max(0, keepdim=True)
+    scale = (top[..., 0] - row_max.masked_fill(row_max == -math.inf, 0.0)).exp()
+    others = ((1 + rest) * scale).scatter(0, first, 0.0).sum(0)
+    log_sum = (rest.gather(0, first).squeeze(0) + others).log1p()
+    row_max = row_max.squeeze(0)
+    has_target = ~target.isnan()
+    target = torch.where(has_target, target, 0.0).sum(0)
+    agreed = (label == labels).all(0) & (has_target.sum(0) == 1)
+    nll = (row_max - target) + log_sum
+    nll = torch.where(valid, torch.where(agreed, nll, math.nan), 0.0)
+    all_top = top.movedim(0, -2).flatten(-2)
+    entropy = topk_entropy(all_top, top.size(-1))
+    entropy = torch.where(valid, torch.where(nll.isnan(), nll, entropy), 0.0)
+    return nll, entropy, row_max, torch.where(nll.isnan(), nll, log_sum)
+
+
+def shard_gradient(
+    weight: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    vocab_start: int,
+) -> Tensor:
+    """``weight * (softmax(x) - onehot(y))`` of the columns from ``vocab_start`` on."""
+    x = _widened(logits)
+    shifted = (x - row_max.unsqueeze(-1)) - log_sum.unsqueeze(-1)
+    columns = torch.arange(vocab_start, vocab_start + x.size(-1), device=x.device)
+    here = columns == labels.unsqueeze(-1)
+    probability = torch.where(here, shifted.expm1(), shifted.exp())
+    weight = weight.unsqueeze(-1)
+    return torch.where(weight == 0, 0.0, weight * probability).to(logits.dtype)
+
+
 def gated_ce(
     logits: Tensor,
     labels: Tensor,

@@ -25,6 +25,7 @@ from inputs import DTYPES, dtype_name
 
 from eaft_ext import functional
 from eaft_ext._library import has_kernel
+from eaft_ext.parallel import _shard
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -64,7 +65,8 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public functions as a device without kernels gets them."""
-    monkeypatch.setattr(functional, "_takes_kernel", lambda op, logits: False)
+    for module in (functional, _shard):
+        monkeypatch.setattr(module, "takes_kernel", lambda op, logits: False)
 
 
 @pytest.fixture(params=["kernel", "reference"])

@@ -21,7 +21,17 @@ from cuda_on_host import build
 from cuda_on_host.build import why_not
 from torch import Tensor
 
-__all__ = ["Stats", "backward", "forward", "forward_with_grad", "scale_gradient", "topk", "why_not"]
+__all__ = [
+    "Stats",
+    "backward",
+    "forward",
+    "forward_with_grad",
+    "merge",
+    "partial",
+    "scale_gradient",
+    "topk",
+    "why_not",
+]
 
 SOURCE = "kernels.cpp"
 MAX_ROW_DIMS = 4  # as kMaxRowDims
@@ -179,10 +189,10 @@ def _matrix(logits: Tensor) -> list[object]:
     return [_pointer(logits), _layout(logits), ctypes.c_int64(num_rows), ctypes.c_int64(vocab_size)]
 
 
-def _gate(name: str, parameters: Sequence[float], k: int) -> list[object]:
+def _gate(name: str, parameters: Sequence[float]) -> list[object]:
     """kind, first, second, normalizer, as csrc/gate_from_name.h has them."""
     first, second = [*parameters, 0.0, 0.0][:2]
-    normalizer = math.log(k)
+    normalizer = 0.0  # ln k
     if name == "entropy" and len(parameters) == 2:
         second, normalizer = 0.0, parameters[1]
     return [GATE_KINDS.index(name), *map(ctypes.c_double, (first, second, normalizer))]
@@ -211,9 +221,66 @@ def forward(
         _pointer(labels),
         ctypes.c_int64(ignore_index),
         k,
-        *_gate(gate, gate_parameters, k),
+        *_gate(gate, gate_parameters),
         *map(_pointer, stats),
         parts,
+        ctypes.c_uint64(seed),
+    )
+    return stats
+
+
+def partial(
+    logits: Tensor,
+    labels: Tensor,
+    k: int,
+    vocab_start: int,
+    ignore_index: int,
+    *,
+    parts: int = 1,
+    seed: int = 0,
+) -> Tensor:
+    """``gated_ce_partial``, each row cut into ``parts``: (..., k + 3)."""
+    call = Call("partial")
+    source = call.input("logits", logits)
+    labels = call.per_row("labels", labels, logits, torch.int64)
+    partials = call.output("partials", (*logits.shape[:-1], k + 3))
+    call.run(
+        _type(logits),
+        *_matrix(source),
+        _pointer(labels),
+        ctypes.c_int64(ignore_index),
+        k,
+        ctypes.c_int64(vocab_start),
+        _pointer(partials),
+        parts,
+        ctypes.c_uint64(seed),
+    )
+    return partials
+
+
+def merge(
+    partials: Tensor,
+    labels: Tensor,
+    gate: str,
+    gate_parameters: Sequence[float],
+    ignore_index: int,
+    *,
+    seed: int = 0,
+) -> Stats:
+    """``gated_ce_merge`` of partials (num_shards, ..., k + 3)."""
+    call = Call("merge")
+    source = call.input("partials", partials)
+    labels = call.per_row("labels", labels, partials[0], torch.int64)
+    stats = call.stats(partials[0])
+    call.run(
+        _pointer(source),
+        partials.size(0),
+        ctypes.c_int64(labels.numel()),
+        _pointer(labels),
+        ctypes.c_int64(ignore_index),
+        partials.size(-1) - 3,
+        *_gate(gate, gate_parameters),
+        *map(_pointer, stats),
         ctypes.c_uint64(seed),
     )
     return stats
@@ -227,6 +294,7 @@ def backward(
     log_sum: Tensor,
     ignore_index: int,
     *,
+    vocab_start: int = 0,
     inplace: bool = False,
     shift: int = 0,
     seed: int = 0,
@@ -244,6 +312,7 @@ def backward(
     call.run(
         _type(logits),
         *_matrix(source),
+        ctypes.c_int64(vocab_start),
         _pointer(gradient),
         _layout(gradient),
         _pointer(labels),
@@ -301,7 +370,7 @@ def forward_with_grad(
         _pointer(labels),
         ctypes.c_int64(ignore_index),
         k,
-        *_gate(gate, gate_parameters, k),
+        *_gate(gate, gate_parameters),
         *map(_pointer, stats),
         cluster_size,
         ctypes.c_uint64(seed),

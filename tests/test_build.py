@@ -240,9 +240,10 @@ def test_kernels_keep_to_registers_on_every_architecture(source: Path, tmp_path:
     assert result.returncode == 0, result.stderr
     entry = r"Compiling entry function '(\w+_kernel\w*)' for 'sm_(\d+)'"
     kernels = re.findall(entry, result.stderr)
-    # Each kernel for three types of logits, on each architecture.
+    # Each kernel for three types of logits, but for one that sees none, on each architecture.
+    types = 1 if source.stem == "gated_ce_merge" else 3
     assert {number for _, number in kernels} == set(numbers)
-    assert len(kernels) % (3 * len(numbers)) == 0, result.stderr
+    assert len(kernels) % (types * len(numbers)) == 0, result.stderr
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", result.stderr)
     assert len(frames) >= len(kernels)
     assert set(frames) == {("0", "0")}, result.stderr

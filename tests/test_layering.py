@@ -47,7 +47,15 @@ INCLUDES = [
 ]
 
 # What a module, or all of a package, may import of ours. "" is the package's own face, __init__.py.
-BOTTOM = {"reference", "gates", "_library", "_registration", "_scalar_loss", "_checks"}
+BOTTOM = {
+    "reference",
+    "gates",
+    "_library",
+    "_registration",
+    "_scalar_loss",
+    "_checks",
+    "_dispatch",
+}
 IMPORTS = {
     "reference": set[str](),
     "gates": set[str](),
@@ -55,9 +63,10 @@ IMPORTS = {
     "_registration": {"_library"},
     "_scalar_loss": {"_registration"},
     "_checks": {"_library", "gates", "reference"},
-    "functional": BOTTOM,
+    "_dispatch": {"_library", "gates"},
+    "parallel": BOTTOM,
+    "functional": BOTTOM | {"parallel"},
     "linear": BOTTOM | {"functional"},
-    "parallel": BOTTOM | {"functional"},
     "nn": {"_checks", "reference", "gates", "functional", "linear", "parallel"},
     "": BOTTOM | {"functional", "linear", "parallel", "nn"},
     "integrations": {"", "reference", "gates", "functional", "linear", "parallel", "nn"},

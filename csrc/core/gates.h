@@ -24,7 +24,14 @@ struct Gate {
   double first = 0;
   double second = 0;
   double normalizer = 1;
+  bool normalizer_is_log_k = false;
 };
+
+// The same gate for an entropy over k logits.
+EAFT_HOST_DEVICE inline Gate for_k(Gate gate, int k) {
+  if (gate.normalizer_is_log_k) gate.normalizer = std::log(static_cast<double>(k));
+  return gate;
+}
 
 template <typename Real>
 EAFT_HOST_DEVICE inline Real gate_weight(const Gate& gate, Real nll, Real entropy) {

@@ -15,7 +15,7 @@ struct TokenStats {
   Real entropy = 0;  // of the k largest logits, nats
   Real gate = 0;
   Real row_max = 0;  // m = max_j x_j
-  Real log_sum = 0;  // ln S = ln sum_j exp(x_j - m)
+  Real log_sum = 0;  // ln S = ln sum_j exp(x_j - m); NaN where the nll is: so is the gradient
 };
 
 template <typename Real>
@@ -23,8 +23,8 @@ EAFT_HOST_DEVICE inline TokenStats<Real> token_stats(const Gate& gate, Real row_
                                                      Real target_logit, Real entropy) {
   TokenStats<Real> token;
   token.row_max = row_max;
-  token.log_sum = log_sum;
   token.nll = (row_max - target_logit) + log_sum;
+  token.log_sum = token.nll == token.nll ? log_sum : token.nll;
   // A NaN logit, or the NaN that stands for a label outside the vocabulary, may be in no top k: the
   // whole row is NaN.
   token.entropy = token.nll == token.nll ? entropy : token.nll;

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <string_view>
 #include <tuple>
 #include <type_traits>
@@ -12,6 +13,7 @@
 
 #include "../checks.h"
 #include "row_kernels.h"
+#include "shard_kernels.h"
 #include "tensors.h"
 
 namespace eaft_ext::cpu {
@@ -21,6 +23,8 @@ namespace {
 constexpr int64_t kMinRowsPerThread = 4;
 // Blocks that are worth a thread's while: 64 KB of float32.
 constexpr int64_t kBlocksPerTask = 4;
+// And rows of which there is little to do: a microsecond each.
+constexpr int64_t kRowsPerTask = 32;
 
 // Row numbers. Work is shared out over the rows that have work, wherever they lie: the labels of a
 // padded batch are ignored in long runs.
@@ -122,8 +126,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cpu(
 // Writes weight * (softmax(logits) - onehot(labels)) into gradient, which may be the logits.
 void backward_into(const char* op, const Tensor& gradient, const Tensor& raw_weight,
                    const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_row_max,
-                   const Tensor& raw_log_sum, int64_t ignore_index) {
-  const Tensor labels = checked_labels(op, raw_labels, logits, ignore_index);
+                   const Tensor& raw_log_sum, int64_t ignore_index, const VocabShard& shard) {
+  const Tensor labels = shard.is_whole ? checked_labels(op, raw_labels, logits, ignore_index)
+                                       : int64_labels(op, raw_labels, logits);
   const Tensor weight = per_row(op, "weight", raw_weight, logits);
   const Tensor row_max = per_row(op, "row_max", raw_row_max, logits);
   const Tensor log_sum = per_row(op, "log_sum", raw_log_sum, logits);
@@ -141,7 +146,9 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& raw_wei
     };
     const auto active = rows_where(source.num_rows, [&](int64_t row) { return !is_muted(row); });
     for_each_block(active, source.num_blocks(), [&](int64_t row, int64_t block) {
-      gradient_block(source, target, row, block, {row_weight[row], max[row], log[row], label[row]});
+      gradient_block(
+          source, target, row, block,
+          {row_weight[row], max[row], log[row], column_in_shard(label[row], shard.start)});
     });
     for_each_block(rows_where(source.num_rows, is_muted), source.num_blocks(),
                    [&](int64_t row, int64_t block) { zero_block(target, row, block); });
@@ -149,21 +156,96 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& raw_wei
 }
 
 Tensor gated_ce_backward_cpu(const Tensor& weight, const Tensor& logits, const Tensor& labels,
-                             const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index) {
+                             const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
+                             std::optional<int64_t> vocab_start,
+                             std::optional<int64_t> vocab_size) {
   const char* op = "gated_ce_backward";
-  check_logits(op, logits);
+  const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   return write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
-    backward_into(op, target, weight, source, labels, row_max, log_sum, ignore_index);
+    shard.clear_padding(target);
+    if (shard.num_words == 0) return;
+    backward_into(op, shard.words(target), weight, shard.words(source), labels, row_max, log_sum,
+                  ignore_index, shard);
   });
 }
 
 void gated_ce_backward_cpu_(const Tensor& weight, Tensor& logits, const Tensor& labels,
-                            const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index) {
+                            const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
+                            std::optional<int64_t> vocab_start, std::optional<int64_t> vocab_size) {
   const char* op = "gated_ce_backward_";
-  check_logits(op, logits);
+  const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
+  if (logits.size(-1) == 0) return;
   check_writable(op, logits);
-  backward_into(op, logits, weight, logits, labels, row_max, log_sum, ignore_index);
+  shard.clear_padding(logits);
+  const Tensor words = shard.words(logits);
+  if (shard.num_words > 0) {
+    backward_into(op, words, weight, words, labels, row_max, log_sum, ignore_index, shard);
+  }
   mark_written(logits);
+}
+
+Tensor gated_ce_partial_cpu(const Tensor& logits, const Tensor& raw_labels, int64_t k,
+                            int64_t vocab_start, std::optional<int64_t> vocab_size,
+                            int64_t ignore_index) {
+  const char* op = "gated_ce_partial";
+  const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
+  check_k(op, k, kMinTopK, kMaxTopK);
+  const Tensor labels = int64_labels(op, raw_labels, logits);
+  auto sizes = logits.sizes().vec();
+  sizes.back() = k + kPartialTop;
+  const Tensor partials = at::empty(sizes, logits.options().dtype(stats_dtype(logits)));
+  dispatch_element(op, logits, [&](auto* element) {
+    using Element = std::remove_pointer_t<decltype(element)>;
+    using Real = Compute<Element>;
+    const int64_t* label = labels.const_data_ptr<int64_t>();
+    auto* data = partials.mutable_data_ptr<Real>();
+    const auto partial = [&](int64_t row) { return data + row * (k + kPartialTop); };
+    const int top_k = static_cast<int>(k);
+    for (int64_t row = 0; row < labels.numel(); ++row) {
+      clear_partial(partial(row), label[row], top_k);
+    }
+    if (shard.num_words == 0) return;
+    const Tensor words = with_readable_rows(shard.words(logits));
+    const auto rows = rows_of<const Element>(words);
+    const RowList valid =
+        rows_where(rows.num_rows, [&](int64_t row) { return label[row] != ignore_index; });
+    scan_rows<Scan::kSum, Element>(rows, valid, division_of(valid), [&](int64_t row, auto scan) {
+      const int64_t column = column_in_shard(label[row], shard.start);
+      finish_partial(rows, row, scan, label[row], column, top_k, partial(row));
+    });
+  });
+  return partials;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cpu(
+    const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_partials,
+    std::string_view gate_name, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
+    int64_t vocab_start, std::optional<int64_t> vocab_size, bool inplace_backward) {
+  const char* op = "gated_ce_merge";
+  checked_shard(op, logits, vocab_start, vocab_size);
+  if (inplace_backward && logits.size(-1) > 0) check_writable(op, logits);
+  const Tensor labels = int64_labels(op, raw_labels, logits);
+  const int k = check_partials(op, raw_partials, labels, stats_dtype(logits));
+  const Gate gate = gate_from_name(gate_name, gate_parameters, k);
+  const Tensor partials = raw_partials.contiguous();
+  const Stats stats(logits);
+  dispatch_element(op, logits, [&](auto* element) {
+    using Real = Compute<std::remove_pointer_t<decltype(element)>>;
+    const int64_t* label = labels.const_data_ptr<int64_t>();
+    const Real* data = partials.const_data_ptr<Real>();
+    const int64_t num_rows = labels.numel();
+    at::parallel_for(0, num_rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
+      std::vector<const Real*> of_shards(partials.size(0));
+      for (int64_t row = begin; row < end; ++row) {
+        if (label[row] == ignore_index) continue;
+        for (size_t shard = 0; shard < of_shards.size(); ++shard) {
+          of_shards[shard] = data + (shard * num_rows + row) * (k + kPartialTop);
+        }
+        stats.write<Real>(row, merge_row(of_shards, label[row], k, gate));
+      }
+    });
+  });
+  return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.row_max, stats.log_sum};
 }
 
 // The forward into stats, and the gradient of sum(upstream * loss) into gradient, which may be the
@@ -264,6 +346,8 @@ TORCH_LIBRARY_IMPL(eaft_ext, CPU, m) {
   m.impl("gated_ce_forward", &gated_ce_forward_cpu);
   m.impl("gated_ce_backward", &gated_ce_backward_cpu);
   m.impl("gated_ce_backward_", &gated_ce_backward_cpu_);
+  m.impl("gated_ce_partial", &gated_ce_partial_cpu);
+  m.impl("gated_ce_merge", &gated_ce_merge_cpu);
   m.impl("gated_ce_forward_with_grad", &gated_ce_forward_with_grad_cpu);
   m.impl("gated_ce_forward_with_grad_", &gated_ce_forward_with_grad_cpu_);
   m.impl("scale_gradient_", &scale_gradient_cpu_);

@@ -169,16 +169,23 @@ std::vector<Candidate<Compute<Element>>> select_top_k_with_nan(const Rows<const 
   return all;
 }
 
+// The softmax denominator of a scanned row.
+template <typename Element>
+MaxSum<double> total_sum(const Rows<const Element>& rows, RowScan<Compute<Element>> scan) {
+  MaxSum<double> total;
+  for (int64_t block = 0; block < rows.num_blocks(); ++block) {
+    total = merge(total, scan.block_sums[block]);
+  }
+  return total;
+}
+
 // The stats of a scanned row. label is in [0, vocab_size), k at most vocab_size. These few
 // operations are done in double, which costs nothing beside the scan.
 template <typename Element>
 TokenStats<double> finish_row(const Rows<const Element>& rows, int64_t row,
                               RowScan<Compute<Element>> scan, int64_t label, int k,
                               const Gate& gate) {
-  MaxSum<double> total;
-  for (int64_t block = 0; block < rows.num_blocks(); ++block) {
-    total = merge(total, scan.block_sums[block]);
-  }
+  const MaxSum<double> total = total_sum(rows, scan);
   double values[kMaxTopK];
   const auto top = select_top_k(rows, row, scan.group_max, k);
   for (int i = 0; i < k; ++i) values[i] = top[i].value;

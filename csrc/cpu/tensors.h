@@ -58,8 +58,7 @@ Rows<Element> rows_of(const Tensor& tensor) {
 // int64 and contiguous; every label is in [0, V) or ignored.
 inline Tensor checked_labels(const char* op, const Tensor& labels, const Tensor& logits,
                              int64_t ignore_index) {
-  check_labels(op, labels, logits);
-  const Tensor result = labels.to(at::kLong).contiguous();
+  const Tensor result = int64_labels(op, labels, logits);
   const int64_t* label = result.const_data_ptr<int64_t>();
   const int64_t vocab_size = logits.size(-1);
   for (int64_t row = 0; row < result.numel(); ++row) {

@@ -39,9 +39,31 @@ struct ForwardArguments {
   StatsPointers stats;
 };
 
+// Where the vocabulary is divided: logits are the columns of a shard from the word vocab_start on.
+struct PartialArguments {
+  LogitsArguments logits;
+  const int64_t* labels;  // [num_rows]
+  int64_t ignore_index;
+  int k;  // from 1 to kMaxTopK
+  int64_t vocab_start;
+  float* partials;  // (num_rows, k + kPartialTop), contiguous
+};
+
+struct MergeArguments {
+  const float* partials;  // (num_shards, num_rows, k + kPartialTop), contiguous
+  int num_shards;
+  int64_t num_rows;
+  const int64_t* labels;  // [num_rows]
+  int64_t ignore_index;
+  int k;  // from 1 to kMaxTopK
+  Gate gate;
+  StatsPointers stats;
+};
+
 struct BackwardArguments {
   LogitsArguments logits;
-  void* gradient;  // (num_rows, vocab_size); may be the logits
+  int64_t vocab_start;  // the word of the first column
+  void* gradient;       // (num_rows, vocab_size); may be the logits
   RowLayout gradient_layout;
   const int64_t* labels;  // [num_rows]
   int64_t ignore_index;

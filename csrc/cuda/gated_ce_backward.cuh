@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "../core/shard_partial.h"
 #include "arguments.h"
 #include "row_gradient.cuh"
 
@@ -22,14 +23,6 @@ struct BackwardTraits {
     return (vocab_size + kPart - 1) / kPart;
   }
 };
-
-// The weight of a row's gradient, given that of its loss.
-__device__ inline float weight_of(int64_t label, int64_t ignore_index, int64_t vocab_size,
-                                  float weight) {
-  if (label == ignore_index) return 0;
-  // A label outside the vocabulary spoils its own row.
-  return label >= 0 && label < vocab_size ? weight : NAN;
-}
 
 // A label's place in the part that begins there, or -1 far from any.
 __device__ inline int label_in_part(int64_t label, int64_t begin) {
@@ -55,10 +48,9 @@ __global__ void __launch_bounds__(BackwardTraits<Element>::kThreads)
   const int64_t begin = part_index == 0 ? 0 : part_index * int64_t{Traits::kPart} + shift;
   const int64_t end = min((part_index + 1) * int64_t{Traits::kPart} + shift, logits.vocab_size);
   if (begin >= end) return;
-  const float weight =
-      weight_of(label, arguments.ignore_index, logits.vocab_size, arguments.weight[row]);
+  const float weight = label == arguments.ignore_index ? 0 : arguments.weight[row];
   const RowGradient gradient(arguments.row_max[row], arguments.log_sum[row], weight,
-                             label_in_part(label, begin));
+                             label_in_part(column_in_shard(label, arguments.vocab_start), begin));
   write_gradient<Traits::kThreads>(RowPart<Element>(x + begin, static_cast<int>(end - begin)),
                                    target + begin, gradient);
 }

@@ -1,77 +1,16 @@
-#include "dispatch.h"
-#include "gated_ce_forward.cuh"
 #include "launch.h"
-#include "occupancy.h"
+#include "launch_forward.cuh"
 
 namespace eaft_ext::cuda {
-namespace {
-
-// Threads of a block: fewer where a row has no work for more.
-constexpr int kThreads = 256;
-constexpr int kThreadsOfShortRow = 128;
-
-template <typename Element>
-constexpr int kShortRow = kThreadsOfShortRow * kVectorsPerThread * kVectorSize<Element>;
-
-template <typename Element>
-bool is_short(const LogitsArguments& logits) {
-  return logits.vocab_size <= kShortRow<Element>;
-}
-
-template <typename Element, int kBlockThreads>
-cudaError_t launch_rows(const ForwardArguments& arguments, const RowParts<uint32_t>& parts,
-                        cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(arguments.logits.num_rows * parts.count);
-  gated_ce_forward_kernel<Element, kBlockThreads>
-      <<<blocks, kBlockThreads, sizeof(ForwardStorage<kBlockThreads>), stream>>>(arguments, parts);
-  return cudaGetLastError();
-}
-
-}  // namespace
 
 cudaError_t plan_gated_ce_forward(ElementType type, const ForwardArguments& arguments,
                                   PartsPlan* plan) {
-  return dispatch_element(type, [&](auto element) {
-    using Element = decltype(element);
-    const LogitsArguments& logits = arguments.logits;
-    *plan = {};
-    plan->length = static_cast<int>(logits.vocab_size);
-    if (is_short<Element>(logits)) return cudaSuccess;
-    static ResidentBlocks resident;
-    int resident_blocks = 0;
-    if (const cudaError_t error =
-            resident.get(gated_ce_forward_kernel<Element, kThreads>, kThreads,
-                         sizeof(ForwardStorage<kThreads>), &resident_blocks)) {
-      return error;
-    }
-    constexpr int kLine = 128 / sizeof(Element);
-    constexpr int kRound = kThreads * kVectorSize<Element>;  // a vector for each thread
-    *plan = choose_parts(logits.num_rows, logits.vocab_size, resident_blocks, kLine, kRound,
-                         kRound * kVectorsPerThread);
-    RowParts<uint32_t> parts{plan->count, plan->length};
-    plan->workspace_bytes = lay_out_parts(&parts, logits.num_rows, arguments.k, true, nullptr);
-    return cudaSuccess;
-  });
+  return plan_forward_rows(type, arguments, plan);
 }
 
 cudaError_t launch_gated_ce_forward(ElementType type, const ForwardArguments& arguments,
                                     const PartsPlan& plan, void* workspace, cudaStream_t stream) {
-  return dispatch_element(type, [&](auto element) {
-    using Element = decltype(element);
-    const int64_t num_rows = arguments.logits.num_rows;
-    if (num_rows == 0) return cudaSuccess;
-    RowParts<uint32_t> parts{plan.count, plan.length};
-    lay_out_parts(&parts, num_rows, arguments.k, true, workspace);
-    if (is_short<Element>(arguments.logits)) {
-      return launch_rows<Element, kThreadsOfShortRow>(arguments, parts, stream);
-    }
-    const cudaError_t error = launch_rows<Element, kThreads>(arguments, parts, stream);
-    if (error != cudaSuccess || parts.count == 1) return error;
-    gated_ce_forward_merge_kernel<Element>
-        <<<static_cast<unsigned>(num_rows), kMergeThreads, sizeof(MergeStorage), stream>>>(
-            arguments, parts);
-    return cudaGetLastError();
-  });
+  return launch_forward_rows(type, arguments, plan, workspace, stream);
 }
 
 }  // namespace eaft_ext::cuda

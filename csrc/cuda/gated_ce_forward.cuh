@@ -41,9 +41,10 @@ __device__ inline const Element* row_of(const LogitsArguments& logits, int64_t r
 
 // The label's logit. A label outside the vocabulary spoils its own row: nothing is read for it.
 template <typename Element>
-__device__ inline float target_logit_of(const LogitsArguments& logits, int64_t row, int64_t label) {
-  if (label < 0 || label >= logits.vocab_size) return NAN;
-  return to_float(row_of<Element>(logits, row)[label]);
+__device__ inline float target_logit_of(const LogitsArguments& logits, int64_t row,
+                                        int64_t column) {
+  if (column < 0 || column >= logits.vocab_size) return NAN;
+  return to_float(row_of<Element>(logits, row)[column]);
 }
 
 __device__ inline void write_stats(const StatsPointers& stats, int64_t row,
@@ -56,6 +57,19 @@ __device__ inline void write_stats(const StatsPointers& stats, int64_t row,
   stats.log_sum[row] = static_cast<float>(token.log_sum);
 }
 
+// The entropy of get(0) >= get(1) >= ... >= get(k - 1); by one warp.
+template <typename Get>
+__device__ inline double warp_entropy(int k, const Get& get) {
+  const double largest = get(0);
+  EntropySums<double> sums;
+  for (int i = lane_index(); i < k; i += kWarpSize) {
+    if (i > 0) sums.add(get(i) - largest);
+  }
+  sums.z = warp_sum(sums.z);
+  sums.weighted = warp_sum(sums.weighted);
+  return sums.entropy();
+}
+
 // Stats of a row from its sum and the keys of its k largest logits, which come in no order; the
 // first lane gets them. In double: a loss is a gate times an nll, and beside an nll of 1e4 the last
 // bit of a float gate shows. By one warp.
@@ -66,28 +80,40 @@ __device__ inline TokenStats<double> warp_token_stats(const ForwardArguments& ar
   // Sorted first, since the order in which the keys came to the list changes from run to run, and
   // rounded sums would with it.
   warp_sort(top, arguments.k, sorted);
-  const double largest = value_of<Element>(sorted[0]);
-  EntropySums<double> sums;
-  for (int i = lane_index(); i < arguments.k; i += kWarpSize) {
-    if (i > 0) sums.add(value_of<Element>(sorted[i]) - largest);
-  }
-  sums.z = warp_sum(sums.z);
-  sums.weighted = warp_sum(sums.weighted);
+  const auto value = [&](int i) -> double { return value_of<Element>(sorted[i]); };
+  const double entropy = warp_entropy(arguments.k, value);
   if (lane_index() != 0) return {};
-  return token_stats<double>(arguments.gate, sum.max, sum.log_sum(), target_logit, sums.entropy());
+  return token_stats<double>(arguments.gate, sum.max, sum.log_sum(), target_logit, entropy);
+}
+
+// What differs between the forward of whole rows and that of a shard (gated_ce_partial.cuh):
+
+__device__ inline int64_t column_of(const ForwardArguments&, int64_t label) { return label; }
+
+// Of an ignored row, by all threads of the block.
+__device__ inline void write_ignored(const ForwardArguments& arguments, int64_t row) {
+  if (threadIdx.x == 0) write_stats(arguments.stats, row, {});
+}
+
+// By one warp.
+template <typename Element>
+__device__ inline void write_row(const ForwardArguments& arguments, int64_t row, const PartSum& sum,
+                                 float target_logit, const uint32_t* top, uint32_t* sorted) {
+  const auto token = warp_token_stats<Element>(arguments, sum, target_logit, top, sorted);
+  if (lane_index() == 0) write_stats(arguments.stats, row, token);
 }
 
 // A block for each part of each row.
-template <typename Element, int kThreads>
+template <typename Element, int kThreads, typename Arguments>
 __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads)
-    gated_ce_forward_kernel(const __grid_constant__ ForwardArguments arguments,
+    gated_ce_forward_kernel(const __grid_constant__ Arguments arguments,
                             const __grid_constant__ RowParts<uint32_t> parts) {
   auto& storage = *reinterpret_cast<ForwardStorage<kThreads>*>(block_memory());
   const LogitsArguments& logits = arguments.logits;
   const int64_t row = blockIdx.x / parts.count;
   const int begin = static_cast<int>(blockIdx.x % parts.count) * parts.length;
   if (arguments.labels[row] == arguments.ignore_index) {
-    if (threadIdx.x == 0 && begin == 0) write_stats(arguments.stats, row, {});
+    if (begin == 0) write_ignored(arguments, row);
     return;
   }
   const int length = min(parts.length, static_cast<int>(logits.vocab_size) - begin);
@@ -102,17 +128,16 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
     }
     return;
   }
-  const float target_logit = target_logit_of<Element>(logits, row, arguments.labels[row]);
+  const int64_t column = column_of(arguments, arguments.labels[row]);
+  const float target_logit = target_logit_of<Element>(logits, row, column);
   warp_top_k(storage.scan.list, arguments.k, storage.top);
-  const auto token =
-      warp_token_stats<Element>(arguments, sum, target_logit, storage.top, storage.sorted);
-  if (lane_index() == 0) write_stats(arguments.stats, row, token);
+  write_row<Element>(arguments, row, sum, target_logit, storage.top, storage.sorted);
 }
 
 // Merges the parts of each row: a block for each row.
-template <typename Element>
+template <typename Element, typename Arguments>
 __global__ void __launch_bounds__(kMergeThreads)
-    gated_ce_forward_merge_kernel(const __grid_constant__ ForwardArguments arguments,
+    gated_ce_forward_merge_kernel(const __grid_constant__ Arguments arguments,
                                   const __grid_constant__ RowParts<uint32_t> parts) {
   auto& storage = *reinterpret_cast<MergeStorage*>(block_memory());
   const int64_t row = blockIdx.x;
@@ -123,14 +148,13 @@ __global__ void __launch_bounds__(kMergeThreads)
   select_part<ReadyKeys<uint32_t>, kMergeThreads>(keys, 0, arguments.k, storage.list,
                                                   storage.scratch);
   if (warp_index() != 0) return;
-  const float target_logit = target_logit_of<Element>(arguments.logits, row, label);
+  const float target_logit =
+      target_logit_of<Element>(arguments.logits, row, column_of(arguments, label));
   const PartSum sum = warp_merge(parts.count, [&](int i) {
     return PartSum{parts.max[row * parts.count + i], parts.sum[row * parts.count + i]};
   });
   warp_top_k(storage.list, arguments.k, storage.top);
-  const auto token =
-      warp_token_stats<Element>(arguments, sum, target_logit, storage.top, storage.sorted);
-  if (lane_index() == 0) write_stats(arguments.stats, row, token);
+  write_row<Element>(arguments, row, sum, target_logit, storage.top, storage.sorted);
 }
 
 }  // namespace eaft_ext::cuda

@@ -47,17 +47,15 @@ constexpr size_t kSliceOffset = (sizeof(ForwardWithGradStorage<kThreads>) + 127)
 // Finishes the row by one warp: its stats, and what the gradient needs for all threads.
 template <typename Element, int kThreads>
 __device__ inline void finish_row(const ForwardWithGradArguments& arguments, int64_t row,
-                                  int64_t label, float upstream, const PartSum& sum,
-                                  float target_logit, bool writes_stats,
-                                  ForwardWithGradStorage<kThreads>& storage) {
+                                  float upstream, const PartSum& sum, float target_logit,
+                                  bool writes_stats, ForwardWithGradStorage<kThreads>& storage) {
   const ForwardArguments& forward = arguments.forward;
   const TokenStats<double> token = warp_token_stats<Element>(
       forward, sum, target_logit, storage.forward.top, storage.forward.sorted);
   if (lane_index() != 0) return;
   storage.row_max = static_cast<float>(token.row_max);
   storage.log_sum = static_cast<float>(token.log_sum);
-  storage.weight = weight_of(label, forward.ignore_index, forward.logits.vocab_size,
-                             upstream * static_cast<float>(token.gate));
+  storage.weight = upstream * static_cast<float>(token.gate);
   if (writes_stats) write_stats(forward.stats, row, token);
 }
 
@@ -124,8 +122,7 @@ __global__ void __launch_bounds__(kThreads, kStagedBlocks) gated_ce_forward_with
   cluster_arrive_relaxed();  // this block has read the others
   if (warp_index() == 0) {
     warp_top_k(list, k, storage.forward.top);
-    finish_row<Element, kThreads>(arguments, row, label, upstream, sum, target_logit, rank == 0,
-                                  storage);
+    finish_row<Element, kThreads>(arguments, row, upstream, sum, target_logit, rank == 0, storage);
   }
   __syncthreads();  // the row is finished
   const RowGradient gradient(storage.row_max, storage.log_sum, storage.weight,
@@ -155,8 +152,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
       const float target_logit = target_logit_of<Element>(forward.logits, row, label);
       const float upstream = arguments.upstream[row];
       warp_top_k(storage.forward.scan.list, forward.k, storage.forward.top);
-      finish_row<Element, kThreads>(arguments, row, label, upstream, sum, target_logit, true,
-                                    storage);
+      finish_row<Element, kThreads>(arguments, row, upstream, sum, target_logit, true, storage);
     }
     __syncthreads();  // the row is finished
     const RowGradient gradient(storage.row_max, storage.log_sum, storage.weight,

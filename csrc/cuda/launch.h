@@ -18,6 +18,13 @@ cudaError_t plan_gated_ce_forward(ElementType type, const ForwardArguments& argu
 cudaError_t launch_gated_ce_forward(ElementType type, const ForwardArguments& arguments,
                                     const PartsPlan& plan, void* workspace, cudaStream_t stream);
 
+// Workspace and plan as for the forward.
+cudaError_t plan_gated_ce_partial(ElementType type, const PartialArguments& arguments,
+                                  PartsPlan* plan);
+cudaError_t launch_gated_ce_partial(ElementType type, const PartialArguments& arguments,
+                                    const PartsPlan& plan, void* workspace, cudaStream_t stream);
+cudaError_t launch_gated_ce_merge(const MergeArguments& arguments, cudaStream_t stream);
+
 cudaError_t launch_gated_ce_backward(ElementType type, const BackwardArguments& arguments,
                                      cudaStream_t stream);
 

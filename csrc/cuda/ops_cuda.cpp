@@ -8,6 +8,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
+#include <optional>
 #include <string_view>
 #include <tuple>
 
@@ -45,13 +47,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cuda
 // Writes weight * (softmax(logits) - onehot(labels)) into gradient, which may be the logits.
 void backward_into(const char* op, const Tensor& gradient, const Tensor& raw_weight,
                    const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_row_max,
-                   const Tensor& raw_log_sum, int64_t ignore_index) {
+                   const Tensor& raw_log_sum, int64_t ignore_index, int64_t vocab_start) {
   const Tensor labels = int64_labels(op, raw_labels, logits);
   const Tensor weight = per_row(op, "weight", raw_weight, logits);
   const Tensor row_max = per_row(op, "row_max", raw_row_max, logits);
   const Tensor log_sum = per_row(op, "log_sum", raw_log_sum, logits);
   BackwardArguments arguments{};
   arguments.logits = logits_arguments(op, logits);
+  arguments.vocab_start = vocab_start;
   arguments.gradient = gradient.mutable_data_ptr();
   arguments.gradient_layout = row_layout(gradient);
   arguments.labels = labels.const_data_ptr<int64_t>();
@@ -64,23 +67,94 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& raw_wei
 }
 
 Tensor gated_ce_backward_cuda(const Tensor& weight, const Tensor& logits, const Tensor& labels,
-                              const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index) {
+                              const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
+                              std::optional<int64_t> vocab_start,
+                              std::optional<int64_t> vocab_size) {
   const char* op = "gated_ce_backward";
-  check_logits(op, logits);
+  const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   const c10::cuda::CUDAGuard guard(logits.device());
   return write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
-    backward_into(op, target, weight, source, labels, row_max, log_sum, ignore_index);
+    shard.clear_padding(target);
+    if (shard.num_words == 0) return;
+    backward_into(op, shard.words(target), weight, shard.words(source), labels, row_max, log_sum,
+                  ignore_index, shard.start);
   });
 }
 
 void gated_ce_backward_cuda_(const Tensor& weight, Tensor& logits, const Tensor& labels,
-                             const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index) {
+                             const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
+                             std::optional<int64_t> vocab_start,
+                             std::optional<int64_t> vocab_size) {
   const char* op = "gated_ce_backward_";
-  check_logits(op, logits);
+  const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
+  if (logits.size(-1) == 0) return;
   check_writable(op, logits);
   const c10::cuda::CUDAGuard guard(logits.device());
-  backward_into(op, logits, weight, logits, labels, row_max, log_sum, ignore_index);
+  shard.clear_padding(logits);
+  if (shard.num_words > 0) {
+    const Tensor words = shard.words(logits);
+    backward_into(op, words, weight, words, labels, row_max, log_sum, ignore_index, shard.start);
+  }
   mark_written(logits);
+}
+
+Tensor gated_ce_partial_cuda(const Tensor& logits, const Tensor& raw_labels, int64_t k,
+                             int64_t vocab_start, std::optional<int64_t> vocab_size,
+                             int64_t ignore_index) {
+  const char* op = "gated_ce_partial";
+  const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
+  check_k(op, k, kMinTopK, kMaxTopK);
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const ElementType type = element_type(op, logits);
+  const Tensor labels = int64_labels(op, raw_labels, logits);
+  auto sizes = logits.sizes().vec();
+  sizes.back() = k + kPartialTop;
+  Tensor partials = at::empty(sizes, logits.options().dtype(at::kFloat));
+  if (shard.num_words == 0) {
+    partials.fill_(std::numeric_limits<float>::quiet_NaN());
+    partials.select(-1, kPartialLabel).copy_(labels);
+    partials.select(-1, kPartialRest).fill_(-1);
+    return partials;
+  }
+  const Tensor words = with_readable_rows(shard.words(logits));
+  PartialArguments arguments{};
+  arguments.logits = logits_arguments(op, words);
+  arguments.labels = labels.const_data_ptr<int64_t>();
+  arguments.ignore_index = ignore_index;
+  arguments.k = static_cast<int>(k);
+  arguments.vocab_start = shard.start;
+  arguments.partials = partials.mutable_data_ptr<float>();
+  PartsPlan plan;
+  C10_CUDA_CHECK(plan_gated_ce_partial(type, arguments, &plan));
+  const Tensor workspace = make_workspace(words, plan.workspace_bytes);
+  C10_CUDA_CHECK(launch_gated_ce_partial(type, arguments, plan, workspace.mutable_data_ptr(),
+                                         c10::cuda::getCurrentCUDAStream()));
+  return partials;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cuda(
+    const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_partials,
+    std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
+    int64_t vocab_start, std::optional<int64_t> vocab_size, bool inplace_backward) {
+  const char* op = "gated_ce_merge";
+  checked_shard(op, logits, vocab_start, vocab_size);
+  const c10::cuda::CUDAGuard guard(logits.device());
+  if (inplace_backward && logits.size(-1) > 0) check_writable(op, logits);
+  const Tensor labels = int64_labels(op, raw_labels, logits);
+  const int k = check_partials(op, raw_partials, labels, at::kFloat);
+  const Tensor partials = raw_partials.contiguous();
+  const Stats stats(logits);
+  MergeArguments arguments{};
+  arguments.partials = partials.const_data_ptr<float>();
+  arguments.num_shards = static_cast<int>(partials.size(0));
+  arguments.num_rows = labels.numel();
+  arguments.labels = labels.const_data_ptr<int64_t>();
+  arguments.ignore_index = ignore_index;
+  arguments.k = k;
+  arguments.gate = gate_from_name(gate, gate_parameters, k);
+  arguments.stats = stats.pointers();
+  C10_CUDA_CHECK(launch_gated_ce_merge(arguments, c10::cuda::getCurrentCUDAStream()));
+  return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.row_max, stats.log_sum};
 }
 
 // The forward into its stats, and the gradient of sum(upstream * loss) into gradient, which may be
@@ -99,7 +173,7 @@ void forward_with_grad_into(const char* op, const Tensor& gradient, const Stats&
   if (plan.home == RowHome::kTwoKernels) {
     run_forward(forward);
     backward_into(op, gradient, at::mul(upstream, stats.gate), logits, forward.labels,
-                  stats.row_max, stats.log_sum, forward.arguments.ignore_index);
+                  stats.row_max, stats.log_sum, forward.arguments.ignore_index, 0);
     return;
   }
   C10_CUDA_CHECK(launch_gated_ce_forward_with_grad(forward.type, arguments, plan,
@@ -182,6 +256,8 @@ TORCH_LIBRARY_IMPL(eaft_ext, CUDA, m) {
   m.impl("gated_ce_forward", &gated_ce_forward_cuda);
   m.impl("gated_ce_backward", &gated_ce_backward_cuda);
   m.impl("gated_ce_backward_", &gated_ce_backward_cuda_);
+  m.impl("gated_ce_partial", &gated_ce_partial_cuda);
+  m.impl("gated_ce_merge", &gated_ce_merge_cuda);
   m.impl("gated_ce_forward_with_grad", &gated_ce_forward_with_grad_cuda);
   m.impl("gated_ce_forward_with_grad_", &gated_ce_forward_with_grad_cuda_);
   m.impl("scale_gradient_", &scale_gradient_cuda_);

@@ -52,11 +52,6 @@ inline LogitsArguments logits_arguments(const char* op, const Tensor& logits) {
   return arguments;
 }
 
-inline Tensor int64_labels(const char* op, const Tensor& labels, const Tensor& logits) {
-  check_labels(op, labels, logits);
-  return labels.to(at::kLong).contiguous();
-}
-
 inline Tensor per_row(const char* op, const char* name, const Tensor& tensor,
                       const Tensor& logits) {
   check_per_row(op, name, tensor, logits);

@@ -18,6 +18,9 @@ namespace eaft_ext::cuda {
 
 std::string run_forward(ElementType type, const ForwardArguments& arguments, int parts,
                         uint64_t seed);
+std::string run_partial(ElementType type, const PartialArguments& arguments, int parts,
+                        uint64_t seed);
+std::string run_merge(const MergeArguments& arguments, uint64_t seed);
 std::string run_backward(ElementType type, const BackwardArguments& arguments, uint64_t seed);
 std::string run_forward_with_grad(ElementType type, const ForwardWithGradArguments& arguments,
                                   int cluster_size, uint64_t seed);
@@ -35,13 +38,15 @@ inline RowLayout layout_from(const int64_t* numbers) {
   return layout;
 }
 
-inline Gate gate_from(int kind, double first, double second, double normalizer) {
+// normalizer: 0 is ln k.
+inline Gate gate_from(int kind, double first, double second, double normalizer, int k) {
   Gate gate;
   gate.kind = static_cast<GateKind>(kind);
   gate.first = first;
   gate.second = second;
   gate.normalizer = normalizer;
-  return gate;
+  gate.normalizer_is_log_k = normalizer == 0;
+  return for_k(gate, k);
 }
 
 inline void leave(const std::string& message, char* error, int64_t error_size) {
@@ -62,20 +67,55 @@ EXPORT forward_on_host(int type, const void* logits, const int64_t* logits_layou
   arguments.labels = labels;
   arguments.ignore_index = ignore_index;
   arguments.k = k;
-  arguments.gate = gate_from(gate_kind, gate_first, gate_second, gate_normalizer);
+  arguments.gate = gate_from(gate_kind, gate_first, gate_second, gate_normalizer, k);
   arguments.stats = {loss, nll, entropy, gate, row_max, log_sum};
   leave(run_forward(static_cast<ElementType>(type), arguments, parts, seed), error, error_size);
 }
 
+// partials: (num_rows, k + 3). labels: [num_rows].
+EXPORT partial_on_host(int type, const void* logits, const int64_t* logits_layout, int64_t num_rows,
+                       int64_t vocab_size, const int64_t* labels, int64_t ignore_index, int k,
+                       int64_t vocab_start, float* partials, int parts, uint64_t seed, char* error,
+                       int64_t error_size) {
+  using namespace eaft_ext::cuda;
+  const PartialArguments arguments{{logits, layout_from(logits_layout), num_rows, vocab_size},
+                                   labels,
+                                   ignore_index,
+                                   k,
+                                   vocab_start,
+                                   partials};
+  leave(run_partial(static_cast<ElementType>(type), arguments, parts, seed), error, error_size);
+}
+
+// partials: (num_shards, num_rows, k + 3). labels and the stats: [num_rows].
+EXPORT merge_on_host(const float* partials, int num_shards, int64_t num_rows, const int64_t* labels,
+                     int64_t ignore_index, int k, int gate_kind, double gate_first,
+                     double gate_second, double gate_normalizer, float* loss, float* nll,
+                     float* entropy, float* gate, float* row_max, float* log_sum, uint64_t seed,
+                     char* error, int64_t error_size) {
+  using namespace eaft_ext::cuda;
+  MergeArguments arguments{};
+  arguments.partials = partials;
+  arguments.num_shards = num_shards;
+  arguments.num_rows = num_rows;
+  arguments.labels = labels;
+  arguments.ignore_index = ignore_index;
+  arguments.k = k;
+  arguments.gate = gate_from(gate_kind, gate_first, gate_second, gate_normalizer, k);
+  arguments.stats = {loss, nll, entropy, gate, row_max, log_sum};
+  leave(run_merge(arguments, seed), error, error_size);
+}
+
 // gradient: (num_rows, vocab_size), maybe the logits. labels, weight, row_max, log_sum: [num_rows].
 EXPORT backward_on_host(int type, const void* logits, const int64_t* logits_layout,
-                        int64_t num_rows, int64_t vocab_size, void* gradient,
+                        int64_t num_rows, int64_t vocab_size, int64_t vocab_start, void* gradient,
                         const int64_t* gradient_layout, const int64_t* labels, int64_t ignore_index,
                         const float* weight, const float* row_max, const float* log_sum,
                         uint64_t seed, char* error, int64_t error_size) {
   using namespace eaft_ext::cuda;
   BackwardArguments arguments{};
   arguments.logits = {logits, layout_from(logits_layout), num_rows, vocab_size};
+  arguments.vocab_start = vocab_start;
   arguments.gradient = gradient;
   arguments.gradient_layout = layout_from(gradient_layout);
   arguments.labels = labels;
@@ -102,7 +142,7 @@ EXPORT forward_with_grad_on_host(int type, const float* upstream, const void* lo
   forward.labels = labels;
   forward.ignore_index = ignore_index;
   forward.k = k;
-  forward.gate = gate_from(gate_kind, gate_first, gate_second, gate_normalizer);
+  forward.gate = gate_from(gate_kind, gate_first, gate_second, gate_normalizer, k);
   forward.stats = {loss, nll, entropy, gate, row_max, log_sum};
   arguments.upstream = upstream;
   arguments.gradient = gradient;

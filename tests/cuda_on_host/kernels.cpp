@@ -6,6 +6,8 @@
 #include "cuda/gated_ce_backward.cuh"
 #include "cuda/gated_ce_forward.cuh"
 #include "cuda/gated_ce_forward_with_grad.cuh"
+#include "cuda/gated_ce_merge.cuh"
+#include "cuda/gated_ce_partial.cuh"
 #include "cuda/parts.h"
 #include "cuda/scale_gradient.cuh"
 #include "cuda/topk.cuh"
@@ -70,19 +72,19 @@ class Parts {
   size_t guard_begin_ = 0;
 };
 
-template <typename Element, int kBlockThreads>
-std::string run_forward_rows(const ForwardArguments& arguments, const RowParts<uint32_t>& parts,
-                             uint64_t seed) {
-  return launch<gated_ce_forward_kernel<Element, kBlockThreads>>(
+template <typename Element, int kBlockThreads, typename Arguments>
+std::string run_forward_kernel(const Arguments& arguments, const RowParts<uint32_t>& parts,
+                               uint64_t seed) {
+  return launch<gated_ce_forward_kernel<Element, kBlockThreads, Arguments>>(
       {arguments.logits.num_rows * parts.count, 1, kBlockThreads,
        sizeof(ForwardStorage<kBlockThreads>)},
       seed, arguments, parts);
 }
 
-}  // namespace
-
-std::string run_forward(ElementType type, const ForwardArguments& arguments, int wanted_parts,
-                        uint64_t seed) {
+// As launch_forward_rows().
+template <typename Arguments>
+std::string run_forward_rows(ElementType type, const Arguments& arguments, int wanted_parts,
+                             uint64_t seed) {
   const int64_t num_rows = arguments.logits.num_rows;
   if (num_rows == 0) return {};
   return for_element(type, [&](auto element) {
@@ -91,12 +93,31 @@ std::string run_forward(ElementType type, const ForwardArguments& arguments, int
     constexpr int kShortRow = kFewThreads * kVectorsPerThread * kVectorSize<Element>;
     const bool few_threads = arguments.logits.vocab_size <= kShortRow;
     const std::string error =
-        parts.check(few_threads ? run_forward_rows<Element, kFewThreads>(arguments, *parts, seed)
-                                : run_forward_rows<Element, kThreads>(arguments, *parts, seed));
+        parts.check(few_threads ? run_forward_kernel<Element, kFewThreads>(arguments, *parts, seed)
+                                : run_forward_kernel<Element, kThreads>(arguments, *parts, seed));
     if (!error.empty() || parts.count() == 1) return error;
-    return parts.check(launch<gated_ce_forward_merge_kernel<Element>>(
+    return parts.check(launch<gated_ce_forward_merge_kernel<Element, Arguments>>(
         {num_rows, 1, kMergeThreads, sizeof(MergeStorage)}, seed, arguments, *parts));
   });
+}
+
+}  // namespace
+
+std::string run_forward(ElementType type, const ForwardArguments& arguments, int parts,
+                        uint64_t seed) {
+  return run_forward_rows(type, arguments, parts, seed);
+}
+
+std::string run_partial(ElementType type, const PartialArguments& arguments, int parts,
+                        uint64_t seed) {
+  return run_forward_rows(type, arguments, parts, seed);
+}
+
+std::string run_merge(const MergeArguments& arguments, uint64_t seed) {
+  const int64_t blocks = (arguments.num_rows + kRowsPerMergeBlock - 1) / kRowsPerMergeBlock;
+  if (blocks == 0) return {};
+  return launch<gated_ce_merge_kernel>(
+      {blocks, 1, kRowsPerMergeBlock * kWarpSize, sizeof(ShardMergeStorage)}, seed, arguments);
 }
 
 std::string run_backward(ElementType type, const BackwardArguments& arguments, uint64_t seed) {

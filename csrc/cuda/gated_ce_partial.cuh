@@ -1,0 +1,43 @@
+// What a shard of the vocabulary tells the others of each row (core/shard_partial.h), from one read
+// of the shard: the forward's kernels (gated_ce_forward.cuh) with another end. The k largest are
+// written in their order, so that the merge need not sort.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/shard_partial.h"
+#include "gated_ce_forward.cuh"
+
+namespace eaft_ext::cuda {
+
+__device__ inline float* partial_of(const PartialArguments& arguments, int64_t row) {
+  return arguments.partials + row * (arguments.k + kPartialTop);
+}
+
+__device__ inline int64_t column_of(const PartialArguments& arguments, int64_t label) {
+  return column_in_shard(label, arguments.vocab_start);
+}
+
+__device__ inline void write_ignored(const PartialArguments& arguments, int64_t row) {
+  float* partial = partial_of(arguments, row);
+  if (threadIdx.x == 0) write_partial_head<float>(partial, arguments.labels[row], 0, NAN);
+  for (int i = static_cast<int>(threadIdx.x); i < arguments.k; i += static_cast<int>(blockDim.x)) {
+    partial[kPartialTop + i] = NAN;
+  }
+}
+
+template <typename Element>
+__device__ inline void write_row(const PartialArguments& arguments, int64_t row, const PartSum& sum,
+                                 float target_logit, const uint32_t* top, uint32_t* sorted) {
+  warp_sort(top, arguments.k, sorted);
+  float* partial = partial_of(arguments, row);
+  for (int i = lane_index(); i < arguments.k; i += kWarpSize) {
+    const bool exists = i < arguments.logits.vocab_size;
+    partial[kPartialTop + i] = exists ? value_of<Element>(sorted[i]) : NAN;
+  }
+  if (lane_index() == 0) {
+    write_partial_head(partial, arguments.labels[row], sum.sum, target_logit);
+  }
+}
+
+}  // namespace eaft_ext::cuda

@@ -1,0 +1,112 @@
+"""The processes that share a vocabulary, and per-token losses over all of their shards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from eaft_ext._dispatch import is_built_in
+from eaft_ext.gates import Gate, GateFunction
+from eaft_ext.parallel import _agreement
+from eaft_ext.parallel._shard import VocabShard, num_words, token_losses
+from eaft_ext.reference import Reduction, TokenStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Member(NamedTuple):
+    """This process in its group."""
+
+    group: ProcessGroup
+    rank: int
+    size: int
+
+
+def check_group(op: str, group: ProcessGroup | DeviceMesh) -> Member:
+    """Raise unless this process is in the group."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError(f"{op}: torch.distributed has no process group; call init_process_group")
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"{op}: group must be one dimension of a DeviceMesh, such as mesh['tp'], got one "
+                f"of {group.ndim} dimensions"
+            )
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{op}: group must be the ProcessGroup whose processes share the vocabulary, got "
+            f"{group!r}; torch.distributed.group.WORLD is that of all"
+        )
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(f"{op}: process {dist.get_rank()} is not in the group")
+    return Member(group, rank, dist.get_world_size(group))
+
+
+def group_losses(
+    op: str,
+    logits: Tensor,
+    labels: Tensor,
+    k: int,
+    gate: Gate | GateFunction,
+    ignore_index: int,
+    reduction: Reduction,
+    member: Member | None,
+    shard: VocabShard,
+    inplace_backward: bool,
+) -> tuple[Tensor, TokenStats]:
+    """Per-token losses and stats, the same in all processes of the group.
+
+    The reduction is only compared. Without a group the shard is all there is.
+    """
+    if member is None or member.size == 1:
+
+        def gather(partial: Tensor) -> Tensor:
+            return partial.unsqueeze(0)
+
+    else:
+        if not torch.compiler.is_compiling():
+            note = {
+                "the shape of the tokens": list(labels.shape),
+                "the dtype of the logits": str(logits.dtype),
+                "k": k,
+                "gate": _name_of(gate),
+                "ignore_index": ignore_index,
+                "reduction": reduction,
+                "vocab_size": shard.vocab_size,
+                "columns": [shard.start, shard.start + num_words(logits, shard)],
+            }
+            _agreement.check(op, member.group, logits.device, note)
+
+        def gather(partial: Tensor) -> Tensor:
+            return _all_gather(partial, member)
+
+    def gather_and_check(partial: Tensor) -> Tensor:
+        partials = gather(partial)
+        _agreement.check_labels(op, partials, labels, ignore_index)
+        return partials
+
+    return token_losses(
+        logits, labels, k, gate, ignore_index, shard, gather_and_check, inplace_backward
+    )
+
+
+def _name_of(gate: Gate | GateFunction) -> str:
+    """What tells gates apart, and is the same in all processes."""
+    return repr(gate) if is_built_in(gate) else getattr(gate, "__qualname__", type(gate).__name__)
+
+
+def _all_gather(partial: Tensor, member: Member) -> Tensor:
+    """The partials of all processes: the one collective of a call."""
+    # The functional form: torch.compile keeps it in its graph.
+    collectives = torch.ops._c10d_functional
+    rows = partial.view(-1, partial.size(-1))
+    gathered = collectives.all_gather_into_tensor(rows, member.size, member.group.group_name)
+    partials: Tensor = collectives.wait_tensor(gathered)
+    return partials.view(member.size, *partial.shape)

@@ -1,0 +1,137 @@
+"""The loss of logits that are a DTensor: rows divided, the vocabulary divided, or neither."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from eaft_ext._checks import check_placement
+from eaft_ext.gates import Gate, GateFunction
+from eaft_ext.parallel import _agreement
+from eaft_ext.parallel._group import Member, group_losses
+from eaft_ext.parallel._shard import VocabShard
+from eaft_ext.reference import Reduction, TokenStats, mean_divisor
+
+
+def _vocab_dim(op: str, logits: DTensor) -> int | None:
+    """The dimension of the mesh that divides the vocabulary."""
+    last = logits.dim() - 1
+    for placement in logits.placements:
+        if not (isinstance(placement, Replicate) or type(placement) is Shard):
+            raise ValueError(
+                f"{op}: logits must be Shard or Replicate on every dimension of their mesh, got "
+                f"{logits.placements}; redistribute() makes them so"
+            )
+    dims = [i for i, placement in enumerate(logits.placements) if placement.is_shard(last)]
+    if len(dims) > 1:
+        raise ValueError(
+            f"{op}: the vocabulary must be divided over one dimension of the mesh, got "
+            f"{logits.placements}"
+        )
+    return dims[0] if dims else None
+
+
+def _local_labels(
+    op: str, labels: Tensor, logits: DTensor, local_logits: Tensor, rows: list[Placement]
+) -> Tensor:
+    """The labels of this process's rows, placed as they are.
+
+    Labels that are no DTensor are those of this process, or of all where they have that shape.
+    """
+    if isinstance(labels, DTensor) or labels.shape != local_logits.shape[:-1]:
+        check_placement(op, labels, logits)
+    if isinstance(labels, DTensor):
+        if labels.device_mesh != logits.device_mesh:
+            raise ValueError(f"{op}: labels and logits are on different meshes")
+        return labels.redistribute(placements=rows).to_local()
+    if labels.shape == local_logits.shape[:-1]:
+        return labels
+    replicated = DTensor.from_local(
+        labels, logits.device_mesh, [Replicate()] * logits.device_mesh.ndim, run_check=False
+    )
+    return replicated.redistribute(placements=rows).to_local()
+
+
+def _shard_of(op: str, logits: DTensor, local_logits: Tensor, dim: int | None) -> VocabShard:
+    total = logits.size(-1)
+    if dim is None:
+        return VocabShard(0, None, total)
+    # As torch.chunk divides: the last ones may have less, or nothing.
+    chunk = -(-total // logits.device_mesh.size(dim))
+    start = min(chunk * logits.device_mesh.get_local_rank(dim), total)
+    if local_logits.size(-1) != min(chunk, total - start):
+        raise ValueError(
+            f"{op}: the local logits have {local_logits.size(-1)} columns, and as a Shard of "
+            f"{total} they would have {min(chunk, total - start)}"
+        )
+    return VocabShard(start, None, total)
+
+
+def gated_ce_of_dtensor(
+    op: str,
+    logits: DTensor,
+    labels: Tensor,
+    k: int,
+    gate: Gate | GateFunction,
+    ignore_index: int,
+    reduction: Reduction,
+    num_items_in_batch: float | Tensor | None,
+    inplace_backward: bool,
+) -> tuple[Tensor, TokenStats]:
+    """Loss and stats as DTensors on the mesh of the logits; see :func:`eaft_ext.gated_ce`.
+
+    A loss per token is placed as the rows are; a mean or sum is replicated.
+    """
+    mesh = logits.device_mesh
+    dim = _vocab_dim(op, logits)
+    rows = [Replicate() if i == dim else p for i, p in enumerate(logits.placements)]
+    local_logits = logits.to_local()
+    member = None
+    if dim is not None:
+        member = Member(mesh.get_group(dim), mesh.get_local_rank(dim), mesh.size(dim))
+    try:
+        local_labels = _local_labels(op, labels, logits, local_logits, rows)
+        shard = _shard_of(op, logits, local_logits, dim)
+    except ValueError as error:
+        if member is not None and member.size > 1:
+            _agreement.tell_failure(error)
+        raise
+    loss, stats = group_losses(
+        op,
+        local_logits,
+        local_labels,
+        k,
+        gate,
+        ignore_index,
+        reduction,
+        member,
+        shard,
+        inplace_backward,
+    )
+    shape = logits.shape[:-1]
+    stride = torch.empty(shape, device="meta").stride()
+
+    def per_token(local: Tensor) -> DTensor:
+        return DTensor.from_local(local, mesh, rows, run_check=False, shape=shape, stride=stride)
+
+    def over_all_rows(local: Tensor) -> DTensor:
+        """A sum over rows; those that are divided are added up."""
+        sums = [Replicate() if isinstance(p, Replicate) else Partial() for p in rows]
+        summed = DTensor.from_local(local, mesh, sums, run_check=False)
+        return summed.redistribute(placements=[Replicate()] * mesh.ndim)
+
+    placed = TokenStats(*(per_token(stat) for stat in stats))
+    if reduction == "none":
+        return per_token(loss), placed
+    total = loss.sum()
+    if reduction == "mean":
+        if num_items_in_batch is None:
+            count = over_all_rows(stats.valid.sum()).to_local().clamp(min=1)
+            total = total / count
+        else:
+            if isinstance(num_items_in_batch, DTensor):
+                num_items_in_batch = num_items_in_batch.full_tensor()
+            total = total / mean_divisor(stats.valid, num_items_in_batch, total.dtype)
+    return over_all_rows(total), placed

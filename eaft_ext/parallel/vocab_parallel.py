@@ -1,0 +1,167 @@
+"""The loss where every process of a group has a shard of the vocabulary (tensor parallelism)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, overload
+
+import torch
+from torch import Tensor
+
+from eaft_ext._checks import (
+    check_labels,
+    check_logits,
+    check_num_items,
+    check_options,
+    check_placement,
+)
+from eaft_ext.gates import Gate, GateFunction
+from eaft_ext.parallel import _agreement
+from eaft_ext.parallel._group import Member, check_group, group_losses
+from eaft_ext.parallel._shard import VocabShard
+from eaft_ext.reference import Reduction, TokenStats, reduce_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+_OP = "vocab_parallel_gated_ce"
+
+
+def _check_shard(
+    logits: Tensor, member: Member, vocab_start: int | None, vocab_size: int | None
+) -> VocabShard:
+    for name, value in (("vocab_start", vocab_start), ("vocab_size", vocab_size)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{_OP}: {name} must be an int, got {value!r}")
+        if value < 0:
+            raise ValueError(f"{_OP}: {name} must be at least 0, got {value}")
+    columns = logits.size(-1)
+    if vocab_start is None:  # all shards are alike
+        total = member.size * columns
+        return VocabShard(
+            member.rank * columns, vocab_size, total if vocab_size is None else vocab_size
+        )
+    return VocabShard(vocab_start, vocab_size, vocab_size)
+
+
+@overload
+def vocab_parallel_gated_ce(
+    logits_shard: Tensor,
+    labels: Tensor,
+    k: int = ...,
+    *,
+    group: ProcessGroup | DeviceMesh,
+    vocab_start: int | None = ...,
+    vocab_size: int | None = ...,
+    alpha: float = ...,
+    normalizer: float | None = ...,
+    gate: Gate | GateFunction | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    inplace_backward: bool = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def vocab_parallel_gated_ce(
+    logits_shard: Tensor,
+    labels: Tensor,
+    k: int = ...,
+    *,
+    group: ProcessGroup | DeviceMesh,
+    vocab_start: int | None = ...,
+    vocab_size: int | None = ...,
+    alpha: float = ...,
+    normalizer: float | None = ...,
+    gate: Gate | GateFunction | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    inplace_backward: bool = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, TokenStats]: ...
+def vocab_parallel_gated_ce(
+    logits_shard: Tensor,
+    labels: Tensor,
+    k: int = 20,
+    *,
+    group: ProcessGroup | DeviceMesh,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    alpha: float = 1.0,
+    normalizer: float | None = None,
+    gate: Gate | GateFunction | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    num_items_in_batch: float | Tensor | None = None,
+    inplace_backward: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    r"""Token-gated cross-entropy of logits whose vocabulary is divided among processes.
+
+    The loss of :func:`eaft_ext.gated_ce`, exactly: entropy and softmax are of the whole vocabulary.
+    Every process reads its shard once, and one all-gather of ``k + 3`` numbers for each token
+    brings what the others found; all processes then have the same loss. The backward reads and
+    writes the shard once and communicates nothing::
+
+        m, S, t_1 ... t_k   of the whole row, merged from those of the shards
+        loss = g * nll                  dloss/dx = g * (softmax(x) - onehot(y)), of this shard
+
+    As in Megatron-LM the gradient is that of the one loss that all processes share: do not add up
+    the losses of the group.
+
+    Args:
+        logits_shard: (..., V_shard), the columns of this process; dtypes and strides as for
+            :func:`eaft_ext.gated_ce`. Shards may differ in width, also be empty.
+        labels: (...), int64 or int32, words of the whole vocabulary, the same in all processes.
+        k: how many of the largest logits of the whole row H is taken over, from 2 to 128. It may
+            exceed a shard.
+        group: the processes that share the vocabulary: a ``ProcessGroup`` or a ``DeviceMesh`` of
+            one dimension.
+        vocab_start: the word of this shard's first column. By default shards are equally wide and
+            in the order of the group's ranks, as in Megatron-LM.
+        vocab_size: words of the vocabulary, if columns from there on are padding. Padding takes no
+            part: it is not read, and its gradient is 0. By default there is none. Also worth giving
+            if ``vocab_start`` is given, k exceeds the vocabulary and ``gate`` is your own.
+        inplace_backward: as for :func:`eaft_ext.gated_ce`, with the shard's memory.
+
+    Other arguments, and what is returned, are as for :func:`eaft_ext.gated_ce`. Loss and stats are
+    the same bits in all processes.
+
+    Raises:
+        TypeError, ValueError: as :func:`eaft_ext.gated_ce` does; without a group, or of a process
+            that is not in it. Over gloo, at a group's first call and, with ``EAFT_EXT_CHECKS=1``,
+            always, the processes compare shapes and options beforehand, by the store of
+            torch.distributed: what is wrong in one of them, or differs between them, is then raised
+            in all. A label that is in no shard raises on the CPU; on CUDA it gives NaN, for its
+            token alone, as do labels that differ between processes.
+    """
+    member = None
+    try:
+        member = check_group(_OP, group)
+        check_logits(_OP, logits_shard, smallest_vocab=0)
+        check_labels(_OP, labels)
+        check_placement(_OP, labels, logits_shard)
+        chosen = check_options(_OP, k, alpha, normalizer, gate, reduction)
+        check_num_items(_OP, num_items_in_batch, reduction, logits_shard)
+        shard = _check_shard(logits_shard, member, vocab_start, vocab_size)
+    except (TypeError, ValueError) as error:
+        if member is None or member.size > 1:
+            _agreement.tell_failure(error)
+        raise
+    loss, stats = group_losses(
+        _OP,
+        logits_shard,
+        labels,
+        k,
+        chosen,
+        ignore_index,
+        reduction,
+        member,
+        shard,
+        inplace_backward,
+    )
+    loss = reduce_loss(loss, stats.valid, reduction, num_items_in_batch)
+    return (loss, stats) if return_stats else loss
