@@ -26,6 +26,8 @@ struct ForwardStorage {
 };
 
 constexpr int kMergeThreads = 256;
+// On a multiprocessor at least: without a number the compiler takes too few registers, and spills.
+constexpr int kMergeBlocks = 2;
 
 struct MergeStorage {
   CandidateList<uint32_t> list;
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
 
 // Merges the parts of each row: a block for each row.
 template <typename Element, typename Arguments>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
     gated_ce_forward_merge_kernel(const __grid_constant__ Arguments arguments,
                                   const __grid_constant__ RowParts<uint32_t> parts) {
   auto& storage = *reinterpret_cast<MergeStorage*>(block_memory());
