@@ -69,7 +69,7 @@ IMPORTS = {
     "linear": BOTTOM | {"functional"},
     "nn": {"_checks", "reference", "gates", "functional", "linear", "parallel"},
     "": BOTTOM | {"functional", "linear", "parallel", "nn"},
-    "integrations": {"", "reference", "gates", "functional", "linear", "parallel", "nn"},
+    "integrations": {"", "_checks", "reference", "gates", "functional", "linear", "parallel", "nn"},
     "cli": {"", "reference", "gates", "functional", "linear", "parallel", "nn", "_library"},
 }
 

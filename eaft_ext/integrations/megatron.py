@@ -1,0 +1,294 @@
+"""Megatron-Core: the gated loss of its GPT models, under tensor and sequence parallelism.
+
+gated = use_gated_ce(model)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import eaft_ext
+from eaft_ext._checks import check_options
+from eaft_ext.gates import Gate, GateFunction
+from eaft_ext.reference import TokenStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["GatedLoss", "use_gated_ce", "vocab_parallel_cross_entropy"]
+
+_METHOD = "compute_language_model_loss"
+
+
+def vocab_parallel_cross_entropy(
+    vocab_parallel_logits: Tensor,
+    target: Tensor,
+    label_smoothing: float = 0.0,
+    *,
+    k: int = 20,
+    alpha: float = 1.0,
+    normalizer: float | None = None,
+    gate: Gate | GateFunction | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+    tp_group: ProcessGroup | None = None,
+) -> Tensor:
+    r"""Gated losses in place of ``megatron.core.tensor_parallel.vocab_parallel_cross_entropy``.
+
+    ``loss = g * -ln softmax(x)_y`` with g of :func:`eaft_ext.gated_ce`, over the vocabulary of all
+    processes. Unlike Megatron-Core's, it leaves the logits as they are.
+
+    Args:
+        vocab_parallel_logits: [s, b, V/tp], this process's columns, in the order of the ranks.
+        target: [s, b], int64 or int32, words of the whole vocabulary.
+        label_smoothing: only 0.
+        tp_group: the processes that share the vocabulary; by default Megatron-Core's tensor model
+            parallel group.
+
+    Other arguments are as for :func:`eaft_ext.vocab_parallel_gated_ce`.
+
+    Returns:
+        [s, b], float32, in nats, the same in all processes of the group.
+
+    Raises:
+        ValueError: for label smoothing; else as :func:`eaft_ext.vocab_parallel_gated_ce`.
+    """
+    if label_smoothing != 0:
+        raise ValueError(
+            "vocab_parallel_cross_entropy: the gated loss has no label smoothing, got "
+            f"label_smoothing={label_smoothing}"
+        )
+    return eaft_ext.vocab_parallel_gated_ce(
+        vocab_parallel_logits,
+        target,
+        k,
+        group=_megatron_group() if tp_group is None else tp_group,
+        vocab_size=vocab_size,
+        alpha=alpha,
+        normalizer=normalizer,
+        gate=gate,
+        ignore_index=ignore_index,
+        reduction="none",
+        inplace_backward=inplace_backward,
+    )
+
+
+def use_gated_ce(
+    model: nn.Module | Iterable[nn.Module],
+    k: int = 20,
+    *,
+    alpha: float = 1.0,
+    normalizer: float | None = None,
+    gate: Gate | GateFunction | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+) -> GatedLoss:
+    r"""Make Megatron-Core models return gated losses for each token.
+
+    ``model(tokens, position_ids, attention_mask, labels=labels)`` then gives the losses [b, s] of
+    :func:`eaft_ext.vocab_parallel_gated_ce`, float32, in nats, in training and in evaluation, and
+    with them the losses of multi-token prediction. What a training script does with them, such as
+    its ``loss_mask`` and ``loss_func``, stays as it is. Where the mask is 0 the backward does not
+    read the logits, and their gradient is 0::
+
+        gated = use_gated_ce(model)  # in model_provider
+        ...
+        return output_tensor, gated.report(partial(loss_func, loss_mask), loss_mask)
+
+    Args:
+        model: a ``GPTModel`` or another model with ``compute_language_model_loss``, a wrapper of
+            one (``Float16Module``, ``DistributedDataParallel``), or several model chunks. Any
+            pipeline stage will do, also one that computes no loss.
+        vocab_size: words of the vocabulary, if Megatron has padded it: the columns from there on
+            then take no part. By default all take part, as in Megatron-Core's own loss.
+        inplace_backward: let the gradient overwrite the logits, which halves their memory.
+
+    Other arguments are as for :func:`eaft_ext.gated_ce`. Of several calls for a model the last
+    counts.
+
+    Returns:
+        The :class:`GatedLoss` that undoes it and reports what the gate does.
+
+    Raises:
+        TypeError, ValueError: for options that :func:`eaft_ext.gated_ce` refuses, a model without
+            ``compute_language_model_loss`` or one whose loss never sees logits; in the forward, for
+            logits that were gathered.
+    """
+    check_options("use_gated_ce", k, alpha, normalizer, gate, "none")
+    chunks = [model] if isinstance(model, nn.Module) else list(model)
+    modules = [module for chunk in chunks for module in chunk.modules() if _has_loss(module)]
+    if not modules:
+        names = ", ".join(type(chunk).__name__ for chunk in chunks) or "an empty list"
+        raise TypeError(f"use_gated_ce: nothing in {names} has {_METHOD}, as GPTModel has")
+    for module in modules:
+        _check_model(module, vocab_size)
+    return GatedLoss(
+        modules,
+        k=k,
+        alpha=alpha,
+        normalizer=normalizer,
+        gate=gate,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        inplace_backward=inplace_backward,
+    )
+
+
+class GatedLoss:
+    """What :func:`use_gated_ce` did to a model. As a context manager it ends with the block."""
+
+    stats: TokenStats | None
+    """nll, entropy, gate and valid, each [b, s], of the last micro-batch; None before the first."""
+
+    def __init__(self, modules: Iterable[nn.Module], **options: Any) -> None:
+        self.stats = None
+        self.options = options
+        self._methods = [_Method(self, module) for module in modules]
+
+    def remove(self) -> None:
+        """Give the model its own loss again, unless a later call has taken the place of this."""
+        for method in self._methods:
+            method.uninstall()
+        self._methods.clear()
+        self.stats = None
+
+    def __enter__(self) -> GatedLoss:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def report(
+        self, loss_func: Callable[..., Any], loss_mask: Tensor | None = None
+    ) -> Callable[..., Any]:
+        """``loss_func`` with what the gate did added to the dict that it returns for the log.
+
+        The entries are "eaft gate"; "eaft entropy" and "eaft nll" in nats, the latter being the
+        plain cross-entropy. Each is a float32 tensor [sum, number of tokens], which Megatron-LM
+        adds up over micro-batches and data parallel ranks and divides; where the dict has single
+        numbers, the mean. No host synchronisation.
+
+        Args:
+            loss_func: of the losses [b, s] of the last micro-batch, to ``(loss, num_tokens, dict)``
+                or ``(loss, dict)``.
+            loss_mask: [b, s], the weights of the tokens; by default 1. Tokens with ``ignore_index``
+                do not count.
+        """
+
+        @wraps(loss_func)
+        def loss_func_with_report(*args: Any, **kwargs: Any) -> Any:
+            outputs = loss_func(*args, **kwargs)
+            if self.stats is None or not isinstance(outputs, tuple):
+                return outputs
+            *others, entries = outputs
+            return (*others, entries | _entries(self.stats, loss_mask, entries))
+
+        return loss_func_with_report
+
+
+class _Method:
+    """Stands in for ``compute_language_model_loss`` of one module."""
+
+    def __init__(self, owner: GatedLoss, module: nn.Module) -> None:
+        earlier = vars(module).get(_METHOD)
+        if isinstance(earlier, _Method):
+            earlier.uninstall()
+        self.owner = owner
+        self.module = module
+        # An instance has none as a rule; then the method of its class is what remains.
+        self.replaced = vars(module).get(_METHOD)
+        setattr(module, _METHOD, self)
+
+    def uninstall(self) -> None:
+        """Leave the module as it was found, if this is still in place."""
+        if vars(self.module).get(_METHOD) is self:
+            delattr(self.module, _METHOD)
+            if self.replaced is not None:
+                setattr(self.module, _METHOD, self.replaced)
+
+    def __call__(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Losses [b, s] from labels [b, s] and logits [s, b, V/tp]."""
+        group = _group_of(self.module)
+        _check_not_gathered(self.module, logits, group)
+        # [s, b] throughout: the gradient then has the layout that the output layer works with.
+        loss, stats = eaft_ext.vocab_parallel_gated_ce(
+            logits,
+            labels.transpose(0, 1),
+            group=group,
+            reduction="none",
+            return_stats=True,
+            **self.owner.options,
+        )
+        self.owner.stats = TokenStats(*(of_tokens.transpose(0, 1) for of_tokens in stats))
+        return loss.transpose(0, 1).contiguous()
+
+
+def _has_loss(module: nn.Module) -> bool:
+    """Of its own: some wrappers pass on the attributes of what they wrap."""
+    return hasattr(type(module), _METHOD)
+
+
+def _check_model(module: nn.Module, vocab_size: int | None) -> None:
+    if getattr(module, "fuse_linear_cross_entropy", False):
+        raise ValueError(
+            f"use_gated_ce: {type(module).__name__} computes its loss without logits; it needs "
+            "another cross_entropy_fusion_impl than 'linear', or cross_entropy_loss_fusion=False"
+        )
+    if vocab_size is None:
+        return
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"use_gated_ce: vocab_size must be an int, got {vocab_size!r}")
+    columns = getattr(module, "vocab_size", vocab_size)
+    if not 1 <= vocab_size <= columns:
+        raise ValueError(
+            f"use_gated_ce: vocab_size must be from 1 to the model's {columns}, got {vocab_size}"
+        )
+
+
+def _megatron_group() -> ProcessGroup:
+    from megatron.core import parallel_state
+
+    group: ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+    return group
+
+
+def _group_of(module: nn.Module) -> ProcessGroup:
+    """The processes that share the vocabulary of a model."""
+    group: ProcessGroup | None = getattr(getattr(module, "pg_collection", None), "tp", None)
+    return group or getattr(module, "tp_group", None) or _megatron_group()
+
+
+def _check_not_gathered(module: nn.Module, logits: Tensor, group: ProcessGroup) -> None:
+    """Whole rows would be taken for shards of a vocabulary as many times as large."""
+    if group.size() > 1 and logits.size(-1) == getattr(module, "vocab_size", None):
+        raise ValueError(
+            f"use_gated_ce: got logits of all {logits.size(-1)} words, gathered from the "
+            f"{group.size()} tensor parallel ranks; build the model with parallel_output=True"
+        )
+
+
+def _entries(
+    stats: TokenStats, loss_mask: Tensor | None, others: dict[str, Any]
+) -> dict[str, Tensor]:
+    """What :meth:`GatedLoss.report` adds to ``others``."""
+    weight = stats.valid.float()
+    if loss_mask is not None:
+        weight = weight * loss_mask.reshape(weight.shape)
+    num_tokens = weight.sum()
+    pairs = not others or any(
+        isinstance(other, Tensor) and other.numel() == 2 for other in others.values()
+    )
+    divisor = num_tokens.masked_fill(num_tokens == 0, 1)
+    entries = {}
+    for name in ("gate", "entropy", "nll"):
+        # Not the product alone: what the mask excludes may be NaN.
+        total = torch.where(weight == 0, 0.0, weight * getattr(stats, name)).sum()
+        entries[f"eaft {name}"] = torch.stack([total, num_tokens]) if pairs else total / divisor
+    return entries
