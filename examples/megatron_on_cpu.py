@@ -41,6 +41,7 @@ def run_megatron_on_cpu() -> None:
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.current_stream = lambda device=None: torch.cpu.current_stream()
     # Random numbers are for dropout alone; the weights are drawn on the CPU anyway.
     CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
     _CpuInPlaceOfCuda().__enter__()

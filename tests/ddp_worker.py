@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from datetime import timedelta
-from pathlib import Path
-
 import torch
+from processes import work
 from torch import Tensor, nn
 
 import eaft_ext
@@ -33,12 +30,8 @@ def inputs_of(step: str, rank: int) -> tuple[Tensor, Tensor]:
     return hidden, labels
 
 
-def main(rank: int, world_size: int, folder: Path) -> None:
-    """Train a step of each kind and save losses and gradients."""
-    store = torch.distributed.FileStore(str(folder / "store"), world_size)
-    torch.distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
+def function(rank: int, world_size: int) -> dict[str, Tensor]:
+    """Train a step of each kind; gives losses and gradients."""
     model = nn.parallel.DistributedDataParallel(build_model())
     saved: dict[str, Tensor] = {}
     for step in STEPS:
@@ -48,9 +41,8 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         loss.backward()
         saved[f"{step} loss"] = loss.detach()
         saved[f"{step} gradient"] = model.module.weight.grad.clone()
-    torch.save(saved, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return saved
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    work(function)

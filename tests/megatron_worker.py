@@ -5,17 +5,15 @@ All processes share the vocabulary. Every case saves what it found; the tests ju
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import megatron_pretrain as example
 import torch
 from megatron_on_cpu import run_megatron_on_cpu
+from processes import work
 from torch import Tensor, distributed
 
 import eaft_ext
@@ -325,11 +323,7 @@ def case_ignored() -> Result:
     }
 
 
-def main(rank: int, world_size: int, folder: Path) -> None:
-    store = distributed.FileStore(str(folder / "store"), world_size)
-    distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
+def function(rank: int, world_size: int) -> dict[str, Result]:
     run_megatron_on_cpu()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world_size)
     cases = {
@@ -345,9 +339,8 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     }
     if world_size > 1:
         cases["sequence parallel"] = partial(case_training, "--sequence-parallel")
-    torch.save({name: case() for name, case in cases.items()}, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+    return {name: case() for name, case in cases.items()}
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    work(function)

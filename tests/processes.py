@@ -1,0 +1,90 @@
+"""Tests that need several processes: they are started here, and join each other over gloo.
+
+A test calls ``run_processes("some_worker.py", world_size, folder)``; the worker's ``main`` is
+``work(function)``, where ``function(rank, world_size)`` gives what shall be saved for the test.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import eaft_ext
+
+TESTS = Path(__file__).parent
+
+
+def environment(*folders: Path) -> dict[str, str]:
+    """The package under test, the CPU, one thread; and gloo does not look up the host's name."""
+    paths = os.pathsep.join(map(str, [Path(eaft_ext.__file__).parents[1], *folders]))
+    gloo = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform.startswith("linux") else {}
+    ours = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return gloo | os.environ | ours
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a process, which may have to end others first, if it has not ended."""
+    process.terminate()
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def run_all(commands: Sequence[Sequence[object]], timeout: float, *folders: Path) -> list[str]:
+    """Run Python with each of the commands at once; gives what they print."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch was built without torch.distributed or without gloo")
+    running = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(*folders),
+        )
+        for command in commands
+    ]
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in running]
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"the processes still run, or wait for each other, after {timeout} s")
+    finally:
+        for process in running:
+            stop(process)
+    for process, output in zip(running, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs
+
+
+def run_processes(
+    worker: str,
+    world_size: int,
+    folder: Path,
+    *,
+    timeout: float = 120,
+    folders: Sequence[Path] = (),
+) -> list[Any]:
+    """Run a worker in several processes; gives what each of them saved."""
+    commands = [(TESTS / worker, rank, world_size, folder) for rank in range(world_size)]
+    run_all(commands, timeout, *folders)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+
+def work(function: Callable[[int, int], Any]) -> None:
+    """The main of a worker: ``worker.py RANK WORLD_SIZE FOLDER``."""
+    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    store = torch.distributed.FileStore(str(folder / "store"), world_size)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    torch.save(function(rank, world_size), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
