@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import weakref
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -27,17 +28,37 @@ Note = dict[str, Any]
 TIMEOUT = timedelta(minutes=30)  # as that of a collective
 LOOKS = 50
 
-# Processes of a group make their calls in the same order, so they number them alike, also a call
-# that fails before its group is known.
-_calls = itertools.count()
-_last_keys: dict[str, str] = {}  # of each group that has compared notes: this process's own note
+
+class _Notebook:
+    """This process's notes in the store of one ``init_process_group``."""
+
+    def __init__(self) -> None:
+        # Processes of a group make their calls in the same order, so they number them alike, also
+        # a call that fails before its group is known.
+        self.calls = itertools.count()
+        # Of each group that has compared notes: the key of the last one.
+        self.last_keys: dict[str, str] = {}
+
+
+_notebooks: weakref.WeakKeyDictionary[Any, _Notebook] = weakref.WeakKeyDictionary()
+
+
+def _open() -> tuple[Any, _Notebook]:
+    store = dist.distributed_c10d._get_default_store()
+    return store, _notebooks.setdefault(store, _Notebook())
+
+
+def is_real(group: ProcessGroup) -> bool:
+    """Whether there are other processes; a fake group answers for them, to try a program out."""
+    return "fake" not in dist.get_backend_config(group)
 
 
 def tell_failure(error: Exception) -> None:
     """Let the processes that wait for this one's note know why it makes no call."""
     if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
         return
-    _write(next(_calls), {"error": type(error).__name__, "message": str(error)})
+    store, notebook = _open()
+    _write(store, next(notebook.calls), {"error": type(error).__name__, "message": str(error)})
 
 
 def check(op: str, group: ProcessGroup, device: torch.device, note: Note) -> None:
@@ -45,23 +66,25 @@ def check(op: str, group: ProcessGroup, device: torch.device, note: Note) -> Non
 
     A note has what must be the same, and ``columns``, the range of words of the shard.
     """
-    call = next(_calls)
-    over_gloo = device.type == "cpu" and "gloo" in dist.get_backend(group)
-    first = group.group_name not in _last_keys and dist.get_backend(group) != "fake"
+    store, notebook = _open()
+    call = next(notebook.calls)
+    name = group.group_name
+    over_gloo = device.type == "cpu" and "gloo" in dist.get_backend_config(group)
+    first = name not in notebook.last_keys
     if not (over_gloo or first or wants_value_checks()):
         return
-    own = _write(call, note)
-    notes = _read(op, call, dist.get_process_group_ranks(group))
+    own = _write(store, call, note)
+    notes = _read(op, store, call, dist.get_process_group_ranks(group))
     # All have written this note, so all have read the one before.
-    if group.group_name in _last_keys:
-        _store().delete_key(_last_keys[group.group_name])
-    _last_keys[group.group_name] = own
+    if name in notebook.last_keys:
+        store.delete_key(notebook.last_keys[name])
+    notebook.last_keys[name] = own
     _compare(op, notes)
 
 
 def check_labels(op: str, partials: Tensor, labels: Tensor, ignore_index: int) -> None:
     """Raise for the first label that is in no shard or in several, or not the same in all."""
-    if torch.compiler.is_compiling() or not (labels.device.type == "cpu" or wants_value_checks()):
+    if not (labels.device.type == "cpu" or wants_value_checks()):
         return
     label, rest, target = partials[..., :3].unbind(-1)
     differs = (label != labels).any(0)
@@ -82,22 +105,17 @@ def check_labels(op: str, partials: Tensor, labels: Tensor, ignore_index: int) -
         )
 
 
-def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
-
-
 def _key(call: int, process: int) -> str:
     return f"eaft_ext/{call}/{process}"
 
 
-def _write(call: int, note: Note) -> str:
+def _write(store: Any, call: int, note: Note) -> str:
     key = _key(call, dist.get_rank())
-    _store().set(key, json.dumps(note))
+    store.set(key, json.dumps(note))
     return key
 
 
-def _read(op: str, call: int, processes: list[int]) -> list[Note]:
-    store = _store()
+def _read(op: str, store: Any, call: int, processes: list[int]) -> list[Note]:
     keys = [_key(call, process) for process in processes]
     try:
         # A store that is a file sleeps between two looks; the others are mostly here already.

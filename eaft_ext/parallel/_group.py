@@ -65,36 +65,28 @@ def group_losses(
 
     The reduction is only compared. Without a group the shard is all there is.
     """
-    if member is None or member.size == 1:
+    group = member.group if member is not None and member.size > 1 else None
+    checks = not torch.compiler.is_compiling() and (group is None or _agreement.is_real(group))
+    if group is not None and checks:
+        note = {
+            "the shape of the tokens": list(labels.shape),
+            "the dtype of the logits": str(logits.dtype),
+            "k": k,
+            "gate": _name_of(gate),
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "vocab_size": shard.vocab_size,
+            "columns": [shard.start, shard.start + num_words(logits, shard)],
+        }
+        _agreement.check(op, group, logits.device, note)
 
-        def gather(partial: Tensor) -> Tensor:
-            return partial.unsqueeze(0)
-
-    else:
-        if not torch.compiler.is_compiling():
-            note = {
-                "the shape of the tokens": list(labels.shape),
-                "the dtype of the logits": str(logits.dtype),
-                "k": k,
-                "gate": _name_of(gate),
-                "ignore_index": ignore_index,
-                "reduction": reduction,
-                "vocab_size": shard.vocab_size,
-                "columns": [shard.start, shard.start + num_words(logits, shard)],
-            }
-            _agreement.check(op, member.group, logits.device, note)
-
-        def gather(partial: Tensor) -> Tensor:
-            return _all_gather(partial, member)
-
-    def gather_and_check(partial: Tensor) -> Tensor:
-        partials = gather(partial)
-        _agreement.check_labels(op, partials, labels, ignore_index)
+    def gather(partial: Tensor) -> Tensor:
+        partials = partial.unsqueeze(0) if group is None else _all_gather(partial, group)
+        if checks:
+            _agreement.check_labels(op, partials, labels, ignore_index)
         return partials
 
-    return token_losses(
-        logits, labels, k, gate, ignore_index, shard, gather_and_check, inplace_backward
-    )
+    return token_losses(logits, labels, k, gate, ignore_index, shard, gather, inplace_backward)
 
 
 def _name_of(gate: Gate | GateFunction) -> str:
@@ -102,11 +94,12 @@ def _name_of(gate: Gate | GateFunction) -> str:
     return repr(gate) if is_built_in(gate) else getattr(gate, "__qualname__", type(gate).__name__)
 
 
-def _all_gather(partial: Tensor, member: Member) -> Tensor:
+def _all_gather(partial: Tensor, group: ProcessGroup) -> Tensor:
     """The partials of all processes: the one collective of a call."""
     # The functional form: torch.compile keeps it in its graph.
     collectives = torch.ops._c10d_functional
+    num_shards = dist.get_world_size(group)
     rows = partial.view(-1, partial.size(-1))
-    gathered = collectives.all_gather_into_tensor(rows, member.size, member.group.group_name)
+    gathered = collectives.all_gather_into_tensor(rows, num_shards, group.group_name)
     partials: Tensor = collectives.wait_tensor(gathered)
-    return partials.view(member.size, *partial.shape)
+    return partials.view(num_shards, *partial.shape)
