@@ -10,11 +10,15 @@ from cases import TIMES, Case
 from contenders import SWEEP, SWEEP_SHAPE
 from results import CaseResult, Result
 from timing import BACKWARD, FORWARD, TOTAL
+from vocab_parallel_rank import HELD, MEGATRON, OURS
+from vocab_parallel_rank import INPLACE as SHARD_INPLACE
 
 INPLACE = "gated_ce_inplace"
 FUSED = "gated_ce_fused"
 FUSED_INPLACE = "gated_ce_fused_inplace"
 OPERATORS = SWEEP[20]
+# With smaller logits, processes that share them mostly wait for each other, and a few pages count.
+LARGE_BYTES = 2**26
 
 Measure = Callable[[CaseResult], float | None]
 
@@ -178,25 +182,65 @@ def cuda_bounds() -> tuple[Bound, ...]:
     )
 
 
+def vocab_parallel_bounds(result: Result) -> tuple[Bound, ...]:
+    """What is promised where processes share the vocabulary, in every case that is not small."""
+    cases = [of_case for of_case in result.cases if of_case.case.logits_bytes >= LARGE_BYTES]
+    ours = ((OURS, f"`{OURS}`"), (SHARD_INPLACE, "the same in place"))
+
+    def held_of_logits(name: str) -> Measure:
+        def ratio(of_case: CaseResult) -> float | None:
+            held = of_case.peak(name, HELD) if of_case in cases else None
+            if held is None:
+                return None
+            return held * int(result.machine["processes"]) / of_case.case.logits_bytes
+
+        return ratio
+
+    return (
+        *(
+            Bound(
+                of_case.case,
+                f"Megatron-Core / {title}, forward and backward",
+                times_faster(name, MEGATRON),
+                3,
+                at_least=True,
+            )
+            for of_case in cases
+            for name, title in ours
+        ),
+        *(
+            # Less than a softmax of any dtype would be.
+            Bound(None, f"kept by {title} for the backward / logits", held_of_logits(name), 0.01)
+            for name, title in ours
+        ),
+    )
+
+
 BOUNDS = {"cpu": cpu_bounds(), "cuda": cuda_bounds()}
+
+
+def bounds_of(result: Result) -> tuple[Bound, ...]:
+    """What is promised about what the result measured."""
+    if "processes" in result.machine:
+        return vocab_parallel_bounds(result)
+    return BOUNDS[result.machine["device"]]
 
 
 def evaluate(result: Result) -> list[tuple[Bound, float]]:
     """Each bound that the result speaks about, with the measured value."""
-    measured = [(bound, bound.measured(result)) for bound in BOUNDS[result.machine["device"]]]
+    measured = [(bound, bound.measured(result)) for bound in bounds_of(result)]
     return [(bound, value) for bound, value in measured if value is not None]
 
 
 def unmeasured(result: Result) -> list[Bound]:
     """The bounds that the result says nothing about."""
-    bounds = BOUNDS[result.machine["device"]]
-    return [bound for bound in bounds if bound.measured(result) is None]
+    return [bound for bound in bounds_of(result) if bound.measured(result) is None]
 
 
 def as_json(result: Result) -> list[dict[str, Any]]:
     """Every bound, for the result file; those that were not measured have no value."""
     entries = []
-    for bound in BOUNDS[result.machine["device"]]:
+    for bound in bounds_of(result):
         value = bound.measured(result)
         entries.append(
             {

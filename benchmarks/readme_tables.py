@@ -4,24 +4,40 @@
     python benchmarks/readme_tables.py --check    exits with 1 if that would change it
 
 What stands between ``<!-- benchmark:cpu -->`` and ``<!-- /benchmark:cpu -->`` is replaced, and the
-same for ``cuda`` once there is a result file of a GPU.
+same for ``cuda`` once there is a result file of a GPU, and for ``vocab_parallel`` once there is one
+of vocab_parallel.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
+import vocab_parallel
 from cases import SHAPES
 from machine import ROOT
 from report import bounds_table, summary
 from results import FOLDER, Result
 
 
-def fill(text: str, device: str, block: str) -> str:
-    """The text with its block for a device replaced."""
-    begin, end = f"<!-- benchmark:{device} -->", f"<!-- /benchmark:{device} -->"
+def newest(folder: Path) -> dict[str, Result]:
+    """The result with the latest date for each block of the README."""
+    found: dict[str, Result] = {}
+    for device in SHAPES:
+        for path in folder.glob(f"{device}-*.json"):
+            raw = json.loads(path.read_text())
+            is_shared = path.stem.endswith(vocab_parallel.SUFFIX)
+            name = vocab_parallel.BLOCK if is_shared else device
+            if name not in found or found[name].machine["date"] < raw["machine"]["date"]:
+                found[name] = vocab_parallel.read(raw) if is_shared else Result(raw)
+    return found
+
+
+def fill(text: str, name: str, block: str) -> str:
+    """The text with its block of a name replaced."""
+    begin, end = f"<!-- benchmark:{name} -->", f"<!-- /benchmark:{name} -->"
     before, found_begin, rest = text.partition(begin)
     _, found_end, after = rest.partition(end)
     if not (found_begin and found_end):
@@ -36,13 +52,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
     arguments = parser.parse_args()
-    results = {d: r for d in SHAPES if (r := Result.newest(d, arguments.results))}
+    results = newest(arguments.results)
     if not results:
         sys.exit(f"no result file in {arguments.results}: run benchmarks/run.py first")
     new = text = arguments.readme.read_text()
-    for device, result in results.items():
+    for name, result in results.items():
         print(bounds_table(result))
-        new = fill(new, device, summary(result))
+        summarise = vocab_parallel.summary if name == vocab_parallel.BLOCK else summary
+        new = fill(new, name, summarise(result))
     if arguments.check:
         if new != text:
             sys.exit(f"{arguments.readme} does not show the newest result file")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from dataclasses import dataclass
@@ -82,12 +81,6 @@ class Result:
         self.machine: dict[str, Any] = raw["machine"]
         self.cases = [CaseResult(case) for case in raw["cases"] if case.get("seconds")]
         self.failed = {Case(**case["case"]): case.get("failed", {}) for case in raw["cases"]}
-
-    @classmethod
-    def newest(cls, device: str, folder: Path = FOLDER) -> Result | None:
-        """The result with the latest date of all on this device, None if there is none."""
-        found = [cls(json.loads(path.read_text())) for path in folder.glob(f"{device}-*.json")]
-        return max(found, key=lambda result: result.machine["date"], default=None)
 
     def find(self, case: Case) -> CaseResult | None:
         """The result of a case."""

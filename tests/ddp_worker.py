@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from processes import work
+from spawned import work
 from torch import Tensor, nn
 
 import eaft_ext

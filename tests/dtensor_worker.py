@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from inputs import make
-from processes import work
+from spawned import work
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor

@@ -13,7 +13,7 @@ from typing import Any
 import megatron_pretrain as example
 import torch
 from megatron_on_cpu import run_megatron_on_cpu
-from processes import work
+from spawned import work
 from torch import Tensor, distributed
 
 import eaft_ext

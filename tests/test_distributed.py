@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ddp_worker import build_model, inputs_of
-from processes import run_processes
+from spawned import run_processes
 
 import eaft_ext
 

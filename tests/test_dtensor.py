@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from dtensor_worker import LABELS, OPTIONS, placements_of, whole
-from processes import run_processes
+from spawned import run_processes
 
 import eaft_ext
 

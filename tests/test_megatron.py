@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_all, run_processes
+from spawned import run_all, run_processes
 from torch import nn
 
 import eaft_ext
