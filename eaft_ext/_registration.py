@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from eaft_ext import _library as _library  # loads the operators
+from eaft_ext.reference import PARTIAL_HEAD
 
 ops = torch.ops.eaft_ext
-
-PARTIAL_HEAD = 3
-"""Numbers of a partial before its k largest logits: kPartialTop in csrc/core/shard_partial.h."""
 
 
 def _stats(logits: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -73,7 +71,7 @@ def _(
     ignore_index: int,
 ) -> Tensor:
     (stat,) = _stats(logits, 1)
-    return stat.new_empty((*stat.shape, k + PARTIAL_HEAD))
+    return stat.new_empty((*stat.shape, PARTIAL_HEAD + k))
 
 
 @torch.library.register_fake("eaft_ext::gated_ce_merge")

@@ -14,6 +14,9 @@ from torch import Tensor
 
 Reduction = Literal["none", "mean", "sum"]
 
+PARTIAL_HEAD = 3
+"""Numbers of a :func:`shard_partial` before its k largest logits."""
+
 
 class TokenStats(NamedTuple):
     """What is known of every token: detached, shaped like the labels, 0 where the label is ignored.
@@ -141,7 +144,7 @@ def shard_partial(
     t: the k largest of the shard, NaN where it has fewer, or where the label is ignored.
     """
     x = _widened(logits.detach())
-    partial = x.new_full((*x.shape[:-1], k + 3), math.nan)
+    partial = x.new_full((*x.shape[:-1], PARTIAL_HEAD + k), math.nan)
     partial[..., 0] = labels
     partial[..., 1] = -1
     columns = x.size(-1)
@@ -161,7 +164,9 @@ def shard_partial(
     valid = labels != ignore_index
     partial[..., 1] = torch.where(valid, rest, -1.0)
     partial[..., 2] = torch.where(valid & inside, target, math.nan)
-    partial[..., 3 : 3 + top.size(-1)] = torch.where(valid.unsqueeze(-1), top, math.nan)
+    partial[..., PARTIAL_HEAD : PARTIAL_HEAD + top.size(-1)] = torch.where(
+        valid.unsqueeze(-1), top, math.nan
+    )
     return partial
 
 
@@ -174,8 +179,8 @@ def merge_partials(
     in no shard or in several, or where shards were given different labels.
     """
     valid = labels != ignore_index
-    label, rest, target = partials[..., :3].unbind(-1)
-    top = partials[..., 3:]
+    label, rest, target = partials[..., :PARTIAL_HEAD].unbind(-1)
+    top = partials[..., PARTIAL_HEAD:]
     top = top.masked_fill(top.isnan(), -math.inf)
     row_max, first = top[..., 0].max(0, keepdim=True)
     scale = (top[..., 0] - row_max.masked_fill(row_max == -math.inf, 0.0)).exp()

@@ -60,7 +60,7 @@ IMPORTS = {
     "reference": set[str](),
     "gates": set[str](),
     "_library": {"_C"},
-    "_registration": {"_library"},
+    "_registration": {"_library", "reference"},
     "_scalar_loss": {"_registration"},
     "_checks": {"_library", "gates", "reference"},
     "_dispatch": {"_library", "gates"},

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from eaft_ext._checks import wants_value_checks
+from eaft_ext.reference import PARTIAL_HEAD
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -86,7 +87,7 @@ def check_labels(op: str, partials: Tensor, labels: Tensor, ignore_index: int) -
     """Raise for the first label that is in no shard or in several, or not the same in all."""
     if not (labels.device.type == "cpu" or wants_value_checks()):
         return
-    label, rest, target = partials[..., :3].unbind(-1)
+    label, rest, target = partials[..., :PARTIAL_HEAD].unbind(-1)
     differs = (label != labels).any(0)
     shards = (~target.isnan()).sum(0)
     # Where the shard's sum is NaN, so may the label's logit be.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from eaft_ext import reference
 from eaft_ext._dispatch import is_built_in, takes_kernel
@@ -40,35 +39,6 @@ def num_words(logits: Tensor, shard: VocabShard) -> int:
     )
 
 
-def _kernel_losses(
-    logits: Tensor,
-    labels: Tensor,
-    k: int,
-    gate: Gate,
-    ignore_index: int,
-    shard: VocabShard,
-    inplace_backward: bool,
-    gather: Gather,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, nll, entropy and gate by the compiled operators."""
-    source = logits.detach()
-    partial = ops.gated_ce_partial(source, labels, k, shard.start, shard.vocab_size, ignore_index)
-    # In a compiled graph the compiler decides about memory.
-    has_backward = torch.is_grad_enabled() and logits.requires_grad
-    loss, nll, entropy, weight, _, _ = ops.gated_ce_merge(
-        logits,
-        labels,
-        gather(partial),
-        gate.name,
-        gate.parameters(),
-        ignore_index,
-        shard.start,
-        shard.vocab_size,
-        inplace_backward and has_backward and not torch.compiler.is_compiling(),
-    )
-    return loss, nll, entropy, weight
-
-
 class _ReferenceNll(torch.autograd.Function):
     """nll and entropy in plain PyTorch; the gradient is of this shard alone."""
 
@@ -77,14 +47,11 @@ class _ReferenceNll(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         labels: Tensor,
-        k: int,
+        partials: Tensor,
         ignore_index: int,
         shard: VocabShard,
-        gather: Gather,
     ) -> tuple[Tensor, Tensor]:
-        words = logits[..., : num_words(logits, shard)]
-        partial = reference.shard_partial(words, labels, k, shard.start, ignore_index)
-        merged = reference.merge_partials(gather(partial), labels, ignore_index)
+        merged = reference.merge_partials(partials, labels, ignore_index)
         nll, entropy, row_max, log_sum = merged
         ctx.mark_non_differentiable(entropy)
         ctx.set_materialize_grads(False)
@@ -93,18 +60,50 @@ class _ReferenceNll(torch.autograd.Function):
         return nll, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_nll: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_nll is None:
-            return (None,) * 6
+            return (None,) * 5
         logits, labels, row_max, log_sum = ctx.saved_tensors
         weight = torch.where(labels == ctx.ignore_index, 0.0, grad_nll)
-        words = logits[..., : num_words(logits, ctx.shard)]
+        gradient = _ReferenceGradient.apply(weight, logits, labels, row_max, log_sum, ctx.shard)
+        return gradient, *(None,) * 4
+
+
+class _ReferenceGradient(torch.autograd.Function):
+    """The gradient of a shard's logits, which has none of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        row_max: Tensor,
+        log_sum: Tensor,
+        shard: VocabShard,
+    ) -> Tensor:
+        words = num_words(logits, shard)
         gradient = torch.zeros_like(logits)
-        gradient[..., : words.size(-1)] = reference.shard_gradient(
-            weight, words, labels, row_max, log_sum, ctx.shard.start
+        gradient[..., :words] = reference.shard_gradient(
+            weight, logits[..., :words], labels, row_max, log_sum, shard.start
         )
-        return gradient, *(None,) * 5
+        return gradient
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        raise RuntimeError("eaft_ext: the loss of a vocabulary in shards has no second derivative")
+
+
+def _k_of_gate(k: int, logits: Tensor, partials: Tensor, shard: VocabShard) -> int:
+    """How many logits the entropy is over: k, or all words where there are fewer."""
+    if shard.total is not None:
+        return min(k, shard.total)
+    if num_words(logits, shard) >= k or torch.compiler.is_compiling() or logits.numel() == 0:
+        return k
+    # Shards narrower than k tell how many words they have: NaN stands for those that are missing.
+    told = ~partials[..., reference.PARTIAL_HEAD :].isnan()
+    counts = told.sum((0, -1))
+    return min(k, int(counts.max()) or k)
 
 
 def token_losses(
@@ -122,18 +121,35 @@ def token_losses(
     The gradient of a process is that of its own columns: nothing is exchanged for it.
     """
     valid = labels != ignore_index
+    inside = gate if is_built_in(gate) else NoGate()
     by_kernel = takes_kernel("gated_ce_merge", logits)
+    # Here the loss is the nll, with its gradient, and any weight can be put on it.
+    weighed_here = inside is not gate or not by_kernel
     if by_kernel:
-        inside = gate if is_built_in(gate) else NoGate()
-        loss, nll, entropy, weight = _kernel_losses(
-            logits, labels, k, inside, ignore_index, shard, inplace_backward, gather
+        partial = ops.gated_ce_partial(
+            logits.detach(), labels, k, shard.start, shard.vocab_size, ignore_index
         )
-        if inside is gate:
-            return loss, TokenStats(nll, entropy, weight, valid)
+        partials = gather(partial)
+        # In a compiled graph the compiler decides about memory.
+        has_backward = torch.is_grad_enabled() and logits.requires_grad
+        loss, nll, entropy, weight, _, _ = ops.gated_ce_merge(
+            logits,
+            labels,
+            partials,
+            inside.name,
+            inside.parameters(),
+            ignore_index,
+            shard.start,
+            shard.vocab_size,
+            inplace_backward and has_backward and not torch.compiler.is_compiling(),
+        )
     else:
-        loss, entropy = _ReferenceNll.apply(logits, labels, k, ignore_index, shard, gather)
+        words = logits[..., : num_words(logits, shard)]
+        partials = gather(reference.shard_partial(words, labels, k, shard.start, ignore_index))
+        loss, entropy = _ReferenceNll.apply(logits, labels, partials, ignore_index, shard)
         nll = loss.detach()
-    # So far the loss is the nll, with its gradient: any weight can be put on it.
-    k = k if shard.total is None else min(k, shard.total)
-    weight = reference.gate_weights(gate, k, nll, entropy, valid)
-    return reference.weigh(loss, weight), TokenStats(nll, entropy, weight, valid)
+    if weighed_here:
+        k = _k_of_gate(k, logits, partials, shard)
+        weight = reference.gate_weights(gate, k, nll, entropy, valid)
+        loss = reference.weigh(loss, weight)
+    return loss, TokenStats(nll, entropy, weight, valid)

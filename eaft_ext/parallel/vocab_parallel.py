@@ -123,8 +123,7 @@ def vocab_parallel_gated_ce(
         vocab_start: the word of this shard's first column. By default shards are equally wide and
             in the order of the group's ranks, as in Megatron-LM.
         vocab_size: words of the vocabulary, if columns from there on are padding. Padding takes no
-            part: it is not read, and its gradient is 0. By default there is none. Also worth giving
-            if ``vocab_start`` is given, k exceeds the vocabulary and ``gate`` is your own.
+            part: it is not read, and its gradient is 0. By default there is none.
         inplace_backward: as for :func:`eaft_ext.gated_ce`, with the shard's memory.
 
     Other arguments, and what is returned, are as for :func:`eaft_ext.gated_ce`. Loss and stats are
