@@ -21,23 +21,25 @@ TORCH_LIBRARY(eaft_ext, m) {
   // shard if vocab_start is given: labels may then be in another one.
   m.def(
       "gated_ce_backward(Tensor weight, Tensor logits, Tensor labels, Tensor row_max, "
-      "Tensor log_sum, int ignore_index, int? vocab_start=None, int? vocab_size=None) -> Tensor");
+      "Tensor log_sum, int ignore_index, SymInt? vocab_start=None, SymInt? vocab_size=None) -> "
+      "Tensor");
   // The same, written over the logits.
   m.def(
       "gated_ce_backward_(Tensor weight, Tensor(a!) logits, Tensor labels, Tensor row_max, "
-      "Tensor log_sum, int ignore_index, int? vocab_start=None, int? vocab_size=None) -> ()");
+      "Tensor log_sum, int ignore_index, SymInt? vocab_start=None, SymInt? vocab_size=None) -> ()");
 
   // The forward where the vocabulary is divided: what a shard tells the others of each row,
   // partial (..., k + 3), as core/shard_partial.h has it.
   m.def(
-      "gated_ce_partial(Tensor logits, Tensor labels, int k, int vocab_start, int? vocab_size, "
+      "gated_ce_partial(Tensor logits, Tensor labels, int k, SymInt vocab_start, SymInt? "
+      "vocab_size, "
       "int ignore_index) -> Tensor");
   // And what all of them, partials (num_shards, ..., k + 3), make of it together.
   // -> loss, nll, entropy, gate, row_max, log_sum. logits, vocab_start, vocab_size and
   // inplace_backward are for autograd.
   m.def(
       "gated_ce_merge(Tensor logits, Tensor labels, Tensor partials, str gate, "
-      "float[] gate_parameters, int ignore_index, int vocab_start, int? vocab_size, "
+      "float[] gate_parameters, int ignore_index, SymInt vocab_start, SymInt? vocab_size, "
       "bool inplace_backward=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Both at once, a row staying on chip in between. -> loss, nll, entropy, gate, and the gradient

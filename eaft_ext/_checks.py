@@ -35,15 +35,19 @@ def check_logits(op: str, logits: Tensor, smallest_vocab: int = 1) -> None:
         )
 
 
-def check_labels(op: str, labels: Tensor) -> None:
+def check_labels(op: str, labels: Tensor, ignore_index: int) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"{op}: labels must be a tensor, got {type(labels).__name__}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: labels must be int64 or int32, got {labels.dtype}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{op}: ignore_index must be an int, got {ignore_index!r}")
 
 
 def check_placement(op: str, labels: Tensor, logits: Tensor) -> None:
     """Labels belong to logits, row by row."""
+    if hasattr(labels, "device_mesh") and not hasattr(logits, "device_mesh"):
+        raise TypeError(f"{op}: labels are a DTensor and logits are not; labels.to_local() is none")
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"{op}: labels must have the shape of the logits without the last dimension, got "

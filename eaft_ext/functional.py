@@ -147,8 +147,8 @@ def gated_ce(
     Args:
         logits: (..., V), float32, bfloat16 or float16, or float64 on the CPU. If the last dimension
             is contiguous, any other strides are read in place; else a contiguous copy is made. A
-            DTensor may be divided by rows, by vocabulary, or both: nothing but ``k + 3`` numbers a
-            token is exchanged, and results are DTensors.
+            DTensor may be divided by rows, by vocabulary, or both: ``k + 3`` numbers a token are
+            exchanged for the vocabulary, sums and counts for the rows, and results are DTensors.
         labels: (...), int64 or int32, on the logits' device. They belong to the logits at the same
             place: shift them, not the logits, for next-token prediction.
         k: how many of the largest logits H is taken over, from 2 to 128.
@@ -169,8 +169,8 @@ def gated_ce(
             logits are read once instead of twice, and not kept. Worth it where ``.backward()`` is
             called on the loss itself; the gradient of a loss that is scaled before takes one more
             read and write, and a second rounding. With ``inplace_backward`` the logits are
-            overwritten in the forward already. Left alone for float16, for gates of your own, where
-            no gradient is asked for and under ``torch.compile``.
+            overwritten in the forward already. Left alone for float16, for DTensors, for gates of
+            your own, where no gradient is asked for and under ``torch.compile``.
         return_stats: also return :class:`TokenStats`.
 
     Returns:
@@ -189,11 +189,6 @@ def gated_ce(
     NaN logits give NaN for their own row. Devices without kernels take :mod:`eaft_ext.reference`.
     """
     op = "gated_ce"
-    check_logits(op, logits)
-    check_labels(op, labels)
-    chosen = check_options(op, k, alpha, normalizer, gate, reduction)
-    check_num_items(op, num_items_in_batch, reduction, logits)
-    check_gradient_in_forward(op, gradient_in_forward, reduction)
     if _is_dtensor(logits):
         from eaft_ext.parallel.dtensor import gated_ce_of_dtensor
 
@@ -202,13 +197,21 @@ def gated_ce(
             logits,
             labels,
             k,
-            chosen,
+            alpha,
+            normalizer,
+            gate,
             ignore_index,
             reduction,
             num_items_in_batch,
             inplace_backward,
+            gradient_in_forward,
         )
         return (loss, stats) if return_stats else loss
+    check_logits(op, logits)
+    check_labels(op, labels, ignore_index)
+    chosen = check_options(op, k, alpha, normalizer, gate, reduction)
+    check_num_items(op, num_items_in_batch, reduction, logits)
+    check_gradient_in_forward(op, gradient_in_forward, reduction)
     check_placement(op, labels, logits)
     check_label_values(op, labels, logits.size(-1), ignore_index)
     if gradient_in_forward and is_built_in(chosen) and _can_fuse(logits):

@@ -313,8 +313,15 @@ def case_ignored() -> Result:
     model = build_model()
     gated = use_gated_ce(model)
     losses = run(model, batch)
+    # As some data sets label what the mask removes.
+    negative = batch | {"labels": batch["labels"].masked_fill(batch["labels"] < 0, -1)}
+    logits = torch.randn(16, 3, V // distributed.get_world_size())
     loss_func = partial(example.loss_func, batch["loss_mask"])
     return {
+        "negative": run(model, negative),
+        "drop-in": [
+            vocab_parallel_cross_entropy(logits, given["labels"].T) for given in (batch, negative)
+        ],
         "mask": batch["loss_mask"],
         "losses": losses,
         "stats": tuple(gated.stats),

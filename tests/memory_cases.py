@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import eaft_ext
+from eaft_ext.parallel._shard import VocabShard, token_losses
 
 MB = 1 << 20
 VOCAB_SIZE = 50257
@@ -84,6 +85,33 @@ def _forward_with_grad_(logits: Tensor, labels: Tensor) -> None:
     )
 
 
+def _shard_losses(
+    logits: Tensor, labels: Tensor, gate: Any = None, inplace: bool = False
+) -> Tensor:
+    """The logits as a shard with padding, beside another one of which nothing is here but NaN."""
+    shard = VocabShard(VOCAB_SIZE, 2 * VOCAB_SIZE - 100, None)
+
+    def gather(partial: Tensor) -> Tensor:
+        return torch.stack([torch.full_like(partial, float("nan")), partial])
+
+    chosen = eaft_ext.EntropyGate() if gate is None else gate
+    here = labels % (VOCAB_SIZE - 100) + VOCAB_SIZE
+    return token_losses(logits, here, 20, chosen, -100, shard, gather, inplace)[0]
+
+
+def _shard_forward(logits: Tensor, labels: Tensor) -> None:
+    _shard_losses(logits, labels)
+
+
+def _shard_backward(inplace: bool, gate: Any = None, leaf: bool = False) -> Callable[..., None]:
+    def run(logits: Tensor, labels: Tensor) -> None:
+        x = logits.requires_grad_() if leaf else _computed(logits)
+        _shard_losses(x, labels, gate, inplace).sum().backward()
+        assert not leaf or logits.grad is not None
+
+    return run
+
+
 CASES: dict[str, Callable[[Tensor, Tensor], None]] = {
     "forward": _forward,
     "forward_of_few_rows": _forward_of_few_rows,
@@ -96,6 +124,12 @@ CASES: dict[str, Callable[[Tensor, Tensor], None]] = {
     "forward_with_grad": _forward_with_grad,
     "out_of_place": _backward(inplace=False),
     "out_of_place_leaf": _backward(inplace=False, leaf=True),
+    "shard_forward": _shard_forward,
+    "shard_in_place": _shard_backward(inplace=True),
+    "shard_in_place_leaf": _shard_backward(inplace=True, leaf=True),
+    "shard_in_place_callable": _shard_backward(True, lambda nll, entropy: entropy),
+    "shard_out_of_place": _shard_backward(inplace=False),
+    "shard_out_of_place_leaf": _shard_backward(inplace=False, leaf=True),
 }
 
 

@@ -197,6 +197,9 @@ def test_ignored_labels_count_for_nothing(results: Results) -> None:
         nll, _, _, valid = found["stats"]
         assert not valid[0, :5].any() and valid.sum() == 3 * 16 - 5
         assert not found["losses"][0, :5].any() and found["losses"][valid].all()
+        # Whatever they are, if negative: Megatron-Core masks them afterwards.
+        assert torch.equal(found["negative"], found["losses"])
+        assert torch.equal(*found["drop-in"]) and found["drop-in"][0][5:].all()
         for name, weight in (("unmasked", valid.float()), ("masked", valid * found["mask"])):
             total, count = found[name]["eaft nll"]
             assert count == weight.sum()

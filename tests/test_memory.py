@@ -51,6 +51,10 @@ def growth() -> dict[str, float]:
         "in_place_unreduced",
         "in_place_module",
         "forward_with_grad_",
+        "shard_forward",
+        "shard_in_place",
+        "shard_in_place_leaf",
+        "shard_in_place_callable",
     ],
 )
 def test_nothing_is_allocated(growth: dict[str, float], case: str, dtype: str) -> None:
@@ -58,7 +62,16 @@ def test_nothing_is_allocated(growth: dict[str, float], case: str, dtype: str) -
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", ["out_of_place", "out_of_place_leaf", "forward_with_grad"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "out_of_place",
+        "out_of_place_leaf",
+        "forward_with_grad",
+        "shard_out_of_place",
+        "shard_out_of_place_leaf",
+    ],
+)
 def test_one_gradient_is_allocated(growth: dict[str, float], case: str, dtype: str) -> None:
     """At least that much, too: the measure sees what is allocated."""
     assert abs(growth[f"{case} {dtype}"] - LOGITS_MB) <= SLACK_MB

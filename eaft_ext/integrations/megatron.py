@@ -46,7 +46,8 @@ def vocab_parallel_cross_entropy(
 
     Args:
         vocab_parallel_logits: [s, b, V/tp], this process's columns, in the order of the ranks.
-        target: [s, b], int64 or int32, words of the whole vocabulary.
+        target: [s, b], int64 or int32, words of the whole vocabulary. Negative ones are ignored:
+            Megatron-Core takes any, for tokens that its mask removes.
         label_smoothing: only 0.
         tp_group: the processes that share the vocabulary; by default Megatron-Core's tensor model
             parallel group.
@@ -66,7 +67,7 @@ def vocab_parallel_cross_entropy(
         )
     return eaft_ext.vocab_parallel_gated_ce(
         vocab_parallel_logits,
-        target,
+        _ignoring_negative(target, ignore_index),
         k,
         group=_megatron_group() if tp_group is None else tp_group,
         vocab_size=vocab_size,
@@ -142,7 +143,10 @@ def use_gated_ce(
 
 
 class GatedLoss:
-    """What :func:`use_gated_ce` did to a model. As a context manager it ends with the block."""
+    """What :func:`use_gated_ce` did to a model. As a context manager it ends with the block.
+
+    It keeps the model alive until :meth:`remove`.
+    """
 
     stats: TokenStats | None
     """nll, entropy, gate and valid, each [b, s], of the last micro-batch; None before the first."""
@@ -188,6 +192,8 @@ class GatedLoss:
             if self.stats is None or not isinstance(outputs, tuple):
                 return outputs
             *others, entries = outputs
+            if not isinstance(entries, dict):
+                return outputs
             return (*others, entries | _entries(self.stats, loss_mask, entries))
 
         return loss_func_with_report
@@ -220,7 +226,7 @@ class _Method:
         # [s, b] throughout: the gradient then has the layout that the output layer works with.
         loss, stats = eaft_ext.vocab_parallel_gated_ce(
             logits,
-            labels.transpose(0, 1),
+            _ignoring_negative(labels, self.owner.options["ignore_index"]).transpose(0, 1),
             group=group,
             reduction="none",
             return_stats=True,
@@ -228,6 +234,11 @@ class _Method:
         )
         self.owner.stats = TokenStats(*(of_tokens.transpose(0, 1) for of_tokens in stats))
         return loss.transpose(0, 1).contiguous()
+
+
+def _ignoring_negative(labels: Tensor, ignore_index: int) -> Tensor:
+    """Some data sets label with -1 what the loss mask removes."""
+    return labels.masked_fill(labels < 0, ignore_index)
 
 
 def _has_loss(module: nn.Module) -> bool:

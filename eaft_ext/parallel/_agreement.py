@@ -8,11 +8,11 @@ device, at a group's first call, and always with ``EAFT_EXT_CHECKS=1``.
 
 from __future__ import annotations
 
-import itertools
 import json
+import time
 import weakref
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,19 +26,45 @@ if TYPE_CHECKING:
 
 Note = dict[str, Any]
 
-TIMEOUT = timedelta(minutes=30)  # as that of a collective
-LOOKS = 50
+TIMEOUT = timedelta(minutes=30)  # for a group that does not say what it waits
+LOOKS = 20  # before the first sleep: mostly the others are here already
+LONGEST_SLEEP = 0.1  # seconds
 
 
 class _Notebook:
-    """This process's notes in the store of one ``init_process_group``."""
+    """This process's calls since ``init_process_group``.
+
+    The processes of a group make their calls in the same order, and so number them alike.
+    """
 
     def __init__(self) -> None:
-        # Processes of a group make their calls in the same order, so they number them alike, also
-        # a call that fails before its group is known.
-        self.calls = itertools.count()
-        # Of each group that has compared notes: the key of the last one.
-        self.last_keys: dict[str, str] = {}
+        self.calls: dict[str, int] = {}  # of each group
+        self.lives: dict[str, int] = {}  # of each group
+        # Failed before their group was known. They count as calls of the group that comes next.
+        self.lost = 0
+        self.looked_at: dict[int, int] = {}  # of each process: how many of its notes of such calls
+
+    def begin(self, store: Any, group: ProcessGroup) -> _Call:
+        """The call that begins."""
+        name, size = group.group_name, group.size()
+        if name not in self.lives:
+            # The store may be that of an earlier init_process_group, with its notes in it.
+            joined = store.add(f"eaft_ext/{name}/{size}", 1)
+            self.lives[name] = (joined - 1) // size
+        call = self.calls.get(name, 0) + self.lost
+        self.calls[name] = call + 1
+        self.lost = 0
+        return _Call(f"eaft_ext/{name}/{self.lives[name]}", call)
+
+
+class _Call(NamedTuple):
+    """A call of a group, by what its notes are called."""
+
+    folder: str
+    number: int
+
+    def key(self, process: int) -> str:
+        return f"{self.folder}/{self.number}/{process}"
 
 
 _notebooks: weakref.WeakKeyDictionary[Any, _Notebook] = weakref.WeakKeyDictionary()
@@ -46,7 +72,9 @@ _notebooks: weakref.WeakKeyDictionary[Any, _Notebook] = weakref.WeakKeyDictionar
 
 def _open() -> tuple[Any, _Notebook]:
     store = dist.distributed_c10d._get_default_store()
-    return store, _notebooks.setdefault(store, _Notebook())
+    if store not in _notebooks:
+        _notebooks[store] = _Notebook()
+    return store, _notebooks[store]
 
 
 def is_real(group: ProcessGroup) -> bool:
@@ -54,12 +82,22 @@ def is_real(group: ProcessGroup) -> bool:
     return "fake" not in dist.get_backend_config(group)
 
 
-def tell_failure(error: Exception) -> None:
+def tell_failure(error: Exception, group: ProcessGroup | None) -> None:
     """Let the processes that wait for this one's note know why it makes no call."""
     if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
         return
+    world = dist.group.WORLD
+    if world is None or not is_real(world):
+        return
     store, notebook = _open()
-    _write(store, next(notebook.calls), {"error": type(error).__name__, "message": str(error)})
+    note: Note = {"error": type(error).__name__, "message": str(error)}
+    if group is None:
+        note |= {"calls": notebook.calls, "lives": notebook.lives, "lost": notebook.lost}
+        notebook.lost += 1
+        key = _lost_key(dist.get_rank(), store.add(f"eaft_ext/lost/{dist.get_rank()}", 1) - 1)
+    else:
+        key = notebook.begin(store, group).key(dist.get_rank())
+    store.set(key, json.dumps(note))
 
 
 def check(op: str, group: ProcessGroup, device: torch.device, note: Note) -> None:
@@ -67,25 +105,27 @@ def check(op: str, group: ProcessGroup, device: torch.device, note: Note) -> Non
 
     A note has what must be the same, and ``columns``, the range of words of the shard.
     """
-    store, notebook = _open()
-    call = next(notebook.calls)
-    name = group.group_name
-    over_gloo = device.type == "cpu" and "gloo" in dist.get_backend_config(group)
-    first = name not in notebook.last_keys
-    if not (over_gloo or first or wants_value_checks()):
+    if group.size() == 1:
+        _compare(op, {dist.get_rank(): note})
         return
-    own = _write(store, call, note)
-    notes = _read(op, store, call, dist.get_process_group_ranks(group))
+    store, notebook = _open()
+    call = notebook.begin(store, group)
+    over_gloo = device.type == "cpu" and "gloo" in dist.get_backend_config(group)
+    if not (over_gloo or call.number == 0 or wants_value_checks()):
+        return
+    own = dist.get_rank()
+    store.set(call.key(own), json.dumps(note))
+    notes = _read(op, store, notebook, group, call, _timeout_of(group, device))
     # All have written this note, so all have read the one before.
-    if name in notebook.last_keys:
-        store.delete_key(notebook.last_keys[name])
-    notebook.last_keys[name] = own
+    if call.number > 0:
+        store.delete_key(call._replace(number=call.number - 1).key(own))
     _compare(op, notes)
 
 
 def check_labels(op: str, partials: Tensor, labels: Tensor, ignore_index: int) -> None:
     """Raise for the first label that is in no shard or in several, or not the same in all."""
-    if not (labels.device.type == "cpu" or wants_value_checks()):
+    # Other types than a plain tensor's may have no values to look at.
+    if type(labels) is not Tensor or not (labels.device.type == "cpu" or wants_value_checks()):
         return
     label, rest, target = partials[..., :PARTIAL_HEAD].unbind(-1)
     differs = (label != labels).any(0)
@@ -106,53 +146,90 @@ def check_labels(op: str, partials: Tensor, labels: Tensor, ignore_index: int) -
         )
 
 
-def _key(call: int, process: int) -> str:
-    return f"eaft_ext/{call}/{process}"
+def _lost_key(process: int, number: int) -> str:
+    return f"eaft_ext/lost/{process}/{number}"
 
 
-def _write(store: Any, call: int, note: Note) -> str:
-    key = _key(call, dist.get_rank())
-    store.set(key, json.dumps(note))
-    return key
-
-
-def _read(op: str, store: Any, call: int, processes: list[int]) -> list[Note]:
-    keys = [_key(call, process) for process in processes]
+def _timeout_of(group: ProcessGroup, device: torch.device) -> timedelta:
+    """How long a collective of the group would wait."""
     try:
-        # A store that is a file sleeps between two looks; the others are mostly here already.
-        if not any(store.check(keys) for _ in range(LOOKS)):
-            store.wait(keys, TIMEOUT)
-    except dist.DistStoreError:
+        timeout: timedelta = group._get_backend(device).options._timeout
+    except (AttributeError, RuntimeError):
+        return TIMEOUT
+    return timeout
+
+
+def _read(
+    op: str,
+    store: Any,
+    notebook: _Notebook,
+    group: ProcessGroup,
+    call: _Call,
+    timeout: timedelta,
+) -> dict[int, Note]:
+    """The notes of all processes of the group, when all have written them."""
+    processes = dist.get_process_group_ranks(group)
+    keys = [call.key(process) for process in processes]
+    deadline = time.monotonic() + timeout.total_seconds()
+    looks, sleep = 0, 1e-4
+    while not store.check(keys):
+        looks += 1
+        if looks < LOOKS:
+            continue
         absent = [p for p, key in zip(processes, keys, strict=True) if not store.check([key])]
-        raise RuntimeError(
-            f"{op}: processes {absent} did not make this call within {TIMEOUT}"
-        ) from None
-    return [json.loads(text) for text in store.multi_get(keys)]
+        for process in absent:
+            _raise_if_lost(op, store, notebook, group, call, process)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{op}: processes {absent} did not make this call within {timeout}")
+        time.sleep(sleep)
+        sleep = min(2 * sleep, LONGEST_SLEEP)
+    texts = store.multi_get(keys)
+    return {process: json.loads(text) for process, text in zip(processes, texts, strict=True)}
 
 
-def _compare(op: str, notes: list[Note]) -> None:
-    for rank, note in enumerate(notes):
+def _raise_if_lost(
+    op: str, store: Any, notebook: _Notebook, group: ProcessGroup, call: _Call, process: int
+) -> None:
+    """If that process failed in this call, and did not know with whom."""
+    number = notebook.looked_at.get(process, 0)
+    while store.check([_lost_key(process, number)]):
+        note = json.loads(store.get(_lost_key(process, number)))
+        number += 1
+        notebook.looked_at[process] = number
+        name = group.group_name
+        same_life = note["lives"].get(name, 0) == notebook.lives[name]
+        if same_life and note["calls"].get(name, 0) + note["lost"] == call.number:
+            _raise(op, process, note)
+
+
+def _raise(op: str, process: int, note: Note) -> NoReturn:
+    kind = TypeError if note["error"] == "TypeError" else ValueError
+    raise kind(f"{op}: process {process} failed: {note['message'].removeprefix(f'{op}: ')}")
+
+
+def _compare(op: str, notes: dict[int, Note]) -> None:
+    for process, note in notes.items():
         if "error" in note:
-            kind = TypeError if note["error"] == "TypeError" else ValueError
-            raise kind(f"{op}: process {rank} of the group failed: {note['message']}")
-    for rank, note in enumerate(notes[1:], 1):
+            _raise(op, process, note)
+    (first, its_note), *others = notes.items()
+    for process, note in others:
         for name, value in note.items():
-            if name != "columns" and value != notes[0][name]:
+            if name != "columns" and value != its_note[name]:
                 raise ValueError(
-                    f"{op}: processes of the group differ in {name}: {notes[0][name]} in process "
-                    f"0, {value} in process {rank}"
+                    f"{op}: processes of the group differ in {name}: {its_note[name]} in process "
+                    f"{first}, {value} in process {process}"
                 )
     end = 0
-    for (start, stop), rank in sorted((note["columns"], rank) for rank, note in enumerate(notes)):
+    for (start, stop), process in sorted((note["columns"], p) for p, note in notes.items()):
         if start == stop:
             continue
         if start != end:
             raise ValueError(
                 f"{op}: the shards must follow each other without a gap from 0 on, and that of "
-                f"process {rank} is [{start}, {stop}) after {end}; vocab_start says where a shard "
-                "begins"
+                f"process {process} is [{start}, {stop}) after {end}; vocab_start says where a "
+                "shard begins"
             )
         end = stop
-    vocab_size = notes[0]["vocab_size"]
+    vocab_size = its_note["vocab_size"]
     if vocab_size is not None and end != vocab_size:
         raise ValueError(f"{op}: the shards have {end} words, and vocab_size is {vocab_size}")

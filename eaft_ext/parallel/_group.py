@@ -37,16 +37,27 @@ def check_group(op: str, group: ProcessGroup | DeviceMesh) -> Member:
                 f"{op}: group must be one dimension of a DeviceMesh, such as mesh['tp'], got one "
                 f"of {group.ndim} dimensions"
             )
+        _check_inside(op, group.get_coordinate() is not None)
         group = group.get_group()
+    # What new_group() gives to those that are not in it is a number.
+    _check_inside(op, not isinstance(group, int))
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"{op}: group must be the ProcessGroup whose processes share the vocabulary, got "
             f"{group!r}; torch.distributed.group.WORLD is that of all"
         )
     rank = dist.get_rank(group)
-    if rank < 0:
-        raise ValueError(f"{op}: process {dist.get_rank()} is not in the group")
+    _check_inside(op, rank >= 0)
     return Member(group, rank, dist.get_world_size(group))
+
+
+class NotInGroupError(ValueError):
+    """Nobody waits for this process."""
+
+
+def _check_inside(op: str, is_inside: bool) -> None:
+    if not is_inside:
+        raise NotInGroupError(f"{op}: process {dist.get_rank()} is not in the group")
 
 
 def group_losses(
@@ -65,12 +76,13 @@ def group_losses(
 
     The reduction is only compared. Without a group the shard is all there is.
     """
-    group = member.group if member is not None and member.size > 1 else None
+    group = None if member is None else member.group
     checks = not torch.compiler.is_compiling() and (group is None or _agreement.is_real(group))
     if group is not None and checks:
         note = {
             "the shape of the tokens": list(labels.shape),
             "the dtype of the logits": str(logits.dtype),
+            "the device of the logits": logits.device.type,
             "k": k,
             "gate": _name_of(gate),
             "ignore_index": ignore_index,
@@ -81,7 +93,10 @@ def group_losses(
         _agreement.check(op, group, logits.device, note)
 
     def gather(partial: Tensor) -> Tensor:
-        partials = partial.unsqueeze(0) if group is None else _all_gather(partial, group)
+        if member is None or member.size == 1:
+            partials = partial.unsqueeze(0)
+        else:
+            partials = _all_gather(partial, member)
         if checks:
             _agreement.check_labels(op, partials, labels, ignore_index)
         return partials
@@ -94,12 +109,11 @@ def _name_of(gate: Gate | GateFunction) -> str:
     return repr(gate) if is_built_in(gate) else getattr(gate, "__qualname__", type(gate).__name__)
 
 
-def _all_gather(partial: Tensor, group: ProcessGroup) -> Tensor:
+def _all_gather(partial: Tensor, member: Member) -> Tensor:
     """The partials of all processes: the one collective of a call."""
     # The functional form: torch.compile keeps it in its graph.
     collectives = torch.ops._c10d_functional
-    num_shards = dist.get_world_size(group)
     rows = partial.view(-1, partial.size(-1))
-    gathered = collectives.all_gather_into_tensor(rows, num_shards, group.group_name)
+    gathered = collectives.all_gather_into_tensor(rows, member.size, member.group.group_name)
     partials: Tensor = collectives.wait_tensor(gathered)
-    return partials.view(num_shards, *partial.shape)
+    return partials.view(member.size, *partial.shape)

@@ -98,12 +98,12 @@ def _k_of_gate(k: int, logits: Tensor, partials: Tensor, shard: VocabShard) -> i
     """How many logits the entropy is over: k, or all words where there are fewer."""
     if shard.total is not None:
         return min(k, shard.total)
-    if num_words(logits, shard) >= k or torch.compiler.is_compiling() or logits.numel() == 0:
+    if num_words(logits, shard) >= k or torch.compiler.is_compiling():
         return k
     # Shards narrower than k tell how many words they have: NaN stands for those that are missing.
-    told = ~partials[..., reference.PARTIAL_HEAD :].isnan()
-    counts = told.sum((0, -1))
-    return min(k, int(counts.max()) or k)
+    counts = (~partials[..., reference.PARTIAL_HEAD :].isnan()).sum((0, -1))
+    # Of ignored tokens nothing is told.
+    return min(k, max(counts.flatten().tolist(), default=0) or k)
 
 
 def token_losses(
@@ -125,6 +125,10 @@ def token_losses(
     by_kernel = takes_kernel("gated_ce_merge", logits)
     # Here the loss is the nll, with its gradient, and any weight can be put on it.
     weighed_here = inside is not gate or not by_kernel
+    if not by_kernel and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "eaft_ext: torch.func cannot look into the loss of a vocabulary in shards"
+        )
     if by_kernel:
         partial = ops.gated_ce_partial(
             logits.detach(), labels, k, shard.start, shard.vocab_size, ignore_index

@@ -7,7 +7,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from eaft_ext._checks import check_placement
+from eaft_ext._checks import (
+    check_gradient_in_forward,
+    check_labels,
+    check_logits,
+    check_num_items,
+    check_options,
+    check_placement,
+)
 from eaft_ext.gates import Gate, GateFunction
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._group import Member, group_losses
@@ -74,36 +81,44 @@ def gated_ce_of_dtensor(
     logits: DTensor,
     labels: Tensor,
     k: int,
-    gate: Gate | GateFunction,
+    alpha: float,
+    normalizer: float | None,
+    gate: Gate | GateFunction | None,
     ignore_index: int,
     reduction: Reduction,
     num_items_in_batch: float | Tensor | None,
     inplace_backward: bool,
+    gradient_in_forward: bool,
 ) -> tuple[Tensor, TokenStats]:
     """Loss and stats as DTensors on the mesh of the logits; see :func:`eaft_ext.gated_ce`.
 
     A loss per token is placed as the rows are; a mean or sum is replicated.
     """
     mesh = logits.device_mesh
-    dim = _vocab_dim(op, logits)
-    rows = [Replicate() if i == dim else p for i, p in enumerate(logits.placements)]
-    local_logits = logits.to_local()
     member = None
-    if dim is not None:
-        member = Member(mesh.get_group(dim), mesh.get_local_rank(dim), mesh.size(dim))
     try:
+        dim = _vocab_dim(op, logits)
+        if dim is not None:
+            member = Member(mesh.get_group(dim), mesh.get_local_rank(dim), mesh.size(dim))
+        check_logits(op, logits)
+        check_labels(op, labels, ignore_index)
+        chosen = check_options(op, k, alpha, normalizer, gate, reduction)
+        check_num_items(op, num_items_in_batch, reduction, logits)
+        check_gradient_in_forward(op, gradient_in_forward, reduction)
+        rows = [Replicate() if i == dim else p for i, p in enumerate(logits.placements)]
+        local_logits = logits.to_local()
         local_labels = _local_labels(op, labels, logits, local_logits, rows)
         shard = _shard_of(op, logits, local_logits, dim)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         if member is not None and member.size > 1:
-            _agreement.tell_failure(error)
+            _agreement.tell_failure(error, member.group)
         raise
     loss, stats = group_losses(
         op,
         local_logits,
         local_labels,
         k,
-        gate,
+        chosen,
         ignore_index,
         reduction,
         member,

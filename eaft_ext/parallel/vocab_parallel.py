@@ -16,7 +16,7 @@ from eaft_ext._checks import (
 )
 from eaft_ext.gates import Gate, GateFunction
 from eaft_ext.parallel import _agreement
-from eaft_ext.parallel._group import Member, check_group, group_losses
+from eaft_ext.parallel._group import Member, NotInGroupError, check_group, group_losses
 from eaft_ext.parallel._shard import VocabShard
 from eaft_ext.reference import Reduction, TokenStats, reduce_loss
 
@@ -123,7 +123,9 @@ def vocab_parallel_gated_ce(
         vocab_start: the word of this shard's first column. By default shards are equally wide and
             in the order of the group's ranks, as in Megatron-LM.
         vocab_size: words of the vocabulary, if columns from there on are padding. Padding takes no
-            part: it is not read, and its gradient is 0. By default there is none.
+            part: it is not read, and its gradient is 0. By default there is none. Give it under
+            ``torch.compile`` if ``vocab_start`` is given, there are fewer words than k, and
+            ``gate`` is your own and depends on k.
         inplace_backward: as for :func:`eaft_ext.gated_ce`, with the shard's memory.
 
     Other arguments, and what is returned, are as for :func:`eaft_ext.gated_ce`. Loss and stats are
@@ -131,24 +133,32 @@ def vocab_parallel_gated_ce(
 
     Raises:
         TypeError, ValueError: as :func:`eaft_ext.gated_ce` does; without a group, or of a process
-            that is not in it. Over gloo, at a group's first call and, with ``EAFT_EXT_CHECKS=1``,
-            always, the processes compare shapes and options beforehand, by the store of
-            torch.distributed: what is wrong in one of them, or differs between them, is then raised
-            in all. A label that is in no shard raises on the CPU; on CUDA it gives NaN, for its
-            token alone, as do labels that differ between processes.
+            that is not in it. Over gloo, at a group's first call and, if all processes have
+            ``EAFT_EXT_CHECKS=1``, always, they compare shapes and options beforehand, by the store
+            of torch.distributed: what is wrong in one of them, or differs between them, is then
+            raised in all. A label that is in no shard, or differs between processes, raises on the
+            CPU; on CUDA it gives NaN, for its token alone. Under ``torch.compile`` nothing is
+            compared and such labels give NaN.
     """
     member = None
     try:
         member = check_group(_OP, group)
         check_logits(_OP, logits_shard, smallest_vocab=0)
-        check_labels(_OP, labels)
+        if hasattr(logits_shard, "device_mesh"):
+            raise TypeError(
+                f"{_OP}: logits_shard is a DTensor; give it to gated_ce, or give "
+                "logits_shard.to_local() to this"
+            )
+        check_labels(_OP, labels, ignore_index)
         check_placement(_OP, labels, logits_shard)
         chosen = check_options(_OP, k, alpha, normalizer, gate, reduction)
         check_num_items(_OP, num_items_in_batch, reduction, logits_shard)
         shard = _check_shard(logits_shard, member, vocab_start, vocab_size)
+    except NotInGroupError:
+        raise
     except (TypeError, ValueError) as error:
         if member is None or member.size > 1:
-            _agreement.tell_failure(error)
+            _agreement.tell_failure(error, None if member is None else member.group)
         raise
     loss, stats = group_losses(
         _OP,

@@ -1,0 +1,150 @@
+"""The loss over a vocabulary in shards that are all in this process: no group, no exchange."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from inputs import same_bits
+from parity import Outcome, outcome
+from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
+from torch import Tensor
+
+import eaft_ext
+from eaft_ext import EntropyGate, reference
+from eaft_ext.parallel import _shard
+from eaft_ext.parallel._shard import VocabShard, num_words
+
+ops = torch.ops.eaft_ext
+
+NUM_SHARDS = [1, 2, 3, 4, 8]
+
+
+def divide(columns: int, num_shards: int) -> list[int]:
+    """Widths of shards: as even as can be, but of three, which differ."""
+    if num_shards == 3:
+        narrow = columns // 7
+        wide = columns // 2
+        return [wide, narrow, columns - wide - narrow]
+    return [len(columns_of) for columns_of in torch.arange(columns).tensor_split(num_shards)]
+
+
+class Losses(NamedTuple):
+    """What one shard's process has of a call."""
+
+    logits: Tensor
+    loss: Tensor
+    stats: eaft_ext.TokenStats
+
+
+def partial_of(
+    logits: Tensor, labels: Tensor, k: int, shard: VocabShard, ignore_index: int
+) -> Tensor:
+    """What a shard tells the others, by the kernel or by the reference, as they are chosen."""
+    logits = logits.detach()
+    if _shard.takes_kernel("gated_ce_merge", logits):
+        return ops.gated_ce_partial(logits, labels, k, shard.start, shard.vocab_size, ignore_index)
+    words = logits[..., : num_words(logits, shard)]
+    return reference.shard_partial(words, labels, k, shard.start, ignore_index)
+
+
+def shards_at(
+    logits: Tensor, widths: list[int], vocab_size: int | None = None
+) -> list[tuple[Tensor, VocabShard]]:
+    """The columns of every shard, where they lie, and their place in the vocabulary."""
+    starts = [0, *itertools.accumulate(widths)]
+    total = starts[-1] if vocab_size is None else vocab_size
+    parts = logits.split(widths, -1)
+    return [
+        (part, VocabShard(start, vocab_size, total))
+        for part, start in zip(parts, starts, strict=False)
+    ]
+
+
+def losses_of_shards(
+    shards: list[tuple[Tensor, VocabShard]],
+    labels: Tensor,
+    k: int = 20,
+    *,
+    gate: Any = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+) -> list[Losses]:
+    """Per-token losses and stats as the process of every shard gets them."""
+    partials = [partial_of(x, labels, k, shard, ignore_index) for x, shard in shards]
+    found = []
+    for own, (logits, shard) in zip(partials, shards, strict=True):
+        told: list[Tensor] = []
+
+        def gather(partial: Tensor, told: list[Tensor] = told) -> Tensor:
+            told.append(partial)
+            return torch.stack(partials)
+
+        chosen = EntropyGate() if gate is None else gate
+        loss, stats = _shard.token_losses(
+            logits, labels, k, chosen, ignore_index, shard, gather, inplace_backward
+        )
+        assert len(told) == 1, "one exchange a call"
+        assert told[0].shape == (*labels.shape, k + 3) and same_bits(told[0], own)
+        found.append(Losses(logits, loss, stats))
+    return found
+
+
+def outcome_of_shards(
+    logits: Tensor,
+    labels: Tensor,
+    upstream: Tensor,
+    widths: list[int],
+    *,
+    vocab_size: int | None = None,
+    **options: Any,
+) -> Outcome:
+    """As ``parity.outcome``; loss and stats are the same bits for all shards."""
+    places = shards_at(logits.detach(), widths, vocab_size)
+    if options.get("inplace_backward"):  # parts of one tensor could not be overwritten in turn
+        places = [(part.clone(), shard) for part, shard in places]
+    shards = [(part.requires_grad_(), shard) for part, shard in places]
+    all_losses = losses_of_shards(shards, labels, **options)
+    _, loss, stats = all_losses[0]
+    for _, other_loss, other_stats in all_losses[1:]:
+        assert same_bits(other_loss, loss)
+        for name, a, b in zip(stats._fields, other_stats, stats, strict=True):
+            assert torch.equal(a, b) if name == "valid" else same_bits(a, b), name
+    for value in stats:
+        assert value.shape == labels.shape and not value.requires_grad
+    gradients = [
+        torch.autograd.grad(loss, x, upstream.to(loss.dtype))[0] for x, loss, _ in all_losses
+    ]
+    return Outcome(loss.detach(), stats.nll, stats.entropy, stats.gate, torch.cat(gradients, -1))
+
+
+def assert_matches(
+    found: Outcome, logits: Tensor, labels: Tensor, upstream: Tensor, **options: Any
+) -> None:
+    """Hold a result to the truth, by the errors of the reference and of the undivided call."""
+    whole = outcome(eaft_ext.gated_ce, logits, labels, upstream, **options)
+    ref = outcome(reference.gated_ce, logits, labels, upstream, **options)
+    gt = outcome(reference.gated_ce, logits.double(), labels, upstream.double(), **options)
+    weights: dict[str, Any] = dict.fromkeys(Outcome._fields, 1.0) | {
+        "loss": 1 + max(gt.nll.nan_to_num(posinf=0.0).abs().flatten().tolist(), default=0.0),
+        "gradient": (upstream * gt.gate).abs().nan_to_num(),
+    }
+    for name, *values in zip(Outcome._fields, found, ref, whole, gt, strict=True):
+        op, *others, truth = (value if value.dim() else value.unsqueeze(0) for value in values)
+        factor = GRADIENT_FACTOR if name == "gradient" else LOSS_FACTOR
+        for measure, other in zip(("reference", "whole row"), others, strict=True):
+            assert_within(f"{name}, by the {measure}", op, other, truth, factor, weights[name])
+
+
+def assert_shards_match(
+    logits: Tensor,
+    labels: Tensor,
+    upstream: Tensor,
+    widths: list[int],
+    vocab_size: int | None = None,
+    **options: Any,
+) -> None:
+    """Hold shards to the truth."""
+    found = outcome_of_shards(logits, labels, upstream, widths, vocab_size=vocab_size, **options)
+    assert_matches(found, logits, labels, upstream, reduction="none", **options)
