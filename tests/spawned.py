@@ -50,6 +50,7 @@ def run_all(commands: Sequence[Sequence[object]], timeout: float, *folders: Path
             stderr=subprocess.STDOUT,
             text=True,
             env=environment(*folders),
+            cwd=TESTS,  # where there is no eaft_ext beside the one under test
         )
         for command in commands
     ]

@@ -299,3 +299,71 @@ def test_the_route_without_kernels_calls_none(
         _shard.token_losses(
             logits, labels, 4, NoGate(), IGNORED, VocabShard(0, None, 8), lambda partial: partial
         )
+
+
+def _merge(**changed: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "logits": torch.zeros(3, 9),
+        "labels": torch.zeros(3, dtype=torch.int64),
+        "partials": torch.zeros(2, 3, 7),
+        "gate": "none",
+        "gate_parameters": [],
+        "ignore_index": -100,
+        "vocab_start": 0,
+        "vocab_size": None,
+    }
+    return torch.ops.eaft_ext.gated_ce_merge(**arguments | changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "sentence"),
+    [
+        ({"partials": torch.zeros(0, 3, 7)}, ValueError, r"got \[0, 3, 7\] for labels \[3\]"),
+        ({"partials": torch.zeros(2, 3, 4)}, ValueError, r"k from 2 to 128, got \[2, 3, 4\]"),
+        ({"partials": torch.zeros(2, 3, 132)}, ValueError, r"got \[2, 3, 132\]"),
+        ({"partials": torch.zeros(2, 4, 7)}, ValueError, r"got \[2, 4, 7\] for labels \[3\]"),
+        ({"partials": torch.zeros(3, 7)}, ValueError, r"got \[3, 7\] for labels \[3\]"),
+        ({"partials": torch.tensor(1.0)}, ValueError, r"got \[\] for labels \[3\]"),
+        ({"partials": torch.zeros(2, 3, 7).double()}, ValueError, "must be Float .*got Double"),
+        ({"partials": torch.zeros(2, 3, 7).long()}, ValueError, "must be Float .*got Long"),
+        ({"logits": torch.zeros(3, 9).double()}, ValueError, "must be Double .*got Float"),
+        ({"logits": torch.zeros(3, 9).long()}, TypeError, "got Long"),
+        ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"got \[2\] for logits"),
+        ({"labels": torch.zeros(3)}, TypeError, "int64 or int32, got Float"),
+        ({"gate": "unknown"}, ValueError, "got unknown"),
+        ({"vocab_start": -1}, ValueError, "vocab_start must be at least 0, got -1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_merge_checks_for_itself(
+    changed: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        _merge(**changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "sentence"),
+    [
+        ({"k": 1}, ValueError, "k must be from 2 to 128, got 1"),
+        ({"k": 129}, ValueError, "k must be from 2 to 128, got 129"),
+        ({"vocab_start": -1}, ValueError, "vocab_start must be at least 0, got -1"),
+        ({"logits": torch.tensor(0.0)}, ValueError, r"got \[\]"),
+        ({"logits": torch.zeros(3, 9).int()}, TypeError, "got Int"),
+        ({"labels": torch.zeros(4).long()}, ValueError, r"got \[4\] for logits \[3, 9\]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_partial_checks_for_itself(
+    changed: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    arguments: dict[str, Any] = {
+        "logits": torch.zeros(3, 9),
+        "labels": torch.zeros(3, dtype=torch.int64),
+        "k": 4,
+        "vocab_start": 0,
+        "vocab_size": None,
+        "ignore_index": -100,
+    }
+    with pytest.raises(error, match=sentence):
+        torch.ops.eaft_ext.gated_ce_partial(**arguments | changed)

@@ -330,6 +330,16 @@ def test_a_group_of_one_process_is_its_own_business(results: Results, world_size
     _assert_default_losses(results(world_size, "after_alone"), world_size)
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_a_process_that_is_late_is_waited_for(
+    saved: Results, results: Results, world_size: int
+) -> None:
+    """What it did wrong before, in a call without a group, has nothing to do with a new group."""
+    _assert_raised(saved(world_size, "error_without_a_group"), *SENTENCES["no_group"])
+    for name in ("after_without_a_group", "latecomer", "after_latecomer"):
+        _assert_default_losses(results(world_size, name), world_size)
+
+
 def test_a_process_that_stays_away_is_named(saved: Results) -> None:
     found = saved(4, "error_absence")
     assert len(found) == 3

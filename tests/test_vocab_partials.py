@@ -88,6 +88,13 @@ def test_kernel_and_reference_tell_the_same(
             _assert_same_partials(found, reference.shard_partial(logits, labels, k, 700))
 
 
+def test_no_label_wraps_around_into_a_shard(device: str) -> None:
+    """However far below its first word."""
+    logits, labels = make(4, 60, device=device)
+    found = ops.gated_ce_partial(logits, labels.fill_(-(2**63)), 4, 2**63 - 61, None, -100)
+    assert found[:, TARGET].isnan().all()
+
+
 @pytest.mark.parametrize("num_words", [0, 1, 19, 20, 21, 59, 60, 61, 2**40])
 @pytest.mark.parametrize("start", [0, 1000])
 def test_a_partial_leaves_padding_out(
@@ -373,71 +380,3 @@ def test_labels_that_shards_tell_of_differently() -> None:
     with pytest.raises(ValueError, match=r"labels at position \[0, 1\] differ: \[-100, 7\] in"):
         check(0, 30, change=lambda partials: partials[1, 0, 1, LABEL].fill_(7))
     check(0, 29, change=lambda partials: partials[0, 1, 1, REST].fill_(math.nan))
-
-
-def _merge(**changed: Any) -> Any:
-    arguments: dict[str, Any] = {
-        "logits": torch.zeros(3, 9),
-        "labels": torch.zeros(3, dtype=torch.int64),
-        "partials": torch.zeros(2, 3, 7),
-        "gate": "none",
-        "gate_parameters": [],
-        "ignore_index": -100,
-        "vocab_start": 0,
-        "vocab_size": None,
-    }
-    return ops.gated_ce_merge(**arguments | changed)
-
-
-@pytest.mark.parametrize(
-    ("changed", "error", "sentence"),
-    [
-        ({"partials": torch.zeros(0, 3, 7)}, ValueError, r"got \[0, 3, 7\] for labels \[3\]"),
-        ({"partials": torch.zeros(2, 3, 4)}, ValueError, r"k from 2 to 128, got \[2, 3, 4\]"),
-        ({"partials": torch.zeros(2, 3, 132)}, ValueError, r"got \[2, 3, 132\]"),
-        ({"partials": torch.zeros(2, 4, 7)}, ValueError, r"got \[2, 4, 7\] for labels \[3\]"),
-        ({"partials": torch.zeros(3, 7)}, ValueError, r"got \[3, 7\] for labels \[3\]"),
-        ({"partials": torch.tensor(1.0)}, ValueError, r"got \[\] for labels \[3\]"),
-        ({"partials": torch.zeros(2, 3, 7).double()}, ValueError, "must be Float .*got Double"),
-        ({"partials": torch.zeros(2, 3, 7).long()}, ValueError, "must be Float .*got Long"),
-        ({"logits": torch.zeros(3, 9).double()}, ValueError, "must be Double .*got Float"),
-        ({"logits": torch.zeros(3, 9).long()}, TypeError, "got Long"),
-        ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"got \[2\] for logits"),
-        ({"labels": torch.zeros(3)}, TypeError, "int64 or int32, got Float"),
-        ({"gate": "unknown"}, ValueError, "got unknown"),
-        ({"vocab_start": -1}, ValueError, "vocab_start must be at least 0, got -1"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_merge_checks_for_itself(
-    changed: dict[str, Any], error: type[Exception], sentence: str
-) -> None:
-    with pytest.raises(error, match=sentence):
-        _merge(**changed)
-
-
-@pytest.mark.parametrize(
-    ("changed", "error", "sentence"),
-    [
-        ({"k": 1}, ValueError, "k must be from 2 to 128, got 1"),
-        ({"k": 129}, ValueError, "k must be from 2 to 128, got 129"),
-        ({"vocab_start": -1}, ValueError, "vocab_start must be at least 0, got -1"),
-        ({"logits": torch.tensor(0.0)}, ValueError, r"got \[\]"),
-        ({"logits": torch.zeros(3, 9).int()}, TypeError, "got Int"),
-        ({"labels": torch.zeros(4).long()}, ValueError, r"got \[4\] for logits \[3, 9\]"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_partial_checks_for_itself(
-    changed: dict[str, Any], error: type[Exception], sentence: str
-) -> None:
-    arguments: dict[str, Any] = {
-        "logits": torch.zeros(3, 9),
-        "labels": torch.zeros(3, dtype=torch.int64),
-        "k": 4,
-        "vocab_start": 0,
-        "vocab_size": None,
-        "ignore_index": -100,
-    }
-    with pytest.raises(error, match=sentence):
-        ops.gated_ce_partial(**arguments | changed)

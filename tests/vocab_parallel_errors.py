@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from vocab_parallel_cases import CASES, WORDS, Process
 
 from eaft_ext import HardGate, NoGate, vocab_parallel_gated_ce
-from eaft_ext.parallel import _agreement
 
 
 def _at_2(labels: Tensor, label: int) -> Tensor:
@@ -258,13 +257,25 @@ def _without_a_backend(process: Process) -> None:
     process.run("after_without_a_backend", process.loss)
 
 
+def _latecomer(process: Process) -> None:
+    """An error without a group, long past, is not taken for the first call on a new one."""
+    process.run("error_without_a_group", lambda: process.loss(group=None))
+    process.run("after_without_a_group", process.loss)
+    group = dist.new_group()
+    if process.rank == process.world_size - 1:
+        time.sleep(0.5)
+    process.run("latecomer", lambda: process.loss(group=group))
+    process.run("after_latecomer", process.loss)
+
+
 def _absence(process: Process) -> None:
-    """The last process does not come, and the others are not to wait for half an hour."""
-    _agreement.TIMEOUT = timedelta(seconds=1)
+    """The last process does not come, and the others wait as long as the group is told to."""
+    dist.barrier()
+    group = dist.new_group(timeout=timedelta(seconds=3))
     if process.rank < process.world_size - 1:
-        process.run("error_absence", process.loss)
+        process.run("error_absence", lambda: process.loss(group=group))
     else:
-        time.sleep(2)  # with it the connections of the others would go
+        time.sleep(4)  # with it the connections of the others would go
 
 
 def use_other_groups(process: Process) -> None:
@@ -273,6 +284,7 @@ def use_other_groups(process: Process) -> None:
         return
     _meshes(process)
     _single_member_groups(process)
+    _latecomer(process)
     if process.world_size == 2:
         _without_a_backend(process)
     if process.world_size == 3:

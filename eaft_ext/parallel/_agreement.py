@@ -42,7 +42,8 @@ class _Notebook:
         self.lives: dict[str, int] = {}  # of each group
         # Failed before their group was known. They count as calls of the group that comes next.
         self.lost = 0
-        self.looked_at: dict[int, int] = {}  # of each process: how many of its notes of such calls
+        self.lost_in_all = 0
+        self.looked_at: dict[int, int] = {}  # of each process: how many of its lost calls are past
 
     def begin(self, store: Any, group: ProcessGroup) -> _Call:
         """The call that begins."""
@@ -94,7 +95,8 @@ def tell_failure(error: Exception, group: ProcessGroup | None) -> None:
     if group is None:
         note |= {"calls": notebook.calls, "lives": notebook.lives, "lost": notebook.lost}
         notebook.lost += 1
-        key = _lost_key(dist.get_rank(), store.add(f"eaft_ext/lost/{dist.get_rank()}", 1) - 1)
+        notebook.lost_in_all = store.add(f"eaft_ext/lost/{dist.get_rank()}", 1)
+        key = _lost_key(dist.get_rank(), notebook.lost_in_all - 1)
     else:
         key = notebook.begin(store, group).key(dist.get_rank())
     store.set(key, json.dumps(note))
@@ -114,8 +116,11 @@ def check(op: str, group: ProcessGroup, device: torch.device, note: Note) -> Non
     if not (over_gloo or call.number == 0 or wants_value_checks()):
         return
     own = dist.get_rank()
-    store.set(call.key(own), json.dumps(note))
+    store.set(call.key(own), json.dumps(note | {"lost": notebook.lost_in_all}))
     notes = _read(op, store, notebook, group, call, _timeout_of(group, device))
+    for process, its_note in notes.items():
+        lost = its_note.pop("lost", 0)
+        notebook.looked_at[process] = max(lost, notebook.looked_at.get(process, 0))
     # All have written this note, so all have read the one before.
     if call.number > 0:
         store.delete_key(call._replace(number=call.number - 1).key(own))
