@@ -90,6 +90,8 @@ OF_A_SINGLE_PROCESS = (
     "no_group",
     "a_label_in_no_shard",
     "a_label_in_the_padding",
+    "vocab_size_beyond_the_shards",
+    "a_first_shard_that_is_not_first",
 )
 
 
