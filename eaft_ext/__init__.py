@@ -15,6 +15,7 @@ from eaft_ext.gates import (
     ProbabilityGate,
     SigmoidGate,
 )
+from eaft_ext.linear import linear_gated_ce
 from eaft_ext.nn import GatedCrossEntropyLoss
 from eaft_ext.parallel import vocab_parallel_gated_ce
 from eaft_ext.reference import TokenStats
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "build_info",
     "gated_ce",
+    "linear_gated_ce",
     "reference",
     "topk",
     "vocab_parallel_gated_ce",

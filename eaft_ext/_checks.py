@@ -44,22 +44,78 @@ def check_labels(op: str, labels: Tensor, ignore_index: int) -> None:
         raise TypeError(f"{op}: ignore_index must be an int, got {ignore_index!r}")
 
 
-def check_placement(op: str, labels: Tensor, logits: Tensor) -> None:
-    """Labels belong to logits, row by row."""
+def check_placement(op: str, labels: Tensor, logits: Tensor, name: str = "logits") -> None:
+    """Labels belong to logits, or to what ``name`` says, row by row."""
     if hasattr(labels, "device_mesh") and not hasattr(logits, "device_mesh"):
-        raise TypeError(f"{op}: labels are a DTensor and logits are not; labels.to_local() is none")
+        raise TypeError(f"{op}: labels are a DTensor and {name} are not; labels.to_local() is none")
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
-            f"{op}: labels must have the shape of the logits without the last dimension, got "
-            f"{tuple(labels.shape)} for logits {tuple(logits.shape)}"
+            f"{op}: labels must have the shape of the {name} without the last dimension, got "
+            f"{tuple(labels.shape)} for {name} {tuple(logits.shape)}"
         )
     if labels.device != logits.device:
-        raise ValueError(f"{op}: labels are on {labels.device} and logits on {logits.device}")
+        raise ValueError(f"{op}: labels are on {labels.device} and {name} on {logits.device}")
 
 
-def check_label_values(op: str, labels: Tensor, vocab_size: int, ignore_index: int) -> None:
+def check_linear(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, smallest_vocab: int = 1
+) -> None:
+    """What is multiplied: hidden (..., H), weight (V, H) and bias (V)."""
+    given = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
+            )
+        if tensor.device != hidden.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} and hidden on {hidden.device}")
+    if hidden.dim() == 0 or hidden.size(-1) == 0:
+        raise ValueError(
+            f"{op}: hidden must be (..., H) with H of at least 1, got {tuple(hidden.shape)}"
+        )
+    if weight.dim() != 2 or weight.size(1) != hidden.size(-1) or weight.size(0) < smallest_vocab:
+        raise ValueError(
+            f"{op}: weight must be (V, H) with V of at least {smallest_vocab} and H = "
+            f"{hidden.size(-1)}, that of the hidden, got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{op}: bias must be (V) with V = {weight.size(0)}, that of the weight, got "
+            f"{tuple(bias.shape)}"
+        )
+
+
+def check_same_dtype(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Operands of a product are not converted, but by autocast."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise TypeError(
+                f"{op}: {name} is {tensor.dtype} and hidden {hidden.dtype}; convert one, or use "
+                "torch.autocast"
+            )
+
+
+def check_chunks(op: str, chunk_size: int | None, accumulate_in_float32: bool | None) -> None:
+    """How the tokens are divided, and their gradients added up."""
+    if chunk_size is not None:
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, (int, torch.SymInt)):
+            raise TypeError(f"{op}: chunk_size must be an int, got {chunk_size!r}")
+        if chunk_size < 1:
+            raise ValueError(f"{op}: chunk_size must be at least 1, got {chunk_size}")
+    if accumulate_in_float32 not in (None, True, False):
+        raise TypeError(
+            f"{op}: accumulate_in_float32 must be True, False or None, got "
+            f"{accumulate_in_float32!r}"
+        )
+
+
+def check_label_values(
+    op: str, labels: Tensor, vocab_size: int, ignore_index: int, always: bool = False
+) -> None:
     """The check that the CPU kernels always make; elsewhere only if it is asked for."""
-    if not wants_value_checks():
+    if not (always or wants_value_checks()):
         return
     outside = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
     for position in outside.nonzero()[:1].tolist():
@@ -77,9 +133,13 @@ def check_k(op: str, k: int, smallest: int, largest: int) -> None:
 
 
 def check_num_items(
-    op: str, num_items_in_batch: float | Tensor | None, reduction: str, logits: Tensor
+    op: str,
+    num_items_in_batch: float | Tensor | None,
+    reduction: str,
+    logits: Tensor,
+    name: str = "logits",
 ) -> None:
-    """What "mean" may divide by."""
+    """What "mean" may divide by; ``logits``, or what ``name`` says, are where the loss will be."""
     if num_items_in_batch is None:
         return
     if reduction != "mean":
@@ -94,7 +154,7 @@ def check_num_items(
             )
         if num_items_in_batch.device not in (logits.device, torch.device("cpu")):
             raise ValueError(
-                f"{op}: num_items_in_batch is on {num_items_in_batch.device} and logits on "
+                f"{op}: num_items_in_batch is on {num_items_in_batch.device} and {name} on "
                 f"{logits.device}"
             )
     elif not isinstance(num_items_in_batch, Real):

@@ -21,16 +21,25 @@ _KERNEL_DEVICES = {
 def takes_kernel(op: str, logits: Tensor) -> bool:
     """Whether operator ``op`` is for these logits; if not, the reference is.
 
-    float64 is for the CPU, where gradcheck runs. Function transforms (``torch.func``) and forward
-    mode need formulas that autograd can see through.
+    float64 is for the CPU, where gradcheck runs.
     """
     device = logits.device.type
     if device not in _KERNEL_DEVICES[op] or (device == "cuda" and logits.dtype == torch.float64):
         return False
+    return not is_transformed(logits)
+
+
+def is_transformed(*inputs: Tensor | None) -> bool:
+    """Whether function transforms (``torch.func``) or forward mode are at work.
+
+    They need formulas that autograd can see through.
+    """
     if torch.compiler.is_compiling():
-        return True
-    transformed = torch._C._are_functorch_transforms_active()
-    return not transformed and forward_ad.unpack_dual(logits).tangent is None
+        return False
+    return torch._C._are_functorch_transforms_active() or any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+        for tensor in inputs
+    )
 
 
 def is_built_in(gate: Gate | GateFunction) -> TypeGuard[Gate]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from eaft_ext._library import has_kernel
 from eaft_ext._registration import ops
+
+_NO_DOUBLE_BACKWARD = (
+    "eaft_ext: gradient_in_forward leaves no graph of the backward; drop create_graph=True or "
+    "gradient_in_forward=True"
+)
 
 
 class ScalarLoss(torch.autograd.Function):
@@ -47,19 +53,26 @@ class ScalarLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_total is None:
             return (None,) * 8
-        if torch.is_grad_enabled():
-            _no_double_backward()
-        (gradient,) = ctx.saved_tensors
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            # There may be another backward, which needs the gradient as it is.
-            gradient = gradient * grad_total
+        (gradient,) = scaled(ctx.saved_tensors, grad_total, _NO_DOUBLE_BACKWARD)
+        return gradient, *(None,) * 7
+
+
+def scaled(gradients: Sequence[Tensor], factor: Tensor, refusal: str) -> list[Tensor]:
+    """``factor * gradient`` of each, in a backward whose gradients were computed in the forward.
+
+    In their own memory, unless there may be another backward, which needs them as they are.
+    ``refusal`` is the error where a graph of the backward is asked for.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(refusal)
+    # A compiler traces with tensors of other types, and decides about memory itself.
+    is_traced = type(factor) is not Tensor
+    if is_traced or torch._C._autograd._get_current_graph_task_keep_graph():
+        return [gradient * factor for gradient in gradients]
+    for gradient in gradients:
+        if factor.dtype == torch.float32 and has_kernel("scale_gradient_", gradient.device.type):
+            ops.scale_gradient_(gradient, factor)
         else:
-            ops.scale_gradient_(gradient, grad_total)
-        return gradient.detach(), *(None,) * 7
-
-
-def _no_double_backward() -> NoReturn:
-    raise RuntimeError(
-        "eaft_ext: gradient_in_forward leaves no graph of the backward; drop create_graph=True or "
-        "gradient_in_forward=True"
-    )
+            gradient.mul_(factor)
+    # New tensors on the same memory: autograd then keeps them as gradients without a copy.
+    return [gradient.detach() for gradient in gradients]

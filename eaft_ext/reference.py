@@ -255,6 +255,26 @@ def gated_ce(
     return (loss, stats) if return_stats else loss
 
 
+def linear_gated_ce(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    k: int = 20,
+    **options: Any,
+) -> Any:
+    """:func:`gated_ce` of the logits ``hidden @ weight.T + bias``, all of which it holds.
+
+    Args:
+        hidden: (..., H).
+        weight: (V, H).
+        labels: (...), integers.
+        bias: (V).
+        options: those of :func:`gated_ce`.
+    """
+    return gated_ce(torch.nn.functional.linear(hidden, weight, bias), labels, k, **options)
+
+
 def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of ``logits`` (..., V), values and indices; equals by the lowest index."""
     ordered = torch.sort(logits, dim=-1, descending=True, stable=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -127,8 +128,17 @@ def check(op: str, group: ProcessGroup, device: torch.device, note: Note) -> Non
     _compare(op, notes)
 
 
-def check_labels(op: str, partials: Tensor, labels: Tensor, ignore_index: int) -> None:
-    """Raise for the first label that is in no shard or in several, or not the same in all."""
+def check_labels(
+    op: str,
+    partials: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    place: Callable[[int], list[int]] | None = None,
+) -> None:
+    """Raise for the first label that is in no shard or in several, or not the same in all.
+
+    ``place`` tells the position of a row of labels that were taken out of others.
+    """
     # Other types than a plain tensor's may have no values to look at.
     if type(labels) is not Tensor or not (labels.device.type == "cpu" or wants_value_checks()):
         return
@@ -139,14 +149,17 @@ def check_labels(op: str, partials: Tensor, labels: Tensor, ignore_index: int) -
     lost = (shards == 0) & ~rest.isnan().any(0)
     wrong = differs | ((labels != ignore_index) & (lost | (shards > 1)))
     for position in wrong.nonzero()[:1].tolist():
-        at = (slice(None), *position)
-        if differs[tuple(position)]:
+        own = tuple(position)
+        at = (slice(None), *own)
+        if place is not None:
+            position = place(*own)
+        if differs[own]:
             reason = f"differ: {[int(y) for y in label[at].tolist()]} in the processes of the group"
             raise ValueError(f"{op}: the labels at position {position} {reason}")
         where = (~target[at].isnan()).nonzero().flatten().tolist()
         reason = f"in the shards of processes {where}" if where else "in no shard"
         raise ValueError(
-            f"{op}: the label at position {position} is {int(labels[tuple(position)])}, {reason} "
+            f"{op}: the label at position {position} is {int(labels[own])}, {reason} "
             f"and not ignore_index {ignore_index}"
         )
 

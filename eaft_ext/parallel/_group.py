@@ -96,7 +96,7 @@ def group_losses(
         if member is None or member.size == 1:
             partials = partial.unsqueeze(0)
         else:
-            partials = _all_gather(partial, member)
+            partials = all_gather(partial, member.group.group_name, member.size)
         if checks:
             _agreement.check_labels(op, partials, labels, ignore_index)
         return partials
@@ -109,11 +109,20 @@ def _name_of(gate: Gate | GateFunction) -> str:
     return repr(gate) if is_built_in(gate) else getattr(gate, "__qualname__", type(gate).__name__)
 
 
-def _all_gather(partial: Tensor, member: Member) -> Tensor:
-    """The partials of all processes: the one collective of a call."""
-    # The functional form: torch.compile keeps it in its graph.
+# The functional form of collectives: torch.compile keeps them in its graph.
+
+
+def all_gather(partial: Tensor, group: str, size: int) -> Tensor:
+    """The partials of all processes of a group, by its name."""
     collectives = torch.ops._c10d_functional
     rows = partial.view(-1, partial.size(-1))
-    gathered = collectives.all_gather_into_tensor(rows, member.size, member.group.group_name)
+    gathered = collectives.all_gather_into_tensor(rows, size, group)
     partials: Tensor = collectives.wait_tensor(gathered)
-    return partials.view(member.size, *partial.shape)
+    return partials.view(size, *partial.shape)
+
+
+def all_reduce(part: Tensor, group: str) -> Tensor:
+    """The sum of the parts of all processes of a group, by its name, in the memory of the part."""
+    collectives = torch.ops._c10d_functional
+    total: Tensor = collectives.wait_tensor(collectives.all_reduce_(part, "sum", group))
+    return total

@@ -1,0 +1,150 @@
+"""Tokens in chunks: as many as their logits may be held of, and the products over all chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MiB = 2**20
+
+# Every chunk reads and writes the weight's gradient once, which takes as long as the products of
+# some hundred tokens on a GPU and of some ten on a CPU: chunks shall be several times as long.
+MAX_CHUNK_BYTES = {"cpu": 64 * MiB}
+MAX_CHUNK_BYTES_ELSEWHERE = 640 * MiB
+# Longer ones save no time.
+MAX_CHUNK_TOKENS = 4096
+# Products are computed in tiles, and are slower if one is cut off.
+TILE = 64
+# Float32 sums that are small beside a chunk are no reason to round after each one.
+SMALL_SUM_SHARE = 8
+SLICE_BYTES = 16 * MiB
+
+
+def max_chunk_bytes(device: torch.device) -> int:
+    """How much memory the logits of a chunk may take."""
+    return MAX_CHUNK_BYTES.get(device.type, MAX_CHUNK_BYTES_ELSEWHERE)
+
+
+def default_chunk_size(num_tokens: int, row_bytes: int, device: torch.device) -> int:
+    """Tokens in a chunk: all chunks about as long, and none above the limits.
+
+    ``row_bytes`` is the size of a token's logits.
+    """
+    limit = max(1, min(max_chunk_bytes(device) // max(1, row_bytes), MAX_CHUNK_TOKENS))
+    if limit > TILE:
+        limit -= limit % TILE
+    if num_tokens <= limit:
+        return max(1, num_tokens)
+    num_chunks = -(-num_tokens // limit)
+    even = -(-num_tokens // num_chunks)
+    return min(limit, -(-even // TILE) * TILE)
+
+
+class Chunk(NamedTuple):
+    """Some of the tokens: ``where`` they are, as a slice or as indices."""
+
+    where: slice | Tensor
+    size: int
+
+
+def chunks_of(valid: Tensor, row_bytes: int, chunk_size: int | None) -> list[Chunk]:
+    """The tokens that are ``valid``, (T), in chunks; the others are in none.
+
+    To know how many there are takes a synchronisation. While a CUDA graph is captured there can be
+    none: then all tokens are in chunks, and the kernels skip those that are not valid.
+    """
+    num_tokens = valid.numel()
+    capturing = valid.is_cuda and torch.cuda.is_current_stream_capturing()
+    kept = None if capturing else valid.nonzero().squeeze(1)
+    if kept is not None and len(kept) == num_tokens:
+        kept = None
+    count = num_tokens if kept is None else len(kept)
+    size = chunk_size or default_chunk_size(count, row_bytes, valid.device)
+    chunks = []
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        where = slice(start, stop) if kept is None else kept[start:stop]
+        chunks.append(Chunk(where, stop - start))
+    return chunks
+
+
+def sum_dtype(
+    shape: torch.Size, dtype: torch.dtype, in_float32: bool | None, device: torch.device
+) -> torch.dtype:
+    """In what a gradient of that shape and dtype is added up over chunks."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    if in_float32 is None:
+        in_float32 = 4 * shape.numel() <= max_chunk_bytes(device) // SMALL_SUM_SHARE
+    return torch.float32 if in_float32 else dtype
+
+
+def _slices(num_columns: int, widest: int) -> Iterator[slice]:
+    for start in range(0, num_columns, widest):
+        yield slice(start, min(start + widest, num_columns))
+
+
+class WeightSum:
+    """``sum of gradient.T @ hidden`` over chunks, (V, H)."""
+
+    def __init__(self, weight: Tensor, num_chunks: int, in_float32: bool | None) -> None:
+        dtype = weight.dtype
+        if num_chunks > 1:
+            dtype = sum_dtype(weight.shape, dtype, in_float32, weight.device)
+        self._dtype = weight.dtype
+        self._is_empty = True
+        self._total = torch.empty_like(weight, dtype=dtype)
+
+    def add(self, gradient: Tensor, hidden: Tensor) -> None:
+        """Of one chunk: the gradient of its logits (rows, V), and its hidden (rows, H)."""
+        total = self._total
+        if total.dtype == gradient.dtype:
+            # With beta = 0 nothing is read of what is there.
+            beta = 0 if self._is_empty else 1
+            torch.addmm(total, gradient.t(), hidden, beta=beta, out=total)
+        else:
+            self._add_in_float32(gradient, hidden)
+        self._is_empty = False
+
+    def _add_in_float32(self, gradient: Tensor, hidden: Tensor) -> None:
+        if self._is_empty:
+            self._total.zero_()
+        on_cuda = gradient.is_cuda
+        wide_hidden = hidden if on_cuda else hidden.float()
+        widest = max(1, SLICE_BYTES // (4 * max(hidden.shape)))
+        for columns in _slices(gradient.size(1), widest):
+            total, part = self._total[columns], gradient[:, columns].t()
+            if on_cuda:
+                total.add_(torch.mm(part, hidden, out_dtype=torch.float32))
+            else:
+                total.addmm_(part.float(), wide_hidden)
+
+    def result(self) -> Tensor:
+        """The sum, in the weight's dtype."""
+        if self._is_empty:
+            self._total.zero_()
+        return self._total.to(self._dtype)
+
+
+class BiasSum:
+    """``sum of gradient`` over all rows of all chunks, (V); float32 or float64 until the end."""
+
+    def __init__(self, bias: Tensor) -> None:
+        wide = torch.float64 if bias.dtype == torch.float64 else torch.float32
+        self._total = torch.zeros_like(bias, dtype=wide)
+        self._dtype = bias.dtype
+
+    def add(self, gradient: Tensor) -> None:
+        """Of one chunk: the gradient of its logits (rows, V)."""
+        total = self._total
+        # In slices: the CPU's sum makes a copy in float32.
+        widest = max(1, SLICE_BYTES // (4 * max(1, gradient.size(0))))
+        for columns in _slices(gradient.size(1), widest):
+            total[columns] += gradient[:, columns].sum(0, dtype=total.dtype)
+
+    def result(self) -> Tensor:
+        """The sum, in the bias's dtype."""
+        return self._total.to(self._dtype)

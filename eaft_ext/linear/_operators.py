@@ -1,0 +1,375 @@
+"""The operators of the linear loss: chunks of tokens, of which only one has its logits in memory.
+
+They are written in PyTorch, on the operators of ``csrc/ops.cpp``, for every device. Shapes: hidden
+(..., H), weight (V, H), bias (V), labels and all stats (...). With ``group``, the name of a process
+group, weight and bias are the rows of a shard of the vocabulary, and each chunk costs one
+all-gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from eaft_ext._checks import check_label_values
+from eaft_ext._registration import ops
+from eaft_ext._scalar_loss import scaled
+from eaft_ext.gates import BUILT_IN
+from eaft_ext.linear._chunks import BiasSum, Chunk, WeightSum, chunks_of
+from eaft_ext.linear._rows import Gather, Rows
+from eaft_ext.parallel import _agreement
+from eaft_ext.parallel._group import all_gather, all_reduce
+from eaft_ext.parallel._shard import VocabShard
+
+_LIBRARY = torch.library.Library("eaft_ext", "FRAGMENT")
+
+# by_kernel: not in plain PyTorch. sum_in_float32: the weight's gradient; None: where it is small.
+# total: words of all shards. reduce_hidden: add up the hidden's gradients of the group.
+_OPTIONS = (
+    "int k, str gate, float[] gate_parameters, int ignore_index, bool by_kernel, "
+    "SymInt? chunk_size, bool? sum_in_float32, SymInt vocab_start, SymInt? vocab_size, "
+    "SymInt? total, str? group, int group_size, bool reduce_hidden"
+)
+_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
+# -> loss, nll, entropy, gate, row_max, log_sum
+_LIBRARY.define(
+    f"linear_gated_ce_forward({_INPUTS}, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# -> the gradients of hidden, weight and bias for those that are wanted, else tensors of no elements
+_LIBRARY.define(
+    "linear_gated_ce_backward(Tensor row_weight, Tensor row_max, Tensor log_sum, bool[] wanted, "
+    f"{_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+)
+# -> sum(loss) / divisor, nll, entropy, gate, and the gradients of the first as above
+_LIBRARY.define(
+    f"linear_gated_ce_forward_with_grad({_INPUTS}, Tensor divisor, bool[] wanted, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+class _Call:
+    """What the operators have in common: the chunks, and how their logits become losses."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        k: int,
+        gate: str,
+        gate_parameters: Sequence[float],
+        ignore_index: int,
+        by_kernel: bool,
+        chunk_size: int | None,
+        sum_in_float32: bool | None,
+        vocab_start: int,
+        vocab_size: int | None,
+        total: int | None,
+        group: str | None,
+        group_size: int,
+        reduce_hidden: bool,
+    ) -> None:
+        self.shape = labels.shape
+        self.hidden = hidden.reshape(-1, hidden.size(-1))
+        self.weight = weight
+        self.bias = bias
+        self.labels = labels.reshape(-1)
+        self.sum_in_float32 = sum_in_float32
+        self.group = group
+        self.group_size = group_size
+        self.reduce_hidden = reduce_hidden
+        chosen = next(known for known in BUILT_IN if known.name == gate)
+        shard = VocabShard(vocab_start, vocab_size, total)
+        self.rows = Rows(
+            k,
+            chosen(*gate_parameters),
+            ignore_index,
+            by_kernel,
+            shard,
+            None if group is None else self._gather(group),
+        )
+        if group is None and labels.device.type == "cpu":
+            # Its kernels would name a position in the chunk.
+            check_label_values("linear_gated_ce", labels, weight.size(0), ignore_index, always=True)
+        # The same in all processes: they shall have as many chunks.
+        widest = weight.size(0) if total is None else -(-total // group_size)
+        valid = self.labels != ignore_index
+        self.chunks = chunks_of(valid, widest * hidden.element_size(), chunk_size)
+        self._buffer = hidden.new_empty(
+            max((chunk.size for chunk in self.chunks), default=0), weight.size(0)
+        )
+        self._now: Chunk | None = None
+
+    def _gather(self, group: str) -> Gather:
+        def gather(partial: Tensor) -> Tensor:
+            partials = all_gather(partial, group, self.group_size)
+            assert self._now is not None, "a chunk is being computed"
+            _agreement.check_labels(
+                "vocab_parallel_linear_gated_ce",
+                partials,
+                self.labels[self._now.where],
+                self.rows.ignore_index,
+                place=self._position,
+            )
+            return partials
+
+        return gather
+
+    def _position(self, row: int) -> list[int]:
+        """Where in the labels a row of the chunk is."""
+        assert self._now is not None, "a chunk is being computed"
+        where = self._now.where
+        token = where.start + row if isinstance(where, slice) else int(where[row])
+        position: list[int] = []
+        for size in reversed(self.shape):
+            position.insert(0, token % size)
+            token //= size
+        return position
+
+    def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Hidden (rows, H) of a chunk, and its logits (rows, V), over those of the last one."""
+        self._now = chunk
+        hidden = self.hidden[chunk.where]
+        logits = self._buffer[: chunk.size]
+        if self.bias is None:
+            torch.mm(hidden, self.weight.t(), out=logits)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
+        return hidden, logits
+
+    def stats(self, count: int) -> list[Tensor]:
+        """Zeros for every token, (T)."""
+        dtype = torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+        return [self.hidden.new_zeros(len(self.labels), dtype=dtype) for _ in range(count)]
+
+    def shaped(self, stats: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Like the labels."""
+        return tuple(stat.view(self.shape) for stat in stats)
+
+
+class _Gradients:
+    """The gradients of hidden, weight and bias, from those of one chunk's logits after another."""
+
+    def __init__(self, call: _Call, wanted: Sequence[bool]) -> None:
+        wants_hidden, wants_weight, wants_bias = wanted
+        self._call = call
+        self._hidden = torch.zeros_like(call.hidden) if wants_hidden else None
+        self._weight = None
+        if wants_weight:
+            self._weight = WeightSum(call.weight, len(call.chunks), call.sum_in_float32)
+        self._bias = BiasSum(call.bias) if wants_bias and call.bias is not None else None
+
+    def add(self, chunk: Chunk, hidden: Tensor, gradient: Tensor) -> None:
+        """``gradient`` is that of the chunk's logits."""
+        if self._hidden is not None:
+            if isinstance(chunk.where, slice):
+                torch.mm(gradient, self._call.weight, out=self._hidden[chunk.where])
+            else:
+                self._hidden[chunk.where] = torch.mm(gradient, self._call.weight)
+        if self._weight is not None:
+            self._weight.add(gradient, hidden)
+        if self._bias is not None:
+            self._bias.add(gradient)
+
+    def results(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        """Each as its tensor is; ``shape`` is that of hidden."""
+        call, empty = self._call, self._call.hidden.new_empty
+        hidden = empty(0)
+        if self._hidden is not None:
+            hidden = self._hidden.view(shape)
+            if call.group is not None and call.reduce_hidden:
+                hidden = all_reduce(hidden, call.group)
+        return (
+            hidden,
+            empty(0) if self._weight is None else self._weight.result(),
+            empty(0) if self._bias is None else self._bias.result(),
+        )
+
+
+def _autocast_off(tensor: Tensor) -> torch.autocast:
+    """Operands have the dtype that they are to be multiplied in."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+@torch.library.impl(_LIBRARY, "linear_gated_ce_forward", "CompositeExplicitAutograd")
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    with _autocast_off(hidden):
+        call = _Call(hidden, weight, bias, labels, *options)
+        stats = call.stats(6)
+        for chunk in call.chunks:
+            _, logits = call.logits(chunk)
+            of_chunk = call.rows.losses(logits, call.labels[chunk.where])
+            for stat, part in zip(stats, of_chunk, strict=True):
+                stat[chunk.where] = part
+        return call.shaped(stats)
+
+
+@torch.library.impl(_LIBRARY, "linear_gated_ce_backward", "CompositeExplicitAutograd")
+def _(
+    row_weight: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    wanted: Sequence[bool],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with _autocast_off(hidden):
+        call = _Call(hidden, weight, bias, labels, *options)
+        gradients = _Gradients(call, wanted)
+        stats = [stat.reshape(-1) for stat in (row_weight, row_max, log_sum)]
+        for chunk in call.chunks:
+            rows, logits = call.logits(chunk)
+            of_chunk, its_max, its_log_sum = (stat[chunk.where] for stat in stats)
+            its_labels = call.labels[chunk.where]
+            call.rows.gradient_(of_chunk, logits, its_labels, its_max, its_log_sum)
+            gradients.add(chunk, rows, logits)
+        return gradients.results(hidden.shape)
+
+
+@torch.library.impl(_LIBRARY, "linear_gated_ce_forward_with_grad", "CompositeExplicitAutograd")
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    divisor: Tensor,
+    wanted: Sequence[bool],
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    with _autocast_off(hidden):
+        call = _Call(hidden, weight, bias, labels, *options)
+        gradients = _Gradients(call, wanted)
+        loss, *stats = call.stats(4)
+        upstream = divisor.reciprocal()
+        for chunk in call.chunks:
+            rows, logits = call.logits(chunk)
+            of_chunk = call.rows.losses_and_gradient_(
+                upstream.expand(chunk.size), logits, call.labels[chunk.where]
+            )
+            for stat, part in zip((loss, *stats), of_chunk, strict=True):
+                stat[chunk.where] = part
+            gradients.add(chunk, rows, logits)
+        return loss.sum() / divisor, *call.shaped(stats), *gradients.results(hidden.shape)
+
+
+def _fake_stats(hidden: Tensor, labels: Tensor, count: int) -> tuple[Tensor, ...]:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return tuple(hidden.new_empty(labels.shape, dtype=dtype) for _ in range(count))
+
+
+def _fake_gradients(
+    wanted: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    return tuple(
+        hidden.new_empty(0)
+        if tensor is None or not is_wanted
+        else hidden.new_empty(tensor.shape)
+        if tensor is hidden
+        else torch.empty_like(tensor)
+        for is_wanted, tensor in zip(wanted, (hidden, weight, bias), strict=True)
+    )
+
+
+@torch.library.register_fake("eaft_ext::linear_gated_ce_forward", lib=_LIBRARY)
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    return _fake_stats(hidden, labels, 6)
+
+
+@torch.library.register_fake("eaft_ext::linear_gated_ce_backward", lib=_LIBRARY)
+def _(
+    row_weight: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    wanted: Sequence[bool],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(wanted, hidden, weight, bias)
+
+
+@torch.library.register_fake("eaft_ext::linear_gated_ce_forward_with_grad", lib=_LIBRARY)
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    divisor: Tensor,
+    wanted: Sequence[bool],
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    total, *stats = _fake_stats(hidden, labels, 4)
+    return total.new_empty(()), *stats, *_fake_gradients(wanted, hidden, weight, bias)
+
+
+_NO_DOUBLE_BACKWARD = (
+    "eaft_ext: linear_gated_ce has no second derivative; eaft_ext.reference.linear_gated_ce has one"
+)
+_NUM_OPTIONS = _OPTIONS.count(",") + 1
+
+
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, labels, *ctx.options = inputs
+    _, nll, entropy, gate, row_max, log_sum = output
+    ctx.mark_non_differentiable(nll, entropy, gate, row_max, log_sum)
+    ctx.save_for_backward(hidden, weight, bias, labels, gate, row_max, log_sum)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    rest = (None,) * (1 + _NUM_OPTIONS)
+    if grad_loss is None:
+        return None, None, None, *rest
+    hidden, weight, bias, labels, gate, row_max, log_sum = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = ops.linear_gated_ce_backward(
+        grad_loss * gate, row_max, log_sum, wanted, hidden, weight, bias, labels, *ctx.options
+    )
+    return *_of_wanted(gradients, wanted), *rest
+
+
+def _of_wanted(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)]
+
+
+def _save_forward_with_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.wanted = inputs[5]
+    _, *others = output
+    ctx.mark_non_differentiable(*others)
+    ctx.save_for_backward(*others[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_with_grad(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Any, ...]:
+    rest = (None,) * (3 + _NUM_OPTIONS)
+    if grad_total is None:
+        return None, None, None, *rest
+    gradients = scaled(ctx.saved_tensors, grad_total, _NO_DOUBLE_BACKWARD)
+    return *_of_wanted(gradients, ctx.wanted), *rest
+
+
+def _no_double_backward(ctx: Any, *_: Tensor) -> NoReturn:
+    raise RuntimeError(_NO_DOUBLE_BACKWARD)
+
+
+for _name, _formula, _setup in (
+    ("linear_gated_ce_forward", _backward, _save_forward),
+    ("linear_gated_ce_forward_with_grad", _backward_with_grad, _save_forward_with_grad),
+    ("linear_gated_ce_backward", _no_double_backward, None),
+):
+    torch.library.register_autograd(
+        f"eaft_ext::{_name}", _formula, setup_context=_setup, lib=_LIBRARY
+    )

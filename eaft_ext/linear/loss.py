@@ -1,0 +1,160 @@
+"""``linear_gated_ce``: output layer and loss in one, chunk by chunk."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from eaft_ext import reference
+from eaft_ext._checks import (
+    check_chunks,
+    check_label_values,
+    check_labels,
+    check_linear,
+    check_num_items,
+    check_options,
+    check_placement,
+    check_same_dtype,
+)
+from eaft_ext._dispatch import is_transformed
+from eaft_ext.gates import Gate, GateFunction
+from eaft_ext.linear._token_losses import Product, reduced_loss
+from eaft_ext.reference import Reduction, TokenStats
+
+
+@overload
+def linear_gated_ce(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = ...,
+    k: int = ...,
+    *,
+    alpha: float = ...,
+    normalizer: float | None = ...,
+    gate: Gate | GateFunction | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    chunk_size: int | None = ...,
+    accumulate_in_float32: bool | None = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def linear_gated_ce(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = ...,
+    k: int = ...,
+    *,
+    alpha: float = ...,
+    normalizer: float | None = ...,
+    gate: Gate | GateFunction | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    chunk_size: int | None = ...,
+    accumulate_in_float32: bool | None = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, TokenStats]: ...
+def linear_gated_ce(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    k: int = 20,
+    *,
+    alpha: float = 1.0,
+    normalizer: float | None = None,
+    gate: Gate | GateFunction | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    num_items_in_batch: float | Tensor | None = None,
+    chunk_size: int | None = None,
+    accumulate_in_float32: bool | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    r"""Token-gated cross-entropy of ``hidden @ weight.T + bias``, a chunk of tokens at a time.
+
+    The loss of :func:`eaft_ext.gated_ce` (EAFT, arXiv 2601.02151), and the gradients of hidden,
+    weight and bias, while the logits of one chunk are in memory. A "mean" or "sum" computes the
+    gradients together with the loss: three products of (tokens, H, V), like a plain output layer.
+    Losses per token, gates of your own and float16 keep a few numbers for each token and compute
+    the logits once more in the backward, a fourth product. What needs no gradient has no product::
+
+        x     = hidden @ weight.T + bias                       logits of a chunk
+        loss  = g * nll                                        as gated_ce has it
+        dx    = u * g * (softmax(x) - onehot(y))               in the memory of the logits
+        dhidden = dx @ weight     dweight = sum over chunks of dx.T @ hidden     dbias = sum of dx
+
+    Args:
+        hidden: (..., H), float32, bfloat16 or float16, or float64 on the CPU: what the output layer
+            is given.
+        weight: (V, H), of the same dtype: the output layer's, also if it is tied to the embedding;
+            with LoRA on it, the effective weight. Under autocast all are converted as
+            ``F.linear`` converts them.
+        labels: (...), int64 or int32, on the same device, shifted for next-token prediction.
+            Tokens with ``ignore_index`` are left out before the product; to count them takes a
+            synchronisation on CUDA, but not while a CUDA graph is captured.
+        bias: (V), or None.
+        k: how many of the largest logits the entropy is taken over, from 2 to 128.
+        chunk_size: tokens whose logits are held at a time. By default so many that they take at
+            most 64 MiB on the CPU and 640 MiB elsewhere, and at most 4096.
+        accumulate_in_float32: add up the gradients that chunks have for a 16-bit weight in float32,
+            4 V H bytes, so that it is rounded once and not once per chunk. None: if these take at
+            most an eighth of the limit above.
+
+    Other arguments are those of :func:`eaft_ext.gated_ce`.
+
+    Returns:
+        The loss, float32 (float64 for float64), and with ``return_stats`` a pair of the loss and
+        :class:`TokenStats`, both shaped like the labels. Gradients have the dtypes of their
+        tensors.
+
+    Raises:
+        TypeError, ValueError: as :func:`eaft_ext.gated_ce` does; for dtypes, shapes and devices
+            that do not fit together, or a chunk_size below 1.
+        RuntimeError: from a second derivative; :mod:`eaft_ext.reference` has one.
+
+    Under ``torch.func`` and in forward mode it is :func:`eaft_ext.reference.linear_gated_ce`, which
+    holds all logits. Where several processes have a part of the weight each, see
+    :func:`eaft_ext.vocab_parallel_linear_gated_ce`.
+    """
+    op = "linear_gated_ce"
+    check_linear(op, hidden, weight, bias)
+    check_labels(op, labels, ignore_index)
+    chosen = check_options(op, k, alpha, normalizer, gate, reduction)
+    check_num_items(op, num_items_in_batch, reduction, hidden, "hidden")
+    check_placement(op, labels, hidden, "hidden")
+    check_chunks(op, chunk_size, accumulate_in_float32)
+    check_label_values(op, labels, weight.size(0), ignore_index)
+    if is_transformed(hidden, weight, bias):
+        result: Tensor | tuple[Tensor, TokenStats] = reference.linear_gated_ce(
+            hidden,
+            weight,
+            labels,
+            bias,
+            k,
+            gate=chosen,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            num_items_in_batch=num_items_in_batch,
+            return_stats=return_stats,
+        )
+        return result
+    product = Product(hidden, weight, bias).in_autocast_dtype()
+    check_same_dtype(op, *product)
+    loss, stats = reduced_loss(
+        product,
+        labels,
+        k,
+        chosen,
+        ignore_index,
+        reduction,
+        num_items_in_batch,
+        chunk_size,
+        accumulate_in_float32,
+    )
+    return (loss, stats) if return_stats else loss
