@@ -15,7 +15,7 @@ from eaft_ext.gates import (
     ProbabilityGate,
     SigmoidGate,
 )
-from eaft_ext.linear import linear_gated_ce
+from eaft_ext.linear import linear_gated_ce, vocab_parallel_linear_gated_ce
 from eaft_ext.nn import GatedCrossEntropyLoss
 from eaft_ext.parallel import vocab_parallel_gated_ce
 from eaft_ext.reference import TokenStats
@@ -39,4 +39,5 @@ __all__ = [
     "reference",
     "topk",
     "vocab_parallel_gated_ce",
+    "vocab_parallel_linear_gated_ce",
 ]

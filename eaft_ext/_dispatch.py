@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch.autograd import forward_ad
 
 from eaft_ext._library import has_kernel
 from eaft_ext.gates import BUILT_IN, Gate, GateFunction
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # Fake tensors have no kernels but are registered for all operators.
 _KERNEL_DEVICES = {
@@ -45,3 +48,8 @@ def is_transformed(*inputs: Tensor | None) -> bool:
 def is_built_in(gate: Gate | GateFunction) -> TypeGuard[Gate]:
     """Whether the kernels know the gate; a subclass may be another function."""
     return isinstance(gate, BUILT_IN) and type(gate) in BUILT_IN
+
+
+def is_dtensor(tensor: Tensor | None) -> TypeGuard[DTensor]:
+    """Without the import of the class, which takes half a second: whoever has one has paid it."""
+    return hasattr(tensor, "device_mesh")

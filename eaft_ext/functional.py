@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeGuard, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,15 +18,12 @@ from eaft_ext._checks import (
     check_options,
     check_placement,
 )
-from eaft_ext._dispatch import is_built_in, takes_kernel
+from eaft_ext._dispatch import is_built_in, is_dtensor, takes_kernel
 from eaft_ext._library import MAX_TOP_K
 from eaft_ext._registration import ops
 from eaft_ext._scalar_loss import ScalarLoss
 from eaft_ext.gates import Gate, GateFunction, NoGate
 from eaft_ext.reference import Reduction, TokenStats
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 
 def _kernel_token_losses(
@@ -51,11 +48,6 @@ def _kernel_token_losses(
         weight = reference.gate_weights(gate, min(k, logits.size(-1)), nll, entropy, valid)
         loss = reference.weigh(loss, weight)
     return loss, TokenStats(nll, entropy, weight, valid)
-
-
-def _is_dtensor(logits: Tensor) -> TypeGuard[DTensor]:
-    """Without the import of the class, which takes half a second: whoever has one has paid it."""
-    return hasattr(logits, "device_mesh")
 
 
 def _can_fuse(logits: Tensor) -> bool:
@@ -189,7 +181,7 @@ def gated_ce(
     NaN logits give NaN for their own row. Devices without kernels take :mod:`eaft_ext.reference`.
     """
     op = "gated_ce"
-    if _is_dtensor(logits):
+    if is_dtensor(logits):
         from eaft_ext.parallel.dtensor import gated_ce_of_dtensor
 
         loss, stats = gated_ce_of_dtensor(

@@ -45,7 +45,7 @@ def partial_of(
     logits = logits.detach()
     if _shard.takes_kernel("gated_ce_merge", logits):
         return ops.gated_ce_partial(logits, labels, k, shard.start, shard.vocab_size, ignore_index)
-    words = logits[..., : num_words(logits, shard)]
+    words = logits[..., : num_words(logits.size(-1), shard)]
     return reference.shard_partial(words, labels, k, shard.start, ignore_index)
 
 

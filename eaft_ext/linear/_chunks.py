@@ -99,12 +99,17 @@ class WeightSum:
         self._total = torch.empty_like(weight, dtype=dtype)
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
-        """Of one chunk: the gradient of its logits (rows, V), and its hidden (rows, H)."""
-        total = self._total
+        """Of one chunk: the gradient of its logits (rows, V), and its hidden (rows, H).
+
+        There may be fewer columns than rows of the weight, of which the last are padding then.
+        """
+        num_words = gradient.size(1)
+        total = self._total[:num_words]
+        if self._is_empty:
+            self._total[num_words:] = 0
         if total.dtype == gradient.dtype:
             # With beta = 0 nothing is read of what is there.
-            beta = 0 if self._is_empty else 1
-            torch.addmm(total, gradient.t(), hidden, beta=beta, out=total)
+            total.addmm_(gradient.t(), hidden, beta=0 if self._is_empty else 1)
         else:
             self._add_in_float32(gradient, hidden)
         self._is_empty = False

@@ -22,7 +22,7 @@ from eaft_ext.linear._chunks import BiasSum, Chunk, WeightSum, chunks_of
 from eaft_ext.linear._rows import Gather, Rows
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._group import all_gather, all_reduce
-from eaft_ext.parallel._shard import VocabShard
+from eaft_ext.parallel._shard import VocabShard, num_words
 
 _LIBRARY = torch.library.Library("eaft_ext", "FRAGMENT")
 
@@ -76,32 +76,34 @@ class _Call:
     ) -> None:
         self.shape = labels.shape
         self.hidden = hidden.reshape(-1, hidden.size(-1))
-        self.weight = weight
-        self.bias = bias
+        # Rows of padding take no part.
+        words = num_words(weight.size(0), VocabShard(vocab_start, vocab_size, total))
+        self.weight = weight[:words]
+        self.bias = None if bias is None else bias[:words]
         self.labels = labels.reshape(-1)
         self.sum_in_float32 = sum_in_float32
         self.group = group
         self.group_size = group_size
         self.reduce_hidden = reduce_hidden
         chosen = next(known for known in BUILT_IN if known.name == gate)
-        shard = VocabShard(vocab_start, vocab_size, total)
         self.rows = Rows(
             k,
             chosen(*gate_parameters),
             ignore_index,
             by_kernel,
-            shard,
+            vocab_start,
+            total,
             None if group is None else self._gather(group),
         )
         if group is None and labels.device.type == "cpu":
             # Its kernels would name a position in the chunk.
-            check_label_values("linear_gated_ce", labels, weight.size(0), ignore_index, always=True)
+            check_label_values("linear_gated_ce", labels, words, ignore_index, always=True)
         # The same in all processes: they shall have as many chunks.
         widest = weight.size(0) if total is None else -(-total // group_size)
         valid = self.labels != ignore_index
         self.chunks = chunks_of(valid, widest * hidden.element_size(), chunk_size)
         self._buffer = hidden.new_empty(
-            max((chunk.size for chunk in self.chunks), default=0), weight.size(0)
+            max((chunk.size for chunk in self.chunks), default=0), words
         )
         self._now: Chunk | None = None
 
@@ -155,14 +157,16 @@ class _Call:
 class _Gradients:
     """The gradients of hidden, weight and bias, from those of one chunk's logits after another."""
 
-    def __init__(self, call: _Call, wanted: Sequence[bool]) -> None:
+    def __init__(
+        self, call: _Call, wanted: Sequence[bool], weight: Tensor, bias: Tensor | None
+    ) -> None:
         wants_hidden, wants_weight, wants_bias = wanted
         self._call = call
-        self._hidden = torch.zeros_like(call.hidden) if wants_hidden else None
+        self._hidden = call.hidden.new_zeros(call.hidden.shape) if wants_hidden else None
         self._weight = None
         if wants_weight:
-            self._weight = WeightSum(call.weight, len(call.chunks), call.sum_in_float32)
-        self._bias = BiasSum(call.bias) if wants_bias and call.bias is not None else None
+            self._weight = WeightSum(weight, len(call.chunks), call.sum_in_float32)
+        self._bias = BiasSum(bias) if wants_bias and bias is not None else None
 
     def add(self, chunk: Chunk, hidden: Tensor, gradient: Tensor) -> None:
         """``gradient`` is that of the chunk's logits."""
@@ -225,7 +229,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with _autocast_off(hidden):
         call = _Call(hidden, weight, bias, labels, *options)
-        gradients = _Gradients(call, wanted)
+        gradients = _Gradients(call, wanted, weight, bias)
         stats = [stat.reshape(-1) for stat in (row_weight, row_max, log_sum)]
         for chunk in call.chunks:
             rows, logits = call.logits(chunk)
@@ -248,7 +252,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     with _autocast_off(hidden):
         call = _Call(hidden, weight, bias, labels, *options)
-        gradients = _Gradients(call, wanted)
+        gradients = _Gradients(call, wanted, weight, bias)
         loss, *stats = call.stats(4)
         upstream = divisor.reciprocal()
         for chunk in call.chunks:

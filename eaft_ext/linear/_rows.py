@@ -11,28 +11,27 @@ from torch import Tensor
 from eaft_ext import reference
 from eaft_ext._registration import ops
 from eaft_ext.gates import Gate
-from eaft_ext.parallel._shard import VocabShard, num_words
 
 Gather = Callable[[Tensor], Tensor]
 """From this shard's partial (rows, k + 3) to those of all shards, (num_shards, rows, k + 3)."""
-
-WHOLE = VocabShard(0, None, None)
 
 
 @dataclass(frozen=True)
 class Rows:
     """How logits (rows, V) and labels (rows) become losses, with a gate that the kernels know.
 
-    With ``gather`` the columns are a shard of the vocabulary. Without ``by_kernel`` it is all plain
-    PyTorch, with a few float32 copies of the logits.
+    With ``gather`` the columns are a shard of the vocabulary, from the word ``vocab_start`` on;
+    ``total`` are the words of all shards, where that is known. Without ``by_kernel`` it is all
+    plain PyTorch, with a few float32 copies of the logits.
     """
 
     k: int
     gate: Gate
     ignore_index: int
     by_kernel: bool
-    shard: VocabShard = WHOLE
-    gather: Gather | None = None
+    vocab_start: int
+    total: int | None
+    gather: Gather | None
 
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """loss, nll, entropy, gate, row_max and log_sum, each (rows)."""
@@ -42,10 +41,10 @@ class Rows:
         if self.gather is None:
             whole: tuple[Tensor, ...] = ops.gated_ce_forward(logits, labels, self.k, *gate)
             return whole
-        start, vocab_size, _ = self.shard
-        partial = ops.gated_ce_partial(logits, labels, self.k, start, vocab_size, self.ignore_index)
+        start = self.vocab_start
+        partial = ops.gated_ce_partial(logits, labels, self.k, start, None, self.ignore_index)
         merged: tuple[Tensor, ...] = ops.gated_ce_merge(
-            logits, labels, self.gather(partial), *gate, start, vocab_size
+            logits, labels, self.gather(partial), *gate, start, None
         )
         return merged
 
@@ -53,19 +52,16 @@ class Rows:
         self, weight: Tensor, logits: Tensor, labels: Tensor, row_max: Tensor, log_sum: Tensor
     ) -> None:
         """Write ``weight * (softmax(logits) - onehot(labels))`` over the logits."""
-        start, vocab_size, _ = self.shard
         if self.by_kernel:
-            shard = () if self.gather is None else (start, vocab_size)
+            shard = () if self.gather is None else (self.vocab_start,)
             ops.gated_ce_backward_(
                 weight, logits, labels, row_max, log_sum, self.ignore_index, *shard
             )
             return
-        words = num_words(logits, self.shard)
         weight = torch.where(labels == self.ignore_index, 0.0, weight)
-        logits[:, :words] = reference.shard_gradient(
-            weight, logits[:, :words], labels, row_max, log_sum, start
+        logits[:] = reference.shard_gradient(
+            weight, logits, labels, row_max, log_sum, self.vocab_start
         )
-        logits[:, words:] = 0
 
     def losses_and_gradient_(
         self, upstream: Tensor, logits: Tensor, labels: Tensor
@@ -83,15 +79,14 @@ class Rows:
 
     def _reference_losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """As a shard, the only one where there is no other."""
-        words = logits[:, : num_words(logits, self.shard)]
         partial = reference.shard_partial(
-            words, labels, self.k, self.shard.start, self.ignore_index
+            logits, labels, self.k, self.vocab_start, self.ignore_index
         )
         partials = partial.unsqueeze(0) if self.gather is None else self.gather(partial)
         nll, entropy, row_max, log_sum = reference.merge_partials(
             partials, labels, self.ignore_index
         )
-        total = logits.size(-1) if self.gather is None else self.shard.total
+        total = logits.size(-1) if self.gather is None else self.total
         k = self.k if total is None else min(self.k, total)
         valid = labels != self.ignore_index
         weight = reference.gate_weights(self.gate, k, nll, entropy, valid)

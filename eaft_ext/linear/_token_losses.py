@@ -70,7 +70,10 @@ def reduced_loss(
         options += (0, None, None, None, 1, False)
     else:
         start, vocab_size, known_total = shard.columns
-        options += (start, vocab_size, known_total, *shard[1:])
+        # The only process needs no partial.
+        alone = shard.group_size == 1 and start == 0
+        group = None if alone else shard.group
+        options += (start, vocab_size, known_total, group, shard.group_size, shard.reduce_hidden)
         total = k if known_total is None else known_total
     valid = labels != ignore_index
     wanted = [t is not None and t.requires_grad for t in product]

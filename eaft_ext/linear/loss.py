@@ -17,7 +17,7 @@ from eaft_ext._checks import (
     check_placement,
     check_same_dtype,
 )
-from eaft_ext._dispatch import is_transformed
+from eaft_ext._dispatch import is_dtensor, is_transformed
 from eaft_ext.gates import Gate, GateFunction
 from eaft_ext.linear._token_losses import Product, reduced_loss
 from eaft_ext.reference import Reduction, TokenStats
@@ -94,7 +94,10 @@ def linear_gated_ce(
             is given.
         weight: (V, H), of the same dtype: the output layer's, also if it is tied to the embedding;
             with LoRA on it, the effective weight. Under autocast all are converted as
-            ``F.linear`` converts them.
+            ``F.linear`` converts them. One that FSDP2 has sharded, a DTensor, is gathered for the
+            call, and its gradient is the mean over the processes. With a DTensor as hidden, weight
+            and bias may be divided by vocabulary on a dimension of its mesh, and the hidden by rows
+            on others; results are DTensors.
         labels: (...), int64 or int32, on the same device, shifted for next-token prediction.
             Tokens with ``ignore_index`` are left out before the product; to count them takes a
             synchronisation on CUDA, but not while a CUDA graph is captured.
@@ -127,8 +130,31 @@ def linear_gated_ce(
     check_labels(op, labels, ignore_index)
     chosen = check_options(op, k, alpha, normalizer, gate, reduction)
     check_num_items(op, num_items_in_batch, reduction, hidden, "hidden")
-    check_placement(op, labels, hidden, "hidden")
     check_chunks(op, chunk_size, accumulate_in_float32)
+    if is_dtensor(hidden):
+        from eaft_ext.linear.dtensor import linear_gated_ce_of_dtensor
+
+        loss, stats = linear_gated_ce_of_dtensor(
+            op,
+            hidden,
+            weight,
+            labels,
+            bias,
+            k,
+            chosen,
+            ignore_index,
+            reduction,
+            num_items_in_batch,
+            chunk_size,
+            accumulate_in_float32,
+        )
+        return (loss, stats) if return_stats else loss
+    check_placement(op, labels, hidden, "hidden")
+    if is_dtensor(weight) or is_dtensor(bias):
+        from eaft_ext.linear.dtensor import gathered
+
+        weight = gathered(weight, hidden.dtype)
+        bias = None if bias is None else gathered(bias, hidden.dtype)
     check_label_values(op, labels, weight.size(0), ignore_index)
     if is_transformed(hidden, weight, bias):
         result: Tensor | tuple[Tensor, TokenStats] = reference.linear_gated_ce(

@@ -55,6 +55,25 @@ class NotInGroupError(ValueError):
     """Nobody waits for this process."""
 
 
+def check_shard(
+    op: str, columns: int, member: Member, vocab_start: int | None, vocab_size: int | None
+) -> VocabShard:
+    """The shard of this process, which has so many columns."""
+    for name, value in (("vocab_start", vocab_start), ("vocab_size", vocab_size)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+        if value < 0:
+            raise ValueError(f"{op}: {name} must be at least 0, got {value}")
+    if vocab_start is None:  # all shards are alike
+        total = member.size * columns
+        return VocabShard(
+            member.rank * columns, vocab_size, total if vocab_size is None else vocab_size
+        )
+    return VocabShard(vocab_start, vocab_size, vocab_size)
+
+
 def _check_inside(op: str, is_inside: bool) -> None:
     if not is_inside:
         raise NotInGroupError(f"{op}: process {dist.get_rank()} is not in the group")
@@ -77,19 +96,14 @@ def group_losses(
     The reduction is only compared. Without a group the shard is all there is.
     """
     group = None if member is None else member.group
-    checks = not torch.compiler.is_compiling() and (group is None or _agreement.is_real(group))
+    checks = can_check(group)
     if group is not None and checks:
         note = {
             "the shape of the tokens": list(labels.shape),
             "the dtype of the logits": str(logits.dtype),
             "the device of the logits": logits.device.type,
-            "k": k,
-            "gate": _name_of(gate),
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "vocab_size": shard.vocab_size,
-            "columns": [shard.start, shard.start + num_words(logits, shard)],
         }
+        note |= note_of_options(k, gate, ignore_index, reduction, shard, logits.size(-1))
         _agreement.check(op, group, logits.device, note)
 
     def gather(partial: Tensor) -> Tensor:
@@ -102,6 +116,30 @@ def group_losses(
         return partials
 
     return token_losses(logits, labels, k, gate, ignore_index, shard, gather, inplace_backward)
+
+
+def can_check(group: ProcessGroup | None) -> bool:
+    """Whether there are values to look at, and others to compare them with."""
+    return not torch.compiler.is_compiling() and (group is None or _agreement.is_real(group))
+
+
+def note_of_options(
+    k: int,
+    gate: Gate | GateFunction,
+    ignore_index: int,
+    reduction: Reduction,
+    shard: VocabShard,
+    num_columns: int,
+) -> _agreement.Note:
+    """What processes compare of their options and shards."""
+    return {
+        "k": k,
+        "gate": _name_of(gate),
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "vocab_size": shard.vocab_size,
+        "columns": [shard.start, shard.start + num_words(num_columns, shard)],
+    }
 
 
 def _name_of(gate: Gate | GateFunction) -> str:

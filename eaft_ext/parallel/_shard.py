@@ -29,9 +29,8 @@ class VocabShard(NamedTuple):
     """Words of all shards, where that is known."""
 
 
-def num_words(logits: Tensor, shard: VocabShard) -> int:
-    """The columns of the logits that are no padding."""
-    columns = logits.size(-1)
+def num_words(columns: int, shard: VocabShard) -> int:
+    """How many of a shard's columns are no padding."""
     return (
         columns
         if shard.vocab_size is None
@@ -82,7 +81,7 @@ class _ReferenceGradient(torch.autograd.Function):
         log_sum: Tensor,
         shard: VocabShard,
     ) -> Tensor:
-        words = num_words(logits, shard)
+        words = num_words(logits.size(-1), shard)
         gradient = torch.zeros_like(logits)
         gradient[..., :words] = reference.shard_gradient(
             weight, logits[..., :words], labels, row_max, log_sum, shard.start
@@ -98,7 +97,7 @@ def _k_of_gate(k: int, logits: Tensor, partials: Tensor, shard: VocabShard) -> i
     """How many logits the entropy is over: k, or all words where there are fewer."""
     if shard.total is not None:
         return min(k, shard.total)
-    if num_words(logits, shard) >= k or torch.compiler.is_compiling():
+    if num_words(logits.size(-1), shard) >= k or torch.compiler.is_compiling():
         return k
     # Shards narrower than k tell how many words they have: NaN stands for those that are missing.
     counts = (~partials[..., reference.PARTIAL_HEAD :].isnan()).sum((0, -1))
@@ -148,7 +147,7 @@ def token_losses(
             inplace_backward and has_backward and not torch.compiler.is_compiling(),
         )
     else:
-        words = logits[..., : num_words(logits, shard)]
+        words = logits[..., : num_words(logits.size(-1), shard)]
         partials = gather(reference.shard_partial(words, labels, k, shard.start, ignore_index))
         loss, entropy = _ReferenceNll.apply(logits, labels, partials, ignore_index, shard)
         nll = loss.detach()

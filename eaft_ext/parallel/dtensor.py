@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
@@ -40,37 +43,68 @@ def _vocab_dim(op: str, logits: DTensor) -> int | None:
     return dims[0] if dims else None
 
 
-def _local_labels(
-    op: str, labels: Tensor, logits: DTensor, local_logits: Tensor, rows: list[Placement]
-) -> Tensor:
-    """The labels of this process's rows, placed as they are.
+class PlacedRows(NamedTuple):
+    """Where the tokens of a call are: ``placements`` on a mesh, of labels with that ``shape``."""
 
-    Labels that are no DTensor are those of this process, or of all where they have that shape.
-    """
-    if isinstance(labels, DTensor) or labels.shape != local_logits.shape[:-1]:
-        check_placement(op, labels, logits)
-    if isinstance(labels, DTensor):
-        if labels.device_mesh != logits.device_mesh:
-            raise ValueError(f"{op}: labels and logits are on different meshes")
-        return labels.redistribute(placements=rows).to_local()
-    if labels.shape == local_logits.shape[:-1]:
-        return labels
-    replicated = DTensor.from_local(
-        labels, logits.device_mesh, [Replicate()] * logits.device_mesh.ndim, run_check=False
-    )
-    return replicated.redistribute(placements=rows).to_local()
+    mesh: DeviceMesh
+    placements: list[Placement]
+    shape: torch.Size
+
+    def local_labels(
+        self, op: str, labels: Tensor, whole: DTensor, local: Tensor, name: str = "logits"
+    ) -> Tensor:
+        """The labels of this process's rows, for ``whole`` logits (or what ``name`` says).
+
+        Labels that are no DTensor are those of this process, or of all where they have that shape.
+        """
+        if isinstance(labels, DTensor) or labels.shape != local.shape[:-1]:
+            check_placement(op, labels, whole, name)
+        if isinstance(labels, DTensor):
+            if labels.device_mesh != self.mesh:
+                raise ValueError(f"{op}: labels and {name} are on different meshes")
+            return labels.redistribute(placements=self.placements).to_local()
+        if labels.shape == local.shape[:-1]:
+            return labels
+        everywhere = [Replicate()] * self.mesh.ndim
+        replicated = DTensor.from_local(labels, self.mesh, everywhere, run_check=False)
+        return replicated.redistribute(placements=self.placements).to_local()
+
+    def per_token(self, local: Tensor) -> DTensor:
+        """A number for each token."""
+        stride = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=stride
+        )
+
+    def summed(self, local: Tensor) -> DTensor:
+        """A sum over rows; those that are divided are added up."""
+        sums = [Replicate() if isinstance(p, Replicate) else Partial() for p in self.placements]
+        total = DTensor.from_local(local, self.mesh, sums, run_check=False)
+        return total.redistribute(placements=[Replicate()] * self.mesh.ndim)
+
+    def mean_divisor(
+        self, valid: Tensor, num_items_in_batch: float | Tensor | None, dtype: torch.dtype
+    ) -> float | Tensor:
+        """What a mean over all rows divides by."""
+        if num_items_in_batch is None:
+            return self.summed(valid.sum()).to_local().clamp(min=1)
+        if isinstance(num_items_in_batch, DTensor):
+            num_items_in_batch = num_items_in_batch.full_tensor()
+        return mean_divisor(valid, num_items_in_batch, dtype)
 
 
-def _shard_of(op: str, logits: DTensor, local_logits: Tensor, dim: int | None) -> VocabShard:
-    total = logits.size(-1)
+def shard_of(
+    op: str, mesh: DeviceMesh, total: int, columns: int, dim: int | None, name: str = "logits"
+) -> VocabShard:
+    """The shard of this process, which has so many columns of a ``total`` divided over ``dim``."""
     if dim is None:
         return VocabShard(0, None, total)
     # As torch.chunk divides: the last ones may have less, or nothing.
-    chunk = -(-total // logits.device_mesh.size(dim))
-    start = min(chunk * logits.device_mesh.get_local_rank(dim), total)
-    if local_logits.size(-1) != min(chunk, total - start):
+    chunk = -(-total // mesh.size(dim))
+    start = min(chunk * mesh.get_local_rank(dim), total)
+    if columns != min(chunk, total - start):
         raise ValueError(
-            f"{op}: the local logits have {local_logits.size(-1)} columns, and as a Shard of "
+            f"{op}: the local {name} have {columns} columns, and as a Shard of "
             f"{total} they would have {min(chunk, total - start)}"
         )
     return VocabShard(start, None, total)
@@ -105,10 +139,11 @@ def gated_ce_of_dtensor(
         chosen = check_options(op, k, alpha, normalizer, gate, reduction)
         check_num_items(op, num_items_in_batch, reduction, logits)
         check_gradient_in_forward(op, gradient_in_forward, reduction)
-        rows = [Replicate() if i == dim else p for i, p in enumerate(logits.placements)]
+        placements = [Replicate() if i == dim else p for i, p in enumerate(logits.placements)]
+        rows = PlacedRows(mesh, placements, logits.shape[:-1])
         local_logits = logits.to_local()
-        local_labels = _local_labels(op, labels, logits, local_logits, rows)
-        shard = _shard_of(op, logits, local_logits, dim)
+        local_labels = rows.local_labels(op, labels, logits, local_logits)
+        shard = shard_of(op, mesh, logits.size(-1), local_logits.size(-1), dim)
     except (TypeError, ValueError) as error:
         if member is not None and member.size > 1:
             _agreement.tell_failure(error, member.group)
@@ -125,28 +160,10 @@ def gated_ce_of_dtensor(
         shard,
         inplace_backward,
     )
-    shape = logits.shape[:-1]
-    stride = torch.empty(shape, device="meta").stride()
-
-    def per_token(local: Tensor) -> DTensor:
-        return DTensor.from_local(local, mesh, rows, run_check=False, shape=shape, stride=stride)
-
-    def over_all_rows(local: Tensor) -> DTensor:
-        """A sum over rows; those that are divided are added up."""
-        sums = [Replicate() if isinstance(p, Replicate) else Partial() for p in rows]
-        summed = DTensor.from_local(local, mesh, sums, run_check=False)
-        return summed.redistribute(placements=[Replicate()] * mesh.ndim)
-
-    placed = TokenStats(*(per_token(stat) for stat in stats))
+    placed = TokenStats(*(rows.per_token(stat) for stat in stats))
     if reduction == "none":
-        return per_token(loss), placed
+        return rows.per_token(loss), placed
     total = loss.sum()
     if reduction == "mean":
-        if num_items_in_batch is None:
-            count = over_all_rows(stats.valid.sum()).to_local().clamp(min=1)
-            total = total / count
-        else:
-            if isinstance(num_items_in_batch, DTensor):
-                num_items_in_batch = num_items_in_batch.full_tensor()
-            total = total / mean_divisor(stats.valid, num_items_in_batch, total.dtype)
-    return over_all_rows(total), placed
+        total = total / rows.mean_divisor(stats.valid, num_items_in_batch, total.dtype)
+    return rows.summed(total), placed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, overload
 
-import torch
 from torch import Tensor
 
 from eaft_ext._checks import (
@@ -16,8 +15,7 @@ from eaft_ext._checks import (
 )
 from eaft_ext.gates import Gate, GateFunction
 from eaft_ext.parallel import _agreement
-from eaft_ext.parallel._group import Member, NotInGroupError, check_group, group_losses
-from eaft_ext.parallel._shard import VocabShard
+from eaft_ext.parallel._group import NotInGroupError, check_group, check_shard, group_losses
 from eaft_ext.reference import Reduction, TokenStats, reduce_loss
 
 if TYPE_CHECKING:
@@ -25,25 +23,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _OP = "vocab_parallel_gated_ce"
-
-
-def _check_shard(
-    logits: Tensor, member: Member, vocab_start: int | None, vocab_size: int | None
-) -> VocabShard:
-    for name, value in (("vocab_start", vocab_start), ("vocab_size", vocab_size)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{_OP}: {name} must be an int, got {value!r}")
-        if value < 0:
-            raise ValueError(f"{_OP}: {name} must be at least 0, got {value}")
-    columns = logits.size(-1)
-    if vocab_start is None:  # all shards are alike
-        total = member.size * columns
-        return VocabShard(
-            member.rank * columns, vocab_size, total if vocab_size is None else vocab_size
-        )
-    return VocabShard(vocab_start, vocab_size, vocab_size)
 
 
 @overload
@@ -153,7 +132,7 @@ def vocab_parallel_gated_ce(
         check_placement(_OP, labels, logits_shard)
         chosen = check_options(_OP, k, alpha, normalizer, gate, reduction)
         check_num_items(_OP, num_items_in_batch, reduction, logits_shard)
-        shard = _check_shard(logits_shard, member, vocab_start, vocab_size)
+        shard = check_shard(_OP, logits_shard.size(-1), member, vocab_start, vocab_size)
     except NotInGroupError:
         raise
     except (TypeError, ValueError) as error:

@@ -1,0 +1,148 @@
+"""The linear loss over several processes: a vocabulary in shards, DTensors, FSDP2's weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from linear_cases import HIDDEN, V, linear_inputs
+from linear_worker import ERRORS, OPTIONS, UNEVEN, own_rows, placements_of, scalar
+from spawned import run_processes
+from torch import Tensor
+
+import eaft_ext
+
+Results = dict[int, list[dict[str, Any]]]
+
+WORLD_SIZES = (1, 2, 3, 4)
+SHARDS = [
+    (n, kind)
+    for n in WORLD_SIZES
+    for kind in ("even", "parts", "uneven")
+    if kind != "uneven" or n in UNEVEN
+]
+NAMES = ("hidden", "weight", "bias")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What each process saved, for each number of processes."""
+    return {
+        n: run_processes("linear_worker.py", n, tmp_path_factory.mktemp(f"linear{n}"))
+        for n in WORLD_SIZES
+    }
+
+
+def _alone(option: str) -> dict[str, Any]:
+    """The unfused loss of one process."""
+    *leaves, labels = linear_inputs()
+    hidden, weight, bias = (leaf.requires_grad_() for leaf in leaves)
+    options = {name: value for name, value in OPTIONS[option].items() if name != "chunk_size"}
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    loss, stats = eaft_ext.gated_ce(logits, labels, return_stats=True, **options)
+    scalar(loss).backward()
+    gradients = dict(zip(NAMES, (leaf.grad for leaf in (hidden, weight, bias)), strict=True))
+    return {"loss": loss.detach(), "stats": stats, **gradients}
+
+
+def _close(found: Tensor, expected: Tensor, name: str) -> None:
+    torch.testing.assert_close(
+        found, expected, rtol=1e-5, atol=1e-5, msg=lambda text: f"{name}: {text}"
+    )
+
+
+def _compare(found: dict[str, Any], expected: dict[str, Any], *names: str) -> None:
+    for name in ("loss", *names):
+        _close(found[name], expected[name], name)
+    for name, a, b in zip(
+        eaft_ext.TokenStats._fields, found["stats"], expected["stats"], strict=True
+    ):
+        _close(a, b, name)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("world_size", "kind"), SHARDS)
+def test_shards(results: Results, world_size: int, kind: str, option: str) -> None:
+    expected = _alone(option)
+    parts = [of_process[f"{kind} {option}"] for of_process in results[world_size]]
+    for rank, found in enumerate(parts):
+        start, stop, _ = own_rows(rank, world_size, kind)
+        words = min(stop, V) - start
+        for name in ("weight", "bias"):
+            _close(found[name][:words], expected[name][start:stop], name)
+            # The gradient of padding is 0, whatever stands there.
+            assert not found[name][words:].any()
+        _compare(found, expected, *(() if kind == "parts" else ("hidden",)))
+        assert torch.equal(found["loss"], parts[0]["loss"])
+    _close(
+        sum(p["hidden"] for p in parts) / (1 if kind == "parts" else world_size),
+        expected["hidden"],
+        "hidden",
+    )
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("kind", ["even", "parts"])
+def test_collectives(results: Results, kind: str, option: str) -> None:
+    """An all-gather for each chunk; of the hidden's gradient one all-reduce, if any."""
+    labels = linear_inputs()[-1]
+    tokens = int((labels != -100).sum())
+    chunks = -(-tokens // OPTIONS[option].get("chunk_size", tokens))
+    forward, backward = results[2][0][f"{kind} {option}"]["collectives"]
+    both = forward + backward
+    # Losses per token and gates of one's own compute the logits again, and tell nothing again.
+    expected = {"gloo:all_gather": chunks} | ({"gloo:all_reduce": 1} if kind == "even" else {})
+    assert both == expected
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    ("world_size", "placement"), [(n, name) for n in WORLD_SIZES for name in placements_of(n)]
+)
+def test_dtensors(results: Results, world_size: int, placement: str, option: str) -> None:
+    expected = _alone(option)
+    for of_process in results[world_size]:
+        _compare(of_process[f"{placement} {option}"], expected, *NAMES)
+
+
+@pytest.mark.parametrize("how", ["inside", "outside"])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_fsdp(results: Results, world_size: int, how: str) -> None:
+    """Inside the module FSDP2 unshards; outside of it the loss gathers the weight itself."""
+    _, weight, bias, _ = linear_inputs(seed=0)
+    means = [torch.zeros(V, HIDDEN), torch.zeros(V)]
+    for rank, of_process in enumerate(results[world_size]):
+        hidden, _, _, labels = linear_inputs(seed=rank)
+        leaves = [t.detach().requires_grad_() for t in (hidden, weight, bias)]
+        loss = eaft_ext.gated_ce(torch.nn.functional.linear(*leaves), labels)
+        of_hidden, *of_parameters = torch.autograd.grad(loss, leaves)
+        found = of_process[f"fsdp {how}"]
+        _close(found["loss"], loss.detach(), "loss")
+        _close(found["hidden"], of_hidden, "hidden")
+        for mean, part in zip(means, of_parameters, strict=True):
+            mean += part / world_size
+    for of_process in results[world_size]:
+        for name, mean in zip(("weight", "bias"), means, strict=True):
+            _close(of_process[f"fsdp {how}"][name], mean, name)
+
+
+SENTENCES = {
+    "tokens": "differ in the shape of the tokens: [13] in process 0, [12] in process 1",
+    "ignored": "differ in the number of tokens not ignored",
+    "labels": "the labels at position [7] differ",
+    "outside": "the label at position [9] is 50, in no shard and not ignore_index -100",
+    "chunk_size": "differ in chunk_size: None in process 0, 4 in process 1",
+    "gradient": "differ in whether the hidden has a gradient: True in process 0, False",
+    "bad_weight": "weight must be (V, H) with V of at least 0 and H = 16",
+    "no_size": "with vocab_start give vocab_size too, or chunk_size",
+    "dtensor": "TypeError: vocab_parallel_linear_gated_ce: weight_shard is a DTensor",
+    "placement": "weight must be Shard(0) on one dimension of its mesh",
+    "half": "TypeError: linear_gated_ce: with a DTensor as hidden, weight and bias must be",
+}
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_what_is_wrong_is_said_in_all_processes(results: Results, what: str) -> None:
+    for of_process in results[2]:
+        assert SENTENCES[what] in of_process[f"error {what}"]
