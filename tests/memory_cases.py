@@ -19,7 +19,7 @@ MB = 1 << 20
 VOCAB_SIZE = 50257
 
 
-def _resident(which: str) -> float:
+def resident(which: str) -> float:
     """VmHWM, the peak, or VmRSS, in megabytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(which):
@@ -147,9 +147,9 @@ def main(megabytes: int) -> None:
                 row.copy_(small[0])
             gc.collect()
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            before = _resident("VmRSS")
+            before = resident("VmRSS")
             run(logits, labels)
-            growth[f"{name} {str(dtype).removeprefix('torch.')}"] = _resident("VmHWM") - before
+            growth[f"{name} {str(dtype).removeprefix('torch.')}"] = resident("VmHWM") - before
             del logits
             gc.collect()
     print(json.dumps(growth))

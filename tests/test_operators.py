@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from inputs import make, upstream_of
+from linear_cases import linear_inputs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -116,6 +117,11 @@ def _arguments_of_a_shard(
 SHARD_OPERATORS = ["gated_ce_partial", "gated_ce_merge"]
 DIFFERENTIABLE = ["gated_ce_forward", "gated_ce_merge", "gated_ce_backward", "topk"]
 OPERATORS = [*DIFFERENTIABLE, "gated_ce_partial", "gated_ce_forward_with_grad"]
+LINEAR_OPERATORS = [
+    "linear_gated_ce_forward",
+    "linear_gated_ce_backward",
+    "linear_gated_ce_forward_with_grad",
+]
 IN_PLACE_OPERATORS = ["gated_ce_backward_", "gated_ce_forward_with_grad_", "scale_gradient_"]
 
 
@@ -125,7 +131,7 @@ def test_every_operator_is_here() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("eaft_ext::")
     }
-    assert names == {*OPERATORS, *IN_PLACE_OPERATORS}
+    assert names == {*OPERATORS, *IN_PLACE_OPERATORS, *LINEAR_OPERATORS}
 
 
 CHECKS = ["test_schema", "test_autograd_registration", "test_faketensor"]
@@ -259,3 +265,46 @@ def test_meta_tensors() -> None:
     values, indices = eaft_ext.topk(logits, 4)
     assert values.shape == indices.shape == (2, 3, 4)
     assert values.dtype == torch.bfloat16 and indices.dtype == torch.int64
+
+
+def _arguments_of_a_product(
+    op: str, dtype: torch.dtype, device: str, wanted: list[bool], **inputs: Any
+) -> tuple[Any, ...]:
+    """For the linear loss; ``wanted`` are the gradients of hidden, weight and bias."""
+    hidden, weight, bias, labels = linear_inputs(dtype=dtype, device=device, **inputs)
+    options = (*FORWARD_OPTIONS, True, 4, None, 0, None, None, None, 1, False)
+    given = (hidden, weight, bias if wanted[2] else None, labels)
+    if op == "linear_gated_ce_backward":
+        *_, gate, row_max, log_sum = ops.linear_gated_ce_forward(*given, *options)
+        return gate, row_max, log_sum, wanted, *given, *options
+    for tensor, wants in zip(given[:3], wanted, strict=True):
+        if tensor is not None:
+            tensor.requires_grad_(wants)
+    if op == "linear_gated_ce_forward":
+        return *given, *options
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    divisor = torch.tensor(2.0, dtype=wide, device=device)
+    return *given, divisor, wanted, *options
+
+
+ALL_WANTED = [True, True, True]
+
+
+@pytest.mark.operator("gated_ce_forward_with_grad")
+@pytest.mark.parametrize("op", LINEAR_OPERATORS)
+def test_opcheck_of_a_product(device: str, dtype: torch.dtype, op: str) -> None:
+    arguments = _arguments_of_a_product(op, dtype, device, ALL_WANTED)
+    _check(op, arguments)
+    _assert_fake_is_like_real(op, arguments)
+
+
+@pytest.mark.operator("gated_ce_forward_with_grad")
+@pytest.mark.parametrize("inputs", [{"num_tokens": 0}, {"ignored": 1.1}, {"ignored": 0}], ids=str)
+@pytest.mark.parametrize("wanted", [ALL_WANTED, [True, False, False], [False, True, False]])
+@pytest.mark.parametrize("op", LINEAR_OPERATORS)
+def test_opcheck_of_some_products(
+    device: str, op: str, wanted: list[bool], inputs: dict[str, Any]
+) -> None:
+    arguments = _arguments_of_a_product(op, torch.float32, device, wanted, **inputs)
+    _check(op, arguments)
+    _assert_fake_is_like_real(op, arguments)
