@@ -23,6 +23,8 @@ from . import corpus
 from .batches import Batch, evaluation_batches, training_batches
 from .errors import DemoError, ReferenceMismatch
 from .evaluation import Evaluator
+from .losses import check_output_layer, of_hidden, of_logits
+from .memory import measure
 from .model import DEFAULT_NAME, load
 from .progress import Progress
 from .results import Results, explanation, table, write_csv, write_json
@@ -83,6 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=256,
         metavar="N",
         help="tokens in a row, at most" + default,
+    )
+    add(
+        "--fused-linear",
+        action="store_true",
+        help="train on linear_gated_ce, which never holds all logits, and measure the memory saved",
     )
     add("--device", type=_device, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
@@ -149,6 +156,12 @@ def _run(settings: Settings) -> int:
         f"{texts['training']}",
         highlight=False,
     )
+    memory = None
+    if settings.fused_linear:
+        first = batches[0].to(settings.device)
+        check_output_layer(model, first)
+        with console.status("measuring the memory of output layer and loss"):
+            memory = measure(model, first, settings.k)
     with console.status("measuring the base model"):
         evaluator = Evaluator(
             model,
@@ -163,6 +176,7 @@ def _run(settings: Settings) -> int:
         evaluator.base,
         held_out_conflicts=evaluator.conflicts(),
         runs=[],
+        memory=memory,
     )
     status = SUCCESS
     try:
@@ -179,6 +193,7 @@ def _run(settings: Settings) -> int:
                     learning_rate=settings.learning_rate,
                     seed=settings.seed,
                     on_change=progress.update,
+                    loss_of=of_hidden if settings.fused_linear else of_logits,
                 )
     except KeyboardInterrupt:
         results.interrupted = True

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from .evaluation import CONFLICT_ENTROPY, CONFLICT_PROBABILITY, Evaluation
+from .memory import DEFINITIONS, LossMemory, NotMeasured
 from .settings import Settings
 from .training import TOLERANCE, Run, Step
 
 
 @dataclass
 class Results:
-    """Everything measured so far. ``environment`` and ``texts`` describe what was run on what."""
+    """Everything measured so far. ``environment`` and ``texts`` describe what was run on what.
+
+    ``memory`` is None unless the output layer is fused with the loss.
+    """
 
     settings: Settings
     environment: dict[str, str]
@@ -27,6 +31,7 @@ class Results:
     runs: list[Run]
     interrupted: bool = False
     seconds: float = 0.0
+    memory: LossMemory | NotMeasured | None = None
 
     def largest_difference(self) -> float:
         """Return the fused loss's largest distance from the reference over all steps, relative."""
@@ -120,15 +125,19 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
 
 def explanation(results: Results) -> list[str]:
     """Return the sentences that say what the table's rows mean."""
-    return [
+    fused = results.settings.fused_linear
+    sentences = [
         f"Target: {results.texts['held-out']}. Drift: {results.texts['drift']}.",
         f"Confident conflicts: tokens with p(y) < {CONFLICT_PROBABILITY} and entropy below "
         f"{CONFLICT_ENTROPY} ln {results.settings.k}; of the held-out tokens "
         f"{results.held_out_conflicts}, as the base model sees them.",
-        f"At every step gated_ce was checked against eaft_ext.reference on the same logits "
-        f"(tolerance {TOLERANCE:.0e}).",
+        f"At every step {'linear_gated_ce' if fused else 'gated_ce'} was checked against "
+        f"eaft_ext.reference on the same logits (tolerance {TOLERANCE:.0e}).",
         "Short runs show the mechanism; differences of a few percent change with the seed.",
     ]
+    if results.memory is not None:
+        sentences.append(results.memory.sentence())
+    return sentences
 
 
 def write_json(results: Results, path: Path) -> None:
@@ -144,12 +153,14 @@ def write_json(results: Results, path: Path) -> None:
             "conflicts": f"share of tokens with p(y) < {CONFLICT_PROBABILITY} "
             f"and H < {CONFLICT_ENTROPY} ln k",
             "difference": "|loss - reference_loss| / max(1, reference_loss)",
+            **(DEFINITIONS if results.memory else {}),
         },
         "interrupted": results.interrupted,
         "seconds": results.seconds,
         "tolerance": TOLERANCE,
         "largest_difference": results.largest_difference(),
         "held_out_conflicts": results.held_out_conflicts,
+        **({"memory": results.memory.as_json()} if results.memory else {}),
         "base": asdict(results.base),
         "runs": {
             run.name: {

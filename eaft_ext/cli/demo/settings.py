@@ -20,4 +20,5 @@ class Settings:
     learning_rate: float
     batch_size: int
     sequence_length: int
+    fused_linear: bool
     device: str

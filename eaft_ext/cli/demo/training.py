@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 import eaft_ext
-import eaft_ext.reference
 
 from .batches import Batch
 from .errors import ReferenceMismatch
-from .evaluation import Evaluation, Evaluator, confident_conflicts, mixed_precision
+from .evaluation import Evaluation, Evaluator, confident_conflicts
+from .losses import LossOf, of_logits
 
 TOLERANCE = 1e-5
 """Largest difference allowed between the fused loss and the reference, relative to max(1, loss).
@@ -72,6 +72,7 @@ def train(
     learning_rate: float,
     seed: int,
     on_change: Callable[[Run], None],
+    loss_of: LossOf = of_logits,
 ) -> None:
     """Tune a copy of ``base`` on ``batches``, one step each, and record everything in ``run``.
 
@@ -89,17 +90,9 @@ def train(
     run.evaluations.append(evaluator.base)
     for number, batch in enumerate(batches, start=1):
         started = time.perf_counter()
-        with mixed_precision(batch.input_ids.device):
-            logits = model(input_ids=batch.input_ids, use_cache=False).logits
-        loss, stats = eaft_ext.gated_ce(
-            logits, batch.labels, k, gate=gate, inplace_backward=True, return_stats=True
-        )
-        # Before the backward pass, which overwrites the logits with their gradient.
-        with torch.no_grad():
-            reference_loss: Any = eaft_ext.reference.gated_ce(
-                logits.detach(), batch.labels, k, gate=gate
-            )
-        torch.autograd.backward(loss)
+        computed = loss_of(model, batch, k, gate)
+        stats = computed.stats
+        torch.autograd.backward(computed.loss)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
@@ -107,8 +100,8 @@ def train(
         conflicts = confident_conflicts(nll, entropy, k)
         step = Step(
             step=number,
-            loss=float(loss.detach()),
-            reference_loss=float(reference_loss),
+            loss=float(computed.loss.detach()),
+            reference_loss=float(computed.reference_loss),
             nll=float(nll.mean()),
             entropy=float(entropy.mean()),
             gate=float(stats.gate[stats.valid].mean()),
@@ -120,9 +113,9 @@ def train(
         on_change(run)
         if not step.difference <= TOLERANCE:  # NaN fails too
             raise ReferenceMismatch(
-                f"{run.name}, step {number}: gated_ce gives {step.loss!r}, the reference "
-                f"{step.reference_loss!r}; they differ by {step.difference:.1e} of the loss, "
-                f"more than {TOLERANCE:.0e}"
+                f"{run.name}, step {number}: {computed.name} gives {step.loss!r}, the "
+                f"reference {step.reference_loss!r}; they differ by {step.difference:.1e} of the "
+                f"loss, more than {TOLERANCE:.0e}"
             )
         if number in measured_at:
             run.evaluations.append(evaluator.measure(model, number))
