@@ -18,6 +18,8 @@ MAX_CHUNK_BYTES_ELSEWHERE = 640 * MiB
 MAX_CHUNK_TOKENS = 4096
 # Products are computed in tiles, and are slower if one is cut off.
 TILE = 64
+# Elements, in the 16 bytes that kernels and products load at once; of 16 bits each.
+VECTOR = 8
 # Float32 sums that are small beside a chunk are no reason to round after each one.
 SMALL_SUM_SHARE = 8
 SLICE_BYTES = 16 * MiB

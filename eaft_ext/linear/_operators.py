@@ -18,7 +18,7 @@ from eaft_ext._checks import check_label_values
 from eaft_ext._registration import ops
 from eaft_ext._scalar_loss import scaled
 from eaft_ext.gates import BUILT_IN
-from eaft_ext.linear._chunks import BiasSum, Chunk, WeightSum, chunks_of
+from eaft_ext.linear._chunks import VECTOR, BiasSum, Chunk, WeightSum, chunks_of
 from eaft_ext.linear._rows import Gather, Rows
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._group import all_gather, all_reduce
@@ -102,9 +102,10 @@ class _Call:
         widest = weight.size(0) if total is None else -(-total // group_size)
         valid = self.labels != ignore_index
         self.chunks = chunks_of(valid, widest * hidden.element_size(), chunk_size)
-        self._buffer = hidden.new_empty(
-            max((chunk.size for chunk in self.chunks), default=0), words
-        )
+        # Rows begin where vectors can be loaded, whatever V is.
+        longest = max((chunk.size for chunk in self.chunks), default=0)
+        width = -(-words // VECTOR) * VECTOR
+        self._buffer = hidden.new_empty(longest, width)[:, :words]
         self._now: Chunk | None = None
 
     def _gather(self, group: str) -> Gather:
