@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cases import TIMES, Case
+from cases import TIMES, Case, LinearCase
 from contenders import SWEEP, SWEEP_SHAPE
+from linear_contenders import CHUNKED, LIGER, PRODUCTS, UNFUSED, chunk_tokens
+from linear_contenders import OURS as LINEAR
 from results import CaseResult, Result
 from timing import BACKWARD, FORWARD, TOTAL
 from vocab_parallel_rank import HELD, MEGATRON, OURS
@@ -64,6 +66,11 @@ def times_reading(name: str, phase: str) -> Measure:
 def times_faster(name: str, other: str) -> Measure:
     """How many times as fast as another, forward and backward."""
     return lambda result: result.ratio(other, name)
+
+
+def times_other(name: str, other: str) -> Measure:
+    """Time over that of another, forward and backward."""
+    return lambda result: result.ratio(name, other)
 
 
 def cost_of_k(k: int, phase: str) -> Measure:
@@ -216,14 +223,76 @@ def vocab_parallel_bounds(result: Result) -> tuple[Bound, ...]:
     )
 
 
+def beyond_gradients(result: CaseResult, name: str) -> int | None:
+    """Peak memory beyond the inputs and all gradients that were wanted."""
+    peak = result.peak(name)
+    return None if peak is None else max(peak - result.case.input_bytes, 0)
+
+
+def peak_over(name: str, other: str) -> Measure:
+    """Peak memory beyond inputs and gradients, over that of another."""
+
+    def ratio(result: CaseResult) -> float | None:
+        mine, theirs = (beyond_gradients(result, each) for each in (name, other))
+        return None if mine is None or not theirs else mine / theirs
+
+    return ratio
+
+
+def peak_in_chunks(name: str, device: str) -> Measure:
+    """Peak memory beyond inputs and gradients, over the logits of a chunk; not of small cases."""
+
+    def ratio(result: CaseResult) -> float | None:
+        case, peak = result.case, beyond_gradients(result, name)
+        if peak is None or case.logits_bytes < LARGE_BYTES:
+            return None
+        return peak * case.num_rows / (chunk_tokens(case, device) * case.logits_bytes)
+
+    return ratio
+
+
+def linear_bounds(device: str) -> tuple[Bound, ...]:
+    """What is promised where the output layer is part of the loss."""
+    title, peak = f"`{LINEAR}`", "peak beyond inputs and gradients"
+    in_chunks = Bound(None, f"{peak} / a chunk's logits", peak_in_chunks(LINEAR, device), 1.2)
+    if device == "cpu":
+        heads = [LinearCase(4096, 49_152, dtype, 576) for dtype in ("float32", "bfloat16")]
+        unfused = "`gated_ce` of all logits"
+        return (
+            *(
+                Bound(head, f"{title} / {unfused}", times_other(LINEAR, UNFUSED), 1.0)
+                for head in heads
+            ),
+            *(
+                Bound(head, f"{peak} / that of {unfused}", peak_over(LINEAR, UNFUSED), 0.15)
+                for head in heads
+            ),
+            in_chunks,
+        )
+    large = LinearCase(8192, 151_936, "bfloat16", 4096)
+    return (
+        Bound(large, f"{title} / three bare products", times_other(LINEAR, PRODUCTS), 1.15),
+        *(
+            Bound(large, f"{other_title} / {title}", times_faster(LINEAR, other), 1, at_least=True)
+            for other, other_title in (
+                (LIGER, "Liger-Kernel without a gate"),
+                (CHUNKED, "eager EAFT in chunks"),
+            )
+        ),
+        in_chunks,
+    )
+
+
 BOUNDS = {"cpu": cpu_bounds(), "cuda": cuda_bounds()}
+LINEAR_BOUNDS = {device: linear_bounds(device) for device in BOUNDS}
 
 
 def bounds_of(result: Result) -> tuple[Bound, ...]:
     """What is promised about what the result measured."""
     if "processes" in result.machine:
         return vocab_parallel_bounds(result)
-    return BOUNDS[result.machine["device"]]
+    is_linear = any(isinstance(of_case.case, LinearCase) for of_case in result.cases)
+    return (LINEAR_BOUNDS if is_linear else BOUNDS)[result.machine["device"]]
 
 
 def evaluate(result: Result) -> list[tuple[Bound, float]]:

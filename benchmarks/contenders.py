@@ -11,12 +11,12 @@ from typing import Any
 import peers
 import torch
 import torch.nn.functional as F
-from cases import IGNORED, Batch, Case
+from cases import DTYPES, IGNORED, Batch, Case
 from torch import Tensor
 
 import eaft_ext
 
-Function = Callable[[Tensor, Tensor], Any]
+Function = Callable[..., Any]
 ops = torch.ops.eaft_ext
 
 
@@ -25,6 +25,11 @@ def eager_eaft(logits: Tensor, labels: Tensor, k: int = 20) -> Tensor:
 
     They also gather the rows that are not ignored, which copies the logits once more; left out.
     """
+    return eager_eaft_sum(logits, labels, k) / (labels != IGNORED).sum()
+
+
+def eager_eaft_sum(logits: Tensor, labels: Tensor, k: int = 20) -> Tensor:
+    """The same, not yet divided by the number of labels that are not ignored."""
     logits = logits.float()
     nll = F.cross_entropy(logits, labels, reduction="none")
     with torch.no_grad():
@@ -32,7 +37,7 @@ def eager_eaft(logits: Tensor, labels: Tensor, k: int = 20) -> Tensor:
         log_q = top - top.logsumexp(dim=-1, keepdim=True)
         entropy = -(log_q.exp() * log_q).sum(dim=-1)
         weight = entropy / math.log(k)
-    return (weight * nll).sum() / (labels != IGNORED).sum()
+    return (weight * nll).sum()
 
 
 class Runner:
@@ -158,6 +163,7 @@ class Contender:
     ``build`` makes the function anew, so that what is compiled is compiled for one case alone.
     ``module`` is what must be installed for it, ``compiles`` whether its first call takes long, and
     ``shape`` the only shape that it is measured at; such contenders stand in a table of their own.
+    It is measured in ``dtypes``.
     """
 
     name: str
@@ -169,6 +175,7 @@ class Contender:
     module: str = ""
     compiles: bool = False
     shape: tuple[int, int] | None = None
+    dtypes: tuple[str, ...] = DTYPES
 
     @property
     def is_loss(self) -> bool:
@@ -178,7 +185,7 @@ class Contender:
     @property
     def is_ours(self) -> bool:
         """Whether it calls this package."""
-        return self.name.startswith(("gated_ce", "single_pass", "operators"))
+        return self.name.startswith(("gated_ce", "linear_gated_ce", "single_pass", "operators"))
 
     def make_runner(self) -> Runner:
         """Build its function, to be called."""
@@ -186,7 +193,8 @@ class Contender:
 
     def takes_part(self, case: Case, device: str) -> bool:
         """Whether it is measured in a case on a device, if it can be."""
-        return device in self.devices and self.shape in (None, (case.num_rows, case.vocab_size))
+        is_its_shape = self.shape in (None, (case.num_rows, case.vocab_size))
+        return is_its_shape and device in self.devices and case.dtype in self.dtypes
 
 
 # What k costs is measured where the bounds are held, by the operators alone.

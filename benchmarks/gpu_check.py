@@ -6,9 +6,11 @@ The steps, each within its own time limit; one that fails does not stop those af
     suite       pytest, but for what has nothing to do with a GPU
     sanitize    sanitize.py under compute-sanitizer: memcheck, racecheck, synccheck, initcheck
     bench       run.py --device cuda, with the peers that are installed
+    linear      linear_loss.py --device cuda, likewise
 
-Writes gpu_check.json and gpu_check.log, and the benchmark <gpu>.json, .csv and .md. Ends with 0 if
-all steps passed, with 1 if one did not, and with 2 where there is no GPU.
+Writes gpu_check.json and gpu_check.log, and the benchmarks <gpu>.json, .csv and .md, and
+<gpu>-linear.json and .md. Ends with 0 if all steps passed, with 1 if one did not, and with 2 where
+there is no GPU.
 """
 
 from __future__ import annotations
@@ -37,14 +39,15 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 WORK = ROOT / "build" / "gpu_check"
 
-STEPS = ("build", "suite", "sanitize", "bench")
+STEPS = ("build", "suite", "sanitize", "bench", "linear")
 # The most seconds that a step gets, and those that it finds left when its turn comes.
-LIMITS = {"build": 270.0, "suite": 150.0, "sanitize": 110.0, "bench": 600.0}
-RESERVED = {"build": 0.0, "suite": 50.0, "sanitize": 50.0, "bench": 120.0}
+LIMITS = {"build": 270.0, "suite": 150.0, "sanitize": 110.0, "bench": 600.0, "linear": 600.0}
+RESERVED = {"build": 0.0, "suite": 50.0, "sanitize": 50.0, "bench": 100.0, "linear": 75.0}
 FEWEST_SECONDS = 15.0
 ENVIRONMENT_SECONDS = 120.0
 REPORT_SECONDS = 5.0
-# run.py takes so long to begin and, at most, to end its last case after its time.
+BENCHMARKS = {"bench": "run.py", "linear": "linear_loss.py"}
+# They take so long to begin and, at most, to end their last case after their time.
 BENCH_MARGIN_SECONDS = 25.0
 
 # The demo trains on the CPU; the compiler's report is in the log of the build; what runs on the
@@ -62,13 +65,14 @@ SANITIZER_ERROR = 9
 BENCH_RUNS = 5
 DEVICE_LOST = 3
 
-# Prints how the package was built, and which operators have no CUDA kernel in it.
+# Prints how the package was built, and which operators have no CUDA kernel in it. Those that are
+# written in Python have one for all devices.
 IMPORT_CHECK = """
 import json, torch, eaft_ext
-from eaft_ext._library import has_kernel
-names = {name.removeprefix("eaft_ext::").split(".")[0]
-         for name in torch._C._dispatch_get_all_op_names() if name.startswith("eaft_ext::")}
-missing = sorted(name for name in names if not has_kernel(name, "cuda"))
+has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+missing = sorted(name.removeprefix("eaft_ext::")
+                 for name in torch._C._dispatch_get_all_op_names()
+                 if name.startswith("eaft_ext::") and not has_kernel(name, "CUDA"))
 print(json.dumps({"build_info": eaft_ext.build_info(), "missing": missing}))
 """
 
@@ -282,15 +286,23 @@ class Check:
         return {"outcome": bad[0] if bad else "passed", "tools": tools}
 
     def bench(self) -> dict[str, Any]:
-        """The benchmarks, in a new process where one is lost with its device."""
+        """The loss of logits, beside copies and peers."""
+        return self.measure("bench")
+
+    def linear(self) -> dict[str, Any]:
+        """The loss with the output layer, beside bare products and peers."""
+        return self.measure("linear")
+
+    def measure(self, step: str) -> dict[str, Any]:
+        """A benchmark, in a new process where one is lost with its device."""
         done, runs = None, 0
         while runs < BENCH_RUNS and (done is None or done.code == DEVICE_LOST or _crashed(done)):
-            limit = self.limit("bench")
+            limit = self.limit(step)
             if limit < FEWEST_SECONDS + BENCH_MARGIN_SECONDS:
                 break
             minutes = (limit - BENCH_MARGIN_SECONDS) / 60
-            command: list[str | Path] = [sys.executable, FOLDER / "run.py", "--device", "cuda"]
-            command += ["--output", self.output, "--minutes", f"{minutes:.2f}"]
+            command: list[str | Path] = [sys.executable, FOLDER / BENCHMARKS[step]]
+            command += ["--device", "cuda", "--output", self.output, "--minutes", f"{minutes:.2f}"]
             command += ["--checks", self.output / "gpu_check.json"]
             command += ["--resume"] if runs else []
             done = self.run(command, limit)
@@ -301,7 +313,7 @@ class Check:
         """Run a step and take down how it went."""
         begin = time.monotonic()
         log_begin = self.log.stat().st_size
-        needed = FEWEST_SECONDS + (BENCH_MARGIN_SECONDS if step == "bench" else 0)
+        needed = FEWEST_SECONDS + (BENCH_MARGIN_SECONDS if step in BENCHMARKS else 0)
         found: dict[str, Any]
         usable = self.record["steps"].get("build", {}).get("usable", True)
         if self.limit(step) < needed:
@@ -333,11 +345,11 @@ def _crashed(done: Finished) -> bool:
     return done.code is not None and done.code < 0
 
 
-def result_of(check: Check) -> Path | None:
-    """The benchmark's report of this call."""
+def results_of(check: Check) -> list[Path]:
+    """The benchmarks' reports of this call."""
     begin = datetime.fromisoformat(check.record["date"]).timestamp()
     reports = [file for file in check.output.glob("cuda-*.md") if file.stat().st_mtime >= begin]
-    return max(reports, key=lambda file: file.stat().st_mtime, default=None)
+    return sorted(reports, key=lambda file: file.stat().st_mtime)
 
 
 def describe_step(step: str, found: dict[str, Any]) -> str:
@@ -358,11 +370,11 @@ def describe_step(step: str, found: dict[str, Any]) -> str:
 
 
 def report(check: Check) -> None:
-    """The benchmark in short, and last of all how each step went."""
+    """The benchmarks in short, and last of all how each step went."""
     record = check.record
-    path = result_of(check)
-    text = path.read_text() if path else ""
-    short = text.partition("## In short\n")[2].partition("\n## ")[0].strip()
+    paths = results_of(check)
+    texts = [path.read_text().partition("## In short\n")[2] for path in paths]
+    short = "\n\n".join(text.partition("\n## ")[0].strip() for text in texts)
     if short:
         print(f"\n{short}\n")
     environment = record["environment"]
@@ -377,7 +389,8 @@ def report(check: Check) -> None:
             print(describe_step(step, record["steps"][step]))
     if short:
         print(f"bounds    {short.count('| held |')} held, {short.count('| missed |')} missed")
-    print(f"results   {path.with_suffix('') if path else check.output / 'gpu_check'}.json")
+    for path in paths or [check.output / "gpu_check"]:
+        print(f"results   {path.with_suffix('.json')}")
 
 
 def steps(text: str) -> tuple[str, ...]:

@@ -24,13 +24,13 @@ FEW_ROWS = 8
 
 
 def warmed_up(
-    contender: Contender, rotation: Rotation, device: Device, entry: Entry
+    contender: Contender, rotation: Rotation, device: Device, entry: Entry, calls: int
 ) -> Runner | None:
     """The contender after a few calls, None if it fails here (torch.compile needs a compiler)."""
     entry.attempt(contender.name)
     try:
         runner = contender.make_runner()
-        for _ in range(WARM_UP):
+        for _ in range(calls):
             time_once(runner, rotation, device)
     except Exception as error:
         reason = describe_error(error)
@@ -75,8 +75,9 @@ def start(
     device: Device,
     entry: Entry,
     schedule: Schedule,
+    warm_up: int = WARM_UP,
 ) -> list[Runner]:
-    """The contenders, warmed up, as far as they work and there is time; slow compilers last."""
+    """The contenders after a few calls, as far as they work and there is time; compilers last."""
     runners = []
     for contender in sorted(contenders, key=lambda contender: contender.compiles):
         if entry.excludes(contender):
@@ -85,7 +86,7 @@ def start(
             entry.fail(contender.name, LEFT_OUT)
             continue
         begin = time.monotonic()
-        if runner := warmed_up(contender, rotation, device, entry):
+        if runner := warmed_up(contender, rotation, device, entry, warm_up):
             runners.append(runner)
         if contender.compiles:
             schedule.has_compiled(time.monotonic() - begin)

@@ -3,12 +3,14 @@
 The inputs are the logits, the labels and, for a copy, the memory it goes to. After a warm-up, which
 takes the memory that is taken only once (threads, compiled code), the device's high-water mark is
 reset, and read after the forward and after the backward; the gradient is still held then. See
-:class:`device.Cpu` for what that mark sees. Each figure is the median of several calls.
+:class:`device.Cpu` for what that mark sees. Each figure is the median of several calls, as far as
+there is time.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterator
 
 from cases import Case, Rotation
@@ -18,6 +20,8 @@ from timing import FORWARD, TOTAL
 from worker import Answer, ask, serve
 
 CALLS = 3
+# After so long there is no further call; they differ little.
+SECONDS = 3.0
 
 
 def peak_once(runner: Runner, rotation: Rotation, device: Device) -> dict[str, int] | None:
@@ -42,7 +46,11 @@ def measure(case: Case, contenders: list[Contender]) -> Iterator[Answer]:
     rotation = Rotation(case, 0, device.type)
     for contender in contenders:
         runner = contender.make_runner()
-        calls = [peak_once(runner, rotation, device) for _ in range(1 + CALLS)][1:]
+        end = time.monotonic() + SECONDS
+        peak_once(runner, rotation, device)
+        calls: list[dict[str, int] | None] = []
+        while not calls or (len(calls) < CALLS and time.monotonic() < end):
+            calls.append(peak_once(runner, rotation, device))
         peaks = [call for call in calls if call is not None]
         if peaks:
             medians = {phase: statistics.median(p[phase] for p in peaks) for phase in peaks[0]}

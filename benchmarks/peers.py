@@ -1,4 +1,7 @@
-"""Fused cross-entropies of other projects, imported when they are built. None has a gate."""
+"""Fused cross-entropies of other projects, imported when they are built. None has a gate.
+
+The last two have the output layer in them.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ PEERS = {
     "quack": "quack-kernels",
     "flash_attn": "flash-attn",
     "transformer_engine": "transformer-engine",
+    "cut_cross_entropy": "cut-cross-entropy",
 }
 
 
@@ -70,3 +74,26 @@ def transformer_engine() -> Function:
         return parallel_cross_entropy(logits[None], labels[None], 0.0, True, None, -100)
 
     return loss
+
+
+def liger_linear() -> Function:
+    """Liger-Kernel: chunks of tokens, whose gradients are computed in the forward."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    module = LigerFusedLinearCrossEntropyLoss()
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Any:
+        return module(weight, hidden, labels)
+
+    return loss
+
+
+def cut_cross_entropy() -> Function:
+    """Apple's: logits stay on chip, and are computed anew in the backward.
+
+    It leaves out blocks of the gradient in which everything would be rounded away.
+    """
+    from cut_cross_entropy import linear_cross_entropy
+
+    function: Function = linear_cross_entropy
+    return function

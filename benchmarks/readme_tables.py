@@ -4,8 +4,8 @@
     python benchmarks/readme_tables.py --check    exits with 1 if that would change it
 
 What stands between ``<!-- benchmark:cpu -->`` and ``<!-- /benchmark:cpu -->`` is replaced, and the
-same for ``cuda`` once there is a result file of a GPU, and for ``vocab_parallel`` once there is one
-of vocab_parallel.py.
+same for ``cuda`` once there is a result file of a GPU, for ``vocab_parallel`` once there is one of
+vocab_parallel.py, and for ``linear`` and ``linear_cuda`` once there are some of linear_loss.py.
 """
 
 from __future__ import annotations
@@ -13,25 +13,51 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import linear_loss
+import report
 import vocab_parallel
-from cases import SHAPES
 from machine import ROOT
-from report import bounds_table, summary
+from report import bounds_table
 from results import FOLDER, Result
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the README: whose files it shows, by how their names begin and end, and how."""
+
+    prefix: str
+    suffix: str
+    read: Callable[[dict[str, Any]], Result]
+    summary: Callable[[Result], str]
+
+
+BLOCKS = {
+    "cpu": Block("cpu-", "", Result, report.summary),
+    "cuda": Block("cuda-", "", Result, report.summary),
+    vocab_parallel.BLOCK: Block(
+        "cpu-", vocab_parallel.SUFFIX, vocab_parallel.read, vocab_parallel.summary
+    ),
+    "linear": Block("cpu-", linear_loss.SUFFIX, Result, linear_loss.summary),
+    "linear_cuda": Block("cuda-", linear_loss.SUFFIX, Result, linear_loss.summary),
+}
+SUFFIXES = sorted({block.suffix for block in BLOCKS.values()}, key=len, reverse=True)
 
 
 def newest(folder: Path) -> dict[str, Result]:
     """The result with the latest date for each block of the README."""
     found: dict[str, Result] = {}
-    for device in SHAPES:
-        for path in folder.glob(f"{device}-*.json"):
+    for name, block in BLOCKS.items():
+        for path in folder.glob(f"{block.prefix}*.json"):
+            if next(filter(path.stem.endswith, SUFFIXES)) != block.suffix:
+                continue  # of another benchmark
             raw = json.loads(path.read_text())
-            is_shared = path.stem.endswith(vocab_parallel.SUFFIX)
-            name = vocab_parallel.BLOCK if is_shared else device
             if name not in found or found[name].machine["date"] < raw["machine"]["date"]:
-                found[name] = vocab_parallel.read(raw) if is_shared else Result(raw)
+                found[name] = block.read(raw)
     return found
 
 
@@ -58,8 +84,7 @@ def main() -> None:
     new = text = arguments.readme.read_text()
     for name, result in results.items():
         print(bounds_table(result))
-        summarise = vocab_parallel.summary if name == vocab_parallel.BLOCK else summary
-        new = fill(new, name, summarise(result))
+        new = fill(new, name, BLOCKS[name].summary(result))
     if arguments.check:
         if new != text:
             sys.exit(f"{arguments.readme} does not show the newest result file")

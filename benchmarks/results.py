@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cases import Case
-from contenders import CONTENDERS
+from cases import Case, case_of
+from linear_contenders import contenders_of
 from timing import TOTAL
 
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -36,14 +36,14 @@ class CaseResult:
     """One case of a result file."""
 
     def __init__(self, raw: dict[str, Any]) -> None:
-        self.case = Case(**raw["case"])
+        self.case = case_of(raw["case"])
         self.seconds: dict[str, dict[str, list[float]]] = raw.get("seconds", {})
         self.peak_bytes: dict[str, dict[str, int]] = raw.get("peak_bytes", {})
         self.utilisation: dict[str, dict[str, Any]] = raw.get("utilisation", {})
         self.agreement: dict[str, dict[str, float]] = raw.get("agreement", {})
         self.failed: dict[str, str] = raw.get("failed", {})
         self.copy_bytes_per_second: float | None = raw.get("copy_bytes_per_second")
-        self.contenders = [c for c in CONTENDERS if c.name in self.seconds]
+        self.contenders = [c for c in contenders_of(self.case) if c.name in self.seconds]
 
     def spread(self, name: str, phase: str = TOTAL) -> Spread | None:
         """The times of a contender in a phase, None where it has none."""
@@ -80,7 +80,7 @@ class Result:
         self.raw = raw
         self.machine: dict[str, Any] = raw["machine"]
         self.cases = [CaseResult(case) for case in raw["cases"] if case.get("seconds")]
-        self.failed = {Case(**case["case"]): case.get("failed", {}) for case in raw["cases"]}
+        self.failed = {case_of(case["case"]): case.get("failed", {}) for case in raw["cases"]}
 
     def find(self, case: Case) -> CaseResult | None:
         """The result of a case."""

@@ -19,12 +19,15 @@ import re
 import sys
 import threading
 import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import bounds
 import peers
-from cases import DTYPES, QUICK_SHAPES, SHAPES, Case
-from contenders import CONTENDERS
+from cases import DTYPES, QUICK_SHAPES, SHAPES, Case, case_of
+from contenders import CONTENDERS, Contender
 from device import Device, open_device
 from launches import MAX_ROWS
 from machine import describe, file_stem, load
@@ -36,15 +39,35 @@ from schedule import Schedule
 
 REPEATS = {"cpu": 15, "cuda": 30}
 MIN_SECONDS = {"cpu": 3.0, "cuda": 1.5}
+EXAMPLE = "512x151936"
 DEVICE_LOST = 3
 
 
-def shape(text: str) -> tuple[int, int]:
-    """ROWSxVOCABULARY, such as 512x151936."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 512x151936")
-    return int(match[1]), int(match[2])
+@dataclass(frozen=True)
+class Benchmark:
+    """What is measured: contenders in cases, those of most worth first.
+
+    ``measure`` takes what :func:`measure.measure_case` takes. ``report`` writes what is made of the
+    result file, and returns it. ``suffix`` ends the files' names, and ``compilation`` is how many
+    seconds the first contender that compiles may well take.
+    """
+
+    contenders: Sequence[Contender]
+    cases: Sequence[Case]
+    measure: Callable[..., None]
+    report: Callable[[Progress], str]
+    suffix: str = ""
+    compilation: float = 0.0
+
+
+def sizes(text: str, example: str) -> tuple[int, ...]:
+    """Sizes that are joined with an x, as many as in the example."""
+    if not re.fullmatch(re.sub(r"\d+", r"[1-9]\\d*", example), text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like {example}")
+    return tuple(map(int, text.split("x")))
+
+
+shape = partial(sizes, example=EXAMPLE)
 
 
 def positive(text: str) -> int:
@@ -65,20 +88,35 @@ def minutes(text: str) -> float:
     return value
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    summary, _, details = (__doc__ or "").partition("\n\n")
+def parse(
+    text: str | None,
+    form: str,
+    example: str,
+    shapes: Mapping[str, Sequence[tuple[int, ...]]],
+    quick_shapes: Sequence[tuple[int, ...]],
+    repeats: Mapping[str, int],
+    dtypes: Mapping[str, Sequence[str]],
+) -> argparse.Namespace:
+    """The command line, which shows a text; a shape has a form, such as NxV, and an example.
+
+    What is measured unless it says something else is by device.
+    """
+    summary, _, details = (text or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=summary,
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", choices=list(SHAPES), default="cpu")
+    parser.add_argument("--device", choices=list(shapes), default="cpu")
     parser.add_argument(
-        "--shapes", type=shape, nargs="+", metavar="NxV", help="rows x vocabulary, any number"
+        "--shapes",
+        type=partial(sizes, example=example),
+        nargs="+",
+        metavar=form,
+        help=f"such as {example}, any number",
     )
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--repeats", type=positive, help=f"rounds of each case (default {REPEATS})")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    parser.add_argument("--repeats", type=positive, help=f"rounds of each case (default {repeats})")
     parser.add_argument(
         "--minutes", type=minutes, help="about how long all may take; what is worth least is cut"
     )
@@ -96,9 +134,10 @@ def parse() -> argparse.Namespace:
     )
     arguments = parser.parse_args()
     arguments.shapes = arguments.shapes or (
-        QUICK_SHAPES if arguments.quick else SHAPES[arguments.device]
+        quick_shapes if arguments.quick else shapes[arguments.device]
     )
-    arguments.repeats = arguments.repeats or (3 if arguments.quick else REPEATS[arguments.device])
+    arguments.dtypes = arguments.dtypes or dtypes[arguments.device]
+    arguments.repeats = arguments.repeats or (3 if arguments.quick else repeats[arguments.device])
     return arguments
 
 
@@ -147,16 +186,18 @@ def end_when_hopeless(case: Case, seconds: float) -> threading.Timer:
     return timer
 
 
-def measure_all(arguments: argparse.Namespace, device: Device, progress: Progress) -> None:
+def measure_all(
+    benchmark: Benchmark, arguments: argparse.Namespace, device: Device, progress: Progress
+) -> None:
     """Every case that the result file does not have yet."""
-    schedule = Schedule(arguments.minutes)
+    schedule = Schedule(arguments.minutes, benchmark.compilation)
     min_seconds = 0.0 if arguments.quick else MIN_SECONDS[device.type]
     candidates = [
         c
-        for c in CONTENDERS
+        for c in benchmark.contenders
         if (not c.module or peers.version(c.module)) and not (arguments.quick and c.compiles)
     ]
-    pending = [case for case in cases_in_order(arguments) if not progress.is_complete(case)]
+    pending = [case for case in benchmark.cases if not progress.is_complete(case)]
     # What an earlier process ended in comes last.
     pending.sort(key=lambda case: progress.entry(case).attempts)
     for index, case in enumerate(pending):
@@ -172,16 +213,18 @@ def measure_all(arguments: argparse.Namespace, device: Device, progress: Progres
         watchdog = end_when_hopeless(case, schedule.seconds_until_hopeless())
         reason = None
         try:
-            measure_case(case, contenders, device, entry, schedule, arguments.repeats, min_seconds)
+            benchmark.measure(
+                case, contenders, device, entry, schedule, arguments.repeats, min_seconds
+            )
         except DeviceLostError:
-            write_reports(progress)
+            benchmark.report(progress)
             raise
         except Exception as error:
             traceback.print_exc()
             reason = describe_error(error)
         finally:
             watchdog.cancel()
-        write_reports(progress)
+        benchmark.report(progress)
         if reason is not None:
             entry.fail("all", reason)
             device.release()
@@ -189,20 +232,19 @@ def measure_all(arguments: argparse.Namespace, device: Device, progress: Progres
                 raise DeviceLostError(f"the device is lost in {case}: {reason}")
 
 
-def own_failures(progress: Progress) -> list[str]:
+def own_failures(benchmark: Benchmark, progress: Progress) -> list[str]:
     """What should have been measured and was not, peers and a lack of time apart."""
-    own = {"all", *(c.name for c in CONTENDERS if c.is_ours)}
+    own = {"all", *(c.name for c in benchmark.contenders if c.is_ours)}
     return [
-        f"{Case(**case['case'])}: {name}: {reason}"
+        f"{case_of(case['case'])}: {name}: {reason}"
         for case in progress.raw["cases"]
         for name, reason in case["failed"].items()
         if name.split(" of ")[-1] in own and reason != LEFT_OUT
     ]
 
 
-def main() -> int:
-    """Measure, print and write."""
-    arguments = parse()
+def execute(benchmark: Benchmark, arguments: argparse.Namespace) -> int:
+    """Measure, print and write; the exit status."""
     device = open_device(arguments.device)
     raw = {
         "machine": describe(device),
@@ -212,16 +254,24 @@ def main() -> int:
     }
     if raw["load_before"] > 0.5 and arguments.device == "cpu":
         print(f"load {raw['load_before']:.1f}: times will be unsteady", file=sys.stderr)
-    path = arguments.output / f"{file_stem(raw['machine'])}.json"
+    path = arguments.output / f"{file_stem(raw['machine'])}{benchmark.suffix}.json"
     progress = Progress(path, raw, arguments.resume)
     try:
-        measure_all(arguments, device, progress)
+        measure_all(benchmark, arguments, device, progress)
     except DeviceLostError as error:
         print(error, file=sys.stderr)
         lose_device()
-    print(write_reports(progress))
-    print(f"wrote {path}, .csv and .md", file=sys.stderr)
-    return 1 if own_failures(progress) else 0
+    print(benchmark.report(progress))
+    print(f"wrote {path}", file=sys.stderr)
+    return 1 if own_failures(benchmark, progress) else 0
+
+
+def main() -> int:
+    """The benchmark of ``gated_ce``."""
+    dtypes = dict.fromkeys(SHAPES, DTYPES)
+    arguments = parse(__doc__, "NxV", EXAMPLE, SHAPES, QUICK_SHAPES, REPEATS, dtypes)
+    cases = cases_in_order(arguments)
+    return execute(Benchmark(CONTENDERS, cases, measure_case, write_reports), arguments)
 
 
 if __name__ == "__main__":

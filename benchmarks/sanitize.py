@@ -26,6 +26,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((5, 7), (70, 128), (9, 1000), (4, 4099), (3, 20_001))
 # From 17 rows on, a row is kept in a cluster's shared memory on a GPU that has clusters.
 LONG_SHAPES = ((2, 151_936), (1, 50_257), (20, 20_001), (17, 151_936))
+# Tokens, hidden, vocabulary, and tokens in a chunk, of which the last is shorter.
+LINEAR_SHAPES = ((9, 16, 1000, 2), (70, 8, 131, 32))
+GRADIENTS = ("gradient of hidden", "gradient of weight", "gradient of bias")
 KS = (2, 20, 128)
 # Of the largest value, for losses and for gradients, whose last bit is the logits' own.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -121,6 +124,12 @@ def results_of_shards(
     yield "gated_ce_backward", "gradient", torch.cat(gradients, 1)
 
 
+def relative_error(found: Tensor, right: Tensor) -> float:
+    """The largest difference over the largest value; NaN where there is one."""
+    difference = (found.cpu().double() - right).abs().max()
+    return float(difference / right.abs().max().clamp(min=1e-30))
+
+
 def check_losses(device: str, num_rows: int, vocab_size: int, dtype: torch.dtype, k: int) -> int:
     """Run all operators of the loss on a shape; how many results were wrong."""
     logits, labels, upstream = inputs(num_rows, vocab_size, dtype)
@@ -131,8 +140,7 @@ def check_losses(device: str, num_rows: int, vocab_size: int, dtype: torch.dtype
     for misaligned in (False, True):
         arguments = (on_device(logits, device, misaligned), labels.to(device), upstream.to(device))
         for op, what, found in results(*arguments, k):
-            right = expected[what]
-            error = (found.cpu().double() - right).abs().max() / right.abs().max().clamp(min=1e-30)
+            error = relative_error(found, expected[what])
             if not error <= TOLERANCE[dtype]:  # also if it is NaN
                 case = f"{num_rows} x {vocab_size} {dtype}, k = {k}, misaligned: {misaligned}"
                 print(f"wrong: {what} of {op} at {case}: off by {error:.3g} of the largest")
@@ -154,6 +162,62 @@ def check_topk(device: str, num_rows: int, vocab_size: int, dtype: torch.dtype, 
     return 0
 
 
+def linear_results(
+    leaves: list[Tensor], labels: Tensor, upstream: Tensor, k: int, chunk_size: int
+) -> Iterator[tuple[str, str, Tensor]]:
+    """Operator of the linear loss, which of its results, and the result."""
+    hidden, weight, bias = leaves
+    arguments = (hidden, weight, labels, bias, k)
+    loss, stats = eaft_ext.linear_gated_ce(
+        *arguments, reduction="none", chunk_size=chunk_size, return_stats=True
+    )
+    yield "linear_gated_ce_forward", "loss", loss
+    yield "linear_gated_ce_forward", "entropy", stats.entropy
+    gradients = torch.autograd.grad(loss, leaves, upstream)
+    for name, gradient in zip(GRADIENTS, gradients, strict=True):
+        yield "linear_gated_ce_backward", name, gradient
+    total = eaft_ext.linear_gated_ce(*arguments, reduction="sum", chunk_size=chunk_size)
+    yield "linear_gated_ce_forward_with_grad", "sum", total
+    for name, gradient in zip(GRADIENTS, torch.autograd.grad(total, leaves), strict=True):
+        yield "linear_gated_ce_forward_with_grad", f"{name}, of the sum", gradient
+
+
+def linear_truth(
+    leaves: list[Tensor], labels: Tensor, upstream: Tensor, k: int
+) -> dict[str, Tensor]:
+    """What they should be, in float64."""
+    hidden, weight, bias = wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    loss, stats = reference.linear_gated_ce(
+        hidden, weight, labels, bias, k, reduction="none", return_stats=True
+    )
+    found = {"loss": loss.detach(), "entropy": stats.entropy, "sum": loss.detach().sum()}
+    weighted = torch.autograd.grad(loss, wide, upstream.double(), retain_graph=True)
+    found |= zip(GRADIENTS, weighted, strict=True)
+    of_sum = torch.autograd.grad(loss.sum(), wide)
+    return found | {f"{n}, of the sum": g for n, g in zip(GRADIENTS, of_sum, strict=True)}
+
+
+def check_linear(
+    device: str, num_tokens: int, hidden_size: int, vocab_size: int, chunk_size: int, k: int
+) -> int:
+    """The same for the operators of the linear loss, in float32: dtypes are for those inside."""
+    weight, _, _ = inputs(vocab_size, hidden_size, torch.float32)
+    hidden, _, _ = inputs(num_tokens, hidden_size, torch.float32)
+    bias, labels, upstream = inputs(num_tokens, vocab_size, torch.float32)
+    leaves = [hidden, weight / hidden_size**0.5, bias[0]]
+    expected = linear_truth(leaves, labels, upstream, k)
+    placed = [leaf.to(device, copy=True).requires_grad_() for leaf in leaves]
+    wrong = 0
+    arguments = (placed, labels.to(device), upstream.to(device), k, chunk_size)
+    for op, what, found in linear_results(*arguments):
+        error = relative_error(found.detach(), expected[what])
+        if not error <= TOLERANCE[torch.float32]:
+            case = f"{num_tokens} x {hidden_size} x {vocab_size}, k = {k}"
+            print(f"wrong: {what} of {op} at {case}: off by {error:.3g} of the largest")
+            wrong += 1
+    return wrong
+
+
 def main() -> int:
     """Run all; 1 if a result was wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -165,9 +229,11 @@ def main() -> int:
     for (num_rows, vocab_size), dtype, k in cases:
         wrong += check_losses(arguments.device, num_rows, vocab_size, dtype, k)
         wrong += check_topk(arguments.device, num_rows, vocab_size, dtype, k)
+    for sizes in LINEAR_SHAPES:
+        wrong += check_linear(arguments.device, *sizes, KS[1])
     if arguments.device == "cuda":
         torch.cuda.synchronize()
-    print(f"{len(cases)} cases, {wrong} wrong results")
+    print(f"{len(cases) + len(LINEAR_SHAPES)} cases, {wrong} wrong results")
     return 1 if wrong else 0
 
 

@@ -21,12 +21,13 @@ class Schedule:
     """A deadline, and each case's share of the time until then; without a limit, all is infinite.
 
     What a case does not use goes to those after it. A case of few rows counts for a third.
+    ``compilation`` is how many seconds the first one may well take.
     """
 
-    def __init__(self, minutes: float | None) -> None:
+    def __init__(self, minutes: float | None, compilation: float = 0.0) -> None:
         self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self._case_end = math.inf
-        self._longest_compilation = 0.0
+        self._longest_compilation = compilation
 
     def has_time(self) -> bool:
         """Whether a case may begin."""

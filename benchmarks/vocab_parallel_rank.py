@@ -179,7 +179,8 @@ class ShardRotation(Rotation):
     def next(self) -> Batch:
         """Restored when no process is being timed."""
         dist.barrier()
-        return super().next()
+        batch: Batch = super().next()
+        return batch
 
 
 def start(

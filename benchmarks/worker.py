@@ -11,8 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cases import Case
-from contenders import CONTENDERS, Contender
+from cases import Case, case_of
+from contenders import Contender
+from linear_contenders import contenders_of
 
 Answer = dict[str, Any]
 
@@ -35,6 +36,7 @@ def ask(script: str, case: Case, names: list[str], environment: dict[str, str]) 
 def serve(measure: Callable[[Case, list[Contender]], Iterator[Answer]]) -> None:
     """The other end: measure what the command line asks for."""
     request = json.loads(sys.argv[1])
-    contenders = [c for c in CONTENDERS if c.name in request["contenders"]]
-    for answer in measure(Case(**request["case"]), contenders):
+    case = case_of(request["case"])
+    contenders = [c for c in contenders_of(case) if c.name in request["contenders"]]
+    for answer in measure(case, contenders):
         print(json.dumps(answer), flush=True)

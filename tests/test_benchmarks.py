@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -313,9 +314,29 @@ def test_the_readme_takes_in_a_gpu_once_there_is_one(
     assert "A GPU, driver 1" in text and text.startswith("a\n") and text.endswith("-->\nb\n")
 
 
+class CalledOperators(TorchDispatchMode):
+    """Which of our operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if op.namespace == "eaft_ext":
+            self.names.add(op._schema.name.removeprefix("eaft_ext::"))
+        return op(*args, **(kwargs or {}))
+
+
 def test_every_operator_is_watched_by_the_sanitizers() -> None:
     logits, labels, upstream = sanitize.inputs(5, 37, torch.float16)
     watched = {op for op, _, _ in sanitize.results(logits, labels, upstream, 20)} | {"topk"}
+    with CalledOperators() as called:
+        for sizes in sanitize.LINEAR_SHAPES:
+            assert sanitize.check_linear("cpu", *sizes, 20) == 0
+    # Others are called within them.
+    watched |= {name for name in called.names if name.startswith("linear_")}
     names = torch._C._dispatch_get_all_op_names()
     assert watched == {
         name.removeprefix("eaft_ext::") for name in names if name.startswith("eaft_ext::")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import eaft_ext
+from eaft_ext._library import has_kernel
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -72,6 +76,22 @@ def test_a_process_is_ended_with_its_children(tmp_path: Path) -> None:
     assert log.read_text().count("$ ") == 2
 
 
+def test_what_has_no_cuda_kernel(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", gpu_check.IMPORT_CHECK],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(eaft_ext.__file__).parents[1])},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    kernels = ("topk", "gated_ce_forward", "gated_ce_partial")
+    built = has_kernel("topk", "cuda")
+    assert [name in found["missing"] for name in kernels] == [not built] * 3
+    assert not any(name.startswith("linear_") for name in found["missing"])
+
+
 class TestGpuCheck:
     """The steps, on commands that only say that they ran."""
 
@@ -89,13 +109,14 @@ class TestGpuCheck:
             "pytest": (0, DISTRIBUTED_LOG),
             "sanitize.py": (0, "9 cases, 0 wrong results\n===== ERROR SUMMARY: 0 errors"),
             "run.py": (0, ""),
+            "linear_loss.py": (0, ""),
         }
 
         def fake(command: Any, log: Path, limit: float, **_: Any) -> processes.Finished:
             words = [str(word) for word in command]
             ran.append(words)
             assert limit > 0
-            for key in ("pytest", "pip", "-c", "environment.py", "sanitize.py", "run.py"):
+            for key in reversed(self.answers):
                 if any(word == key or word.endswith(f"/{key}") for word in words):
                     code, text = self.answers[key]
                     with log.open("a") as out:
@@ -118,12 +139,14 @@ class TestGpuCheck:
     def test_all_steps(self, commands: list[list[str]], tmp_path: Path) -> None:
         assert gpu_check.main(["--output", str(tmp_path / "out"), "--commit", "abc"]) == 0
         steps = self.record(tmp_path)["steps"]
-        assert [steps[step]["outcome"] for step in gpu_check.STEPS] == ["passed"] * 4
+        assert [steps[step]["outcome"] for step in gpu_check.STEPS] == ["passed"] * 5
         assert steps["build"]["spills"] == 1 and steps["build"]["arch_list"]
         assert steps["suite"]["passed_on_cuda"] == 1
         assert set(steps["sanitize"]["tools"]) == set(gpu_check.TOOLS)
-        bench = next(words for words in commands if words[1].endswith("run.py"))
-        assert float(bench[bench.index("--minutes") + 1]) > 8
+        benches = [words for words in commands if words[1].endswith(("run.py", "linear_loss.py"))]
+        minutes = [float(words[words.index("--minutes") + 1]) for words in benches]
+        assert minutes[0] > 7 and minutes[1] > 8  # what the first does not use is the second's
+        assert all(words[words.index("--device") + 1] == "cuda" for words in benches)
 
     def test_a_failed_step_does_not_stop_the_others(
         self, commands: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -141,7 +164,8 @@ class TestGpuCheck:
         self.answers["pip"] = (1, "error")
         assert gpu_check.main(["--output", str(tmp_path / "out")]) == 1
         steps = self.record(tmp_path)["steps"]
-        assert steps["bench"]["outcome"] == "not run: the build failed"
+        for step in ("bench", "linear"):
+            assert steps[step]["outcome"] == "not run: the build failed"
 
     def test_a_missing_kernel_does_not(self, commands: list[list[str]], tmp_path: Path) -> None:
         self.answers["-c"] = (0, '{"build_info": {}, "missing": ["topk"]}')
@@ -165,12 +189,31 @@ class TestGpuCheck:
             for found in self.record(tmp_path)["steps"].values()
         )
 
-    def test_a_lost_device_is_tried_again(self, commands: list[list[str]], tmp_path: Path) -> None:
-        self.answers["run.py"] = (gpu_check.DEVICE_LOST, "")
-        assert gpu_check.main(["--output", str(tmp_path / "out"), "--only", "bench"]) == 1
-        runs = [words for words in commands if words[1].endswith("run.py")]
+    @pytest.mark.parametrize("step", ["bench", "linear"])
+    def test_a_lost_device_is_tried_again(
+        self, commands: list[list[str]], tmp_path: Path, step: str
+    ) -> None:
+        script = gpu_check.BENCHMARKS[step]
+        self.answers[script] = (gpu_check.DEVICE_LOST, "")
+        assert gpu_check.main(["--output", str(tmp_path / "out"), "--only", step]) == 1
+        runs = [words for words in commands if words[1].endswith(script)]
         assert len(runs) == gpu_check.BENCH_RUNS
         assert ["--resume" in words for words in runs] == [False, *[True] * (len(runs) - 1)]
+
+    def test_both_reports_are_shown(
+        self, commands: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        for name, verdict in (("cuda-a", "missed"), ("cuda-a-linear", "held")):
+            text = f"# A report\n\n## In short\n\nof {name} | {verdict} |\n\n## More\n\nmore\n"
+            (out / f"{name}.md").write_text(text)
+            os.utime(out / f"{name}.md", (time.time() + 60,) * 2)
+        gpu_check.main(["--output", str(out), "--only", "linear"])
+        text = capsys.readouterr().out
+        assert "of cuda-a | missed" in text and "of cuda-a-linear | held" in text
+        assert "1 held, 1 missed" in text and "more" not in text
+        assert f"{out / 'cuda-a.json'}\n" in text and f"{out / 'cuda-a-linear.json'}\n" in text
 
     def test_without_a_gpu(
         self, commands: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]

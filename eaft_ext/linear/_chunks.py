@@ -14,8 +14,9 @@ MiB = 2**20
 # some hundred tokens on a GPU and of some ten on a CPU: chunks shall be several times as long.
 MAX_CHUNK_BYTES = {"cpu": 64 * MiB}
 MAX_CHUNK_BYTES_ELSEWHERE = 640 * MiB
-# Longer ones save no time.
+# Longer ones save no time, and shorter ones no memory to speak of beside the weight's gradient.
 MAX_CHUNK_TOKENS = 4096
+MIN_CHUNK_TOKENS = 128
 # Products are computed in tiles, and are slower if one is cut off.
 TILE = 64
 # Elements, in the 16 bytes that kernels and products load at once; of 16 bits each.
@@ -31,13 +32,13 @@ def max_chunk_bytes(device: torch.device) -> int:
 
 
 def default_chunk_size(num_tokens: int, row_bytes: int, device: torch.device) -> int:
-    """Tokens in a chunk: all chunks about as long, and none above the limits.
+    """Tokens in a chunk: all chunks about as long, and none longer than the limits allow.
 
     ``row_bytes`` is the size of a token's logits.
     """
-    limit = max(1, min(max_chunk_bytes(device) // max(1, row_bytes), MAX_CHUNK_TOKENS))
-    if limit > TILE:
-        limit -= limit % TILE
+    affordable = max_chunk_bytes(device) // max(1, row_bytes)
+    limit = min(max(affordable, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
+    limit -= limit % TILE
     if num_tokens <= limit:
         return max(1, num_tokens)
     num_chunks = -(-num_tokens // limit)

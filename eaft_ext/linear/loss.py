@@ -104,10 +104,11 @@ def linear_gated_ce(
         bias: (V), or None.
         k: how many of the largest logits the entropy is taken over, from 2 to 128.
         chunk_size: tokens whose logits are held at a time. By default so many that they take at
-            most 64 MiB on the CPU and 640 MiB elsewhere, and at most 4096.
+            most 64 MiB on the CPU and 640 MiB elsewhere, but at least 128 and at most 4096.
         accumulate_in_float32: add up the gradients that chunks have for a 16-bit weight in float32,
-            4 V H bytes, so that it is rounded once and not once per chunk. None: if these take at
-            most an eighth of the limit above.
+            4 V H bytes, so that it is rounded once and not once per chunk. On the CPU that product
+            is then computed in float32, too. None: if the bytes are at most an eighth of those
+            above.
 
     Other arguments are those of :func:`eaft_ext.gated_ce`.
 
