@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from linear_cases import HIDDEN, V, linear_inputs
-from spawned import work
+from spawned import mean_of_ones, work
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -151,11 +151,13 @@ def run_fsdp(rank: int, world_size: int, how: str) -> dict[str, Any]:
     else:
         loss = eaft_ext.linear_gated_ce(hidden, head.weight, labels, head.bias)
     loss.backward()
+    # FSDP2's own mean may be none.
+    mean = mean_of_ones() if how == "inside" else 1.0
     return {
         "loss": loss.detach(),
         "hidden": hidden.grad,
-        "weight": full(head.weight.grad),
-        "bias": full(head.bias.grad),
+        "weight": full(head.weight.grad) / mean,
+        "bias": full(head.bias.grad) / mean,
     }
 
 

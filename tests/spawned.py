@@ -80,6 +80,13 @@ def run_processes(
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
 
 
+def mean_of_ones() -> float:
+    """As gloo computes it for FSDP2: in some releases of torch, it adds where it is to average."""
+    mean, ones = torch.empty(1), torch.ones(torch.distributed.get_world_size())
+    torch.distributed.reduce_scatter_tensor(mean, ones, torch.distributed.ReduceOp.AVG)
+    return mean.item()
+
+
 def work(function: Callable[[int, int], Any]) -> None:
     """The main of a worker: ``worker.py RANK WORLD_SIZE FOLDER``."""
     rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])

@@ -1,0 +1,203 @@
+"""Models of transformers that use_linear_gated_ce refuses, at once or in their first forward."""
+
+# ruff: noqa: E402, without transformers there is nothing to import for.
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eaft_ext
+
+MISSING = "needs transformers: pip install '.[test]'"
+transformers = pytest.importorskip("transformers", reason=MISSING)
+
+from transformers_models import SIZES, V, batch, build, own_attributes, tricky, unfused
+
+from eaft_ext.integrations.transformers import use_linear_gated_ce
+
+PREFIX = "use_linear_gated_ce: "
+
+
+def refused(model: Any, sentence: str, **options: Any) -> None:
+    before = own_attributes(model) if isinstance(model, nn.Module) else {}
+    with pytest.raises(TypeError) as error:
+        use_linear_gated_ce(model, **options)
+    assert str(error.value).startswith(PREFIX + sentence)
+    assert not before or own_attributes(model) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("gemma2", "Gemma2ForCausalLM changes its logits before its loss (final_logit_softcapp"),
+        ("cohere", "CohereForCausalLM changes its logits before its loss (logit_scale=0.0625)"),
+    ],
+)
+def test_models_that_change_their_logits(name: str, sentence: str) -> None:
+    refused(build(name), sentence)
+
+
+def test_models_that_show_it_in_their_forward() -> None:
+    """With labels; as it is named, the option might be for what the output layer is given."""
+    model = build("granite", logits_scaling=8.0)
+    tokens, labels = batch()
+    logits = model(tokens).logits
+    use_linear_gated_ce(model)
+    sentence = "GraniteForCausalLM changes its logits, or uses them, between its output layer"
+    with pytest.raises(TypeError, match=f"^{PREFIX}{sentence}"):
+        model(tokens, labels=labels)
+    assert torch.equal(model(tokens).logits, logits)
+
+
+def _scaled(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    logits = model.lm_head(hidden) * 1.0
+    return logits, model.loss_function(logits, labels, V, **given)
+
+
+def _scaled_in_place(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    logits = model.lm_head(hidden).mul_(0.5)
+    return logits, model.loss_function(logits, labels, V, **given)
+
+
+def _sliced(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    logits = model.lm_head(hidden)
+    of_next = logits[:, :-1].flatten(0, 1)
+    return logits, nn.functional.cross_entropy(of_next, labels[:, 1:].flatten())
+
+
+def _other_labels(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    logits = model.lm_head(hidden)
+    return logits, model.loss_function(logits, labels.clone(), V, **given)
+
+
+def _other_shifted_labels(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    logits = model.lm_head(hidden)
+    return logits, model.loss_function(logits, labels, V, shift_labels=labels, **given)
+
+
+def _no_head(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    logits = nn.functional.linear(hidden, model.lm_head.weight)
+    return logits, model.loss_function(logits, labels, V, **given)
+
+
+def _no_loss_function(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    logits = model.lm_head(hidden)
+    return logits, logits.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("trick", "sentence"),
+    [
+        (_scaled, "Llama changes its logits, or uses them, between its output layer and its loss"),
+        (_scaled_in_place, "Llama changes its logits, or uses them, between"),
+        (_sliced, "Llama changes its logits, or uses them, between"),
+        (_other_labels, "Llama changes the labels before its loss"),
+        (_other_shifted_labels, "Llama changes the labels before its loss"),
+        (_no_head, "Llama does not call its output layer for its logits"),
+        (_no_loss_function, "Llama did not call its loss_function with the logits of its output"),
+    ],
+)
+def test_models_of_another_structure(trick: Any, sentence: str) -> None:
+    """What cannot be seen of them before, their first forward with labels tells."""
+    model = tricky(trick)
+    tokens, labels = batch()
+    use_linear_gated_ce(model)
+    with pytest.raises(TypeError) as error:
+        model(tokens, labels=labels)
+    assert str(error.value).startswith(PREFIX + sentence)
+
+
+def test_a_model_written_in_the_same_way() -> None:
+    """That the tricks above, and not what they are played on, are refused."""
+
+    def none(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+        logits = model.lm_head(hidden)
+        loss = None if labels is None else model.loss_function(logits, labels, V, **given)
+        return logits, loss
+
+    model = tricky(none)
+    tokens, labels = batch()
+    expected = unfused(model, tokens, labels)
+    use_linear_gated_ce(model)
+    torch.testing.assert_close(model(tokens, labels=labels).loss, expected)
+
+
+def test_modules_that_are_no_causal_language_models() -> None:
+    refused(3, "model must be a module, got int")
+    refused(nn.Linear(3, 4), "nothing in Linear has get_output_embeddings() and loss_function")
+    llama = build("llama")
+    refused(llama.model, "nothing in LlamaModel has get_output_embeddings() and loss_function")
+    config = transformers.AutoConfig.for_model("llama", **SIZES)
+    classifier = transformers.LlamaForSequenceClassification(config)
+    refused(classifier, "nothing in LlamaForSequenceClassification has get_output_embeddings()")
+    both = nn.ModuleList([llama, build("phi")])
+    refused(both, "ModuleList has several models with an output layer: LlamaForCausalLM, PhiForCau")
+    t5 = transformers.T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=V)
+    refused(
+        transformers.T5ForConditionalGeneration(t5), "T5ForConditionalGeneration has an encoder"
+    )
+    bert = transformers.BertForMaskedLM(transformers.AutoConfig.for_model("bert", **SIZES))
+    refused(bert, "the loss of BertForMaskedLM is ForMaskedLMLoss and not that of causal")
+
+
+def test_an_output_layer_that_is_called_once_more() -> None:
+    """After the loss it gives logits."""
+
+    def again(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+        logits = model.lm_head(hidden)
+        if labels is None:
+            return logits, None
+        loss = model.loss_function(logits, labels, V, **given)
+        return model.lm_head(hidden[:, -1:]), loss
+
+    model = tricky(again)
+    tokens, labels = batch()
+    expected, logits = unfused(model, tokens, labels), model(tokens).logits
+    use_linear_gated_ce(model)
+    outputs = model(tokens, labels=labels)
+    torch.testing.assert_close(outputs.loss, expected)
+    torch.testing.assert_close(outputs.logits, logits[:, -1:])
+
+
+class OtherLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class OtherParameter(nn.Parameter):
+    pass
+
+
+def test_output_layers_that_are_no_plain_linear() -> None:
+    which = "the output layer of LlamaForCausalLM"
+    model = build("llama")
+    model.lm_head = OtherLinear(16, V)
+    refused(model, f"{which} must be an nn.Linear, got {__name__}.OtherLinear")
+    model = build("llama")
+    model.lm_head.weight = OtherParameter(model.lm_head.weight.data)
+    refused(model, f"{which} must have a weight of floating-point numbers, got OtherParameter of")
+    model = build("llama")
+    whole = model.lm_head.weight.to(torch.int8)
+    model.lm_head.weight = nn.Parameter(whole, requires_grad=False)
+    refused(
+        model, f"{which} must have a weight of floating-point numbers, got Parameter of torch.i"
+    )
+    model = build("llama")
+    model.lm_head.forward = lambda hidden: hidden
+    refused(model, f"{which} has another forward than its class")
+
+
+def test_options_are_checked_at_once() -> None:
+    model = build("llama")
+    refused(model, "k must be an int, got 2.0", k=2.0)
+    refused(model, "alpha and normalizer are shorthand", alpha=2.0, gate=eaft_ext.NoGate())
+    refused(model, "ignore_index must be an int, got None", ignore_index=None)
+    refused(model, "chunk_size must be an int, got '4'", chunk_size="4")
+    refused(model, "accumulate_in_float32 must be True, False", accumulate_in_float32="no")
+    for options in ({"k": 1}, {"chunk_size": 0}):
+        with pytest.raises(ValueError, match=r"^use_linear_gated_ce: "):
+            use_linear_gated_ce(model, **options)

@@ -1,0 +1,98 @@
+"""A process of test_transformers_processes.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from spawned import mean_of_ones, work
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from transformers_models import batch, build
+
+from eaft_ext.integrations.transformers import use_linear_gated_ce
+
+# Which modules FSDP2 has as groups of their own, besides the layers and the model.
+GROUPS = {"own": ["lm_head"], "root": []}
+ORDERS = ("patched first", "sharded first")
+GATES = {
+    "built-in": None,
+    # Its backward needs the weight once more.
+    "of one's own": lambda nll, entropy: entropy / (1 + nll),
+}
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def run(model: Any, rank: int, module: Any) -> dict[str, Any]:
+    """A forward and a backward with this process's tokens; ``module`` is or wraps the model."""
+    tokens, labels = batch(seed=rank)
+    outputs = module(input_ids=tokens, labels=labels)
+    assert outputs.logits is None
+    outputs.loss.backward()
+    return {
+        "loss": outputs.loss.detach(),
+        "gradients": {name: full(p.grad).clone() for name, p in model.named_parameters()},
+    }
+
+
+def run_fsdp(rank: int, world_size: int, groups: list[str], order: str, gate: Any) -> Any:
+    model = build("llama")
+    mesh = init_device_mesh("cpu", (world_size,))
+    if order == "patched first":
+        use_linear_gated_ce(model, gate=gate)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    for name in groups:
+        fully_shard(getattr(model, name), mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)
+    if order == "sharded first":
+        use_linear_gated_ce(model, gate=gate)
+    found = run(model, rank, model)
+    for gradient in found["gradients"].values():
+        gradient /= mean_of_ones()
+    tokens, _ = batch(seed=0)
+    with torch.no_grad():
+        found["logits"] = model(tokens).logits
+    return found
+
+
+def run_ddp(rank: int, world_size: int) -> Any:
+    model = build("llama")
+    wrapper = DistributedDataParallel(model)
+    use_linear_gated_ce(wrapper)
+    return run(model, rank, wrapper)
+
+
+def error_under_tensor_parallelism(world_size: int) -> str:
+    model = build("llama")
+    mesh = init_device_mesh("cpu", (world_size,))
+    parallelize_module(model, mesh, {"lm_head": ColwiseParallel()})
+    tokens, labels = batch()
+    try:
+        use_linear_gated_ce(model)
+        model(tokens, labels=labels)
+    except TypeError as error:
+        return str(error)
+    return "nothing"
+
+
+def function(rank: int, world_size: int) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        f"{groups} {order} {gate}": run_fsdp(rank, world_size, GROUPS[groups], order, GATES[gate])
+        for groups in GROUPS
+        for order in ORDERS
+        for gate in GATES
+    }
+    found["ddp"] = run_ddp(rank, world_size)
+    found["tensor parallelism"] = error_under_tensor_parallelism(world_size)
+    return found
+
+
+if __name__ == "__main__":
+    work(function)
