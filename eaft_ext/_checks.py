@@ -104,7 +104,7 @@ def check_chunks(op: str, chunk_size: int | None, accumulate_in_float32: bool | 
             raise TypeError(f"{op}: chunk_size must be an int, got {chunk_size!r}")
         if chunk_size < 1:
             raise ValueError(f"{op}: chunk_size must be at least 1, got {chunk_size}")
-    if accumulate_in_float32 not in (None, True, False):
+    if accumulate_in_float32 is not None and not isinstance(accumulate_in_float32, bool):
         raise TypeError(
             f"{op}: accumulate_in_float32 must be True, False or None, got "
             f"{accumulate_in_float32!r}"

@@ -65,13 +65,18 @@ def scaled(gradients: Sequence[Tensor], factor: Tensor, refusal: str) -> list[Te
     """
     if torch.is_grad_enabled():
         raise RuntimeError(refusal)
-    # A compiler traces with tensors of other types, and decides about memory itself.
-    is_traced = type(factor) is not Tensor
+    # A compiler traces with tensors of other types, and decides about memory itself; vmap has
+    # several factors.
+    is_traced = type(factor) is not Tensor or torch._C._are_functorch_transforms_active()
     if is_traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return [gradient * factor for gradient in gradients]
     for gradient in gradients:
+        if gradient.numel() == 0:  # of a shard without words
+            continue
+        # A weight may be stored by columns.
+        by_rows = gradient.t() if gradient.dim() == 2 and gradient.stride(0) == 1 else gradient
         if factor.dtype == torch.float32 and has_kernel("scale_gradient_", gradient.device.type):
-            ops.scale_gradient_(gradient, factor)
+            ops.scale_gradient_(by_rows, factor)
         else:
             gradient.mul_(factor)
     # New tensors on the same memory: autograd then keeps them as gradients without a copy.

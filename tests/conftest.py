@@ -25,7 +25,7 @@ from inputs import DTYPES, dtype_name
 
 from eaft_ext import functional
 from eaft_ext._library import has_kernel
-from eaft_ext.linear import _token_losses
+from eaft_ext.linear import _reduced_loss
 from eaft_ext.parallel import _shard
 
 
@@ -66,7 +66,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public functions as a device without kernels gets them."""
-    for module in (functional, _shard, _token_losses):
+    for module in (functional, _shard, _reduced_loss):
         monkeypatch.setattr(module, "takes_kernel", lambda op, logits: False)
 
 

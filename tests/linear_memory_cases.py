@@ -23,16 +23,19 @@ IGNORED_OF = 7
 
 
 def run(num_tokens: int, dtype: torch.dtype, **options: Any) -> Callable[[], int]:
-    """A call that leaves its gradients, and says how many bytes they have."""
+    """A call that leaves its gradients, and says how many bytes they and sums in float32 have."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_tokens, HIDDEN, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(V, HIDDEN, generator=generator).mul_(0.2).to(dtype).requires_grad_()
+    bias = torch.zeros(V, dtype=dtype).requires_grad_() if options.pop("with_bias", False) else None
     labels = torch.randint(V, (num_tokens,), generator=generator)
     labels[::IGNORED_OF] = -100
 
     def call() -> int:
-        eaft_ext.linear_gated_ce(hidden, weight, labels, **options).sum().backward()
-        return hidden.grad.nbytes + weight.grad.nbytes
+        eaft_ext.linear_gated_ce(hidden, weight, labels, bias, **options).sum().backward()
+        has_sums = options.get("accumulate_in_float32") and dtype != torch.float32
+        sums = 4 * weight.numel() if has_sums else 0
+        return sum(t.grad.nbytes for t in (hidden, weight, bias) if t is not None) + sums
 
     return call
 
@@ -43,6 +46,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "eight_chunks": (1024, {"chunk_size": 128}),
     "many_chunks": (4096, {"chunk_size": 128}),
     "per_token": (1024, {"chunk_size": 128, "reduction": "none"}),
+    "bias": (1024, {"chunk_size": 128, "with_bias": True}),
+    "float32_sums": (1024, {"chunk_size": 128, "accumulate_in_float32": True}),
     "own_gate": (1024, {"chunk_size": 128, "gate": lambda nll, entropy: entropy}),
 }
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from linear_cases import HIDDEN, V, linear_inputs
 from spawned import mean_of_ones, work
 from torch import Tensor
 from torch import distributed as dist
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import eaft_ext
+from eaft_ext.linear import _chunks, _reduced_loss
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "mean": {},
@@ -198,6 +202,24 @@ def _differing(rank: int, world_size: int, what: str) -> None:
         weight = distribute_tensor(weight, mesh, [Shard(1)])
         eaft_ext.linear_gated_ce(hidden, weight, labels)
         return
+    elif what == "reduce":
+        options["reduce_hidden_gradient"] = not odd
+    elif what == "forward_mode":
+        with forward_ad.dual_level():
+            hidden = forward_ad.make_dual(hidden, torch.ones_like(hidden))
+            eaft_ext.vocab_parallel_linear_gated_ce(hidden, weight, labels, group=dist.group.WORLD)
+        return
+    elif what == "dtype":
+        weight = weight.bfloat16()
+    elif what == "hidden_dtype" and odd:
+        hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    elif what == "labels_of_two_dimensions":
+        hidden, labels = hidden[:12].view(3, 4, -1), labels[:12].view(3, 4).clamp(min=0)
+        labels[2, 1] = int(odd)
+        options["chunk_size"] = 5
+    elif what in OF_DTENSORS:
+        _differing_dtensors(world_size, odd, what)
+        return
     elif what == "half":
         mesh = init_device_mesh("cpu", (world_size,))
         eaft_ext.linear_gated_ce(distribute_tensor(hidden, mesh, [Partial()]), weight, labels)
@@ -207,6 +229,96 @@ def _differing(rank: int, world_size: int, what: str) -> None:
     eaft_ext.vocab_parallel_linear_gated_ce(
         hidden, weight, labels, group=dist.group.WORLD, **options
     )
+
+
+OF_DTENSORS = (
+    "dtensor_k",
+    "dtensor_labels",
+    "dtensor_chunk_size",
+    "dtensor_bias",
+    "meshes",
+    "divided_features",
+)
+
+
+def _differing_dtensors(world_size: int, odd: bool, what: str) -> None:
+    """The same of DTensors."""
+    hidden, weight, bias, labels = linear_inputs()
+    mesh = init_device_mesh("cpu", (world_size,))
+    other_mesh = init_device_mesh("cpu", (1, world_size))
+    features = [Shard(1)] if what == "divided_features" else [Replicate()]
+    # That of the vocabulary's dimension would be gathered.
+    of_weight = [Replicate()] if what == "divided_features" else [Shard(0)]
+    of_bias = [Replicate()] if what == "dtensor_bias" else of_weight
+    eaft_ext.linear_gated_ce(
+        distribute_tensor(hidden, mesh, features),
+        distribute_tensor(weight, other_mesh, [Replicate(), Shard(0)])
+        if what == "meshes"
+        else distribute_tensor(weight, mesh, of_weight),
+        labels[1:] if what == "dtensor_labels" and odd else labels,
+        distribute_tensor(bias, mesh, of_bias),
+        1 if what == "dtensor_k" and odd else 20,
+        chunk_size=4 if what == "dtensor_chunk_size" and odd else None,
+    )
+
+
+class _EntropyGateOfOnesOwn(eaft_ext.EntropyGate):
+    """The same function, which no kernel knows."""
+
+
+def run_few_words(rank: int) -> list[Tensor]:
+    """Fewer words than k."""
+    hidden, weight, _, labels = linear_inputs(vocab_size=10)
+    told = {"vocab_start": 4 * rank, "vocab_size": 10, "group": dist.group.WORLD}
+    shard = weight[4 * rank : 10 if rank else 4]
+    loss_of = eaft_ext.vocab_parallel_linear_gated_ce
+    losses = [
+        loss_of(hidden, shard, labels, gate=gate, **told)
+        for gate in (eaft_ext.EntropyGate(), _EntropyGateOfOnesOwn())
+    ]
+    with patch.object(_reduced_loss, "takes_kernel", lambda op, hidden: False):
+        losses.append(loss_of(hidden, shard, labels, **told))
+    return losses
+
+
+def run_uneven_chunks(rank: int) -> Tensor:
+    """One shard has nine tenths of the words, and the limits are such that chunks are short."""
+    hidden, weight, _, labels = linear_inputs(2000, 9000, hidden_size=2)
+    told = {"vocab_start": 8100 * rank, "vocab_size": 9000, "group": dist.group.WORLD}
+    shard = weight[8100:] if rank else weight[:8100]
+    with patch.dict(_chunks.MAX_CHUNK_BYTES, cpu=2**23):
+        return eaft_ext.vocab_parallel_linear_gated_ce(hidden, shard, labels, **told)
+
+
+def run_gathered(world_size: int) -> dict[str, Any]:
+    """In what dtype a float32 weight that FSDP2 has sharded is gathered, and its gradient is."""
+    gathered: dict[str, list[torch.dtype]] = {}
+    gradients = {}
+    for name in ("bfloat16", "autocast", "float32"):
+        hidden, weight, _, labels = linear_inputs()
+        mesh = init_device_mesh("cpu", (world_size,))
+        weight = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+        hidden = hidden.bfloat16() if name == "bfloat16" else hidden
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=name == "autocast")
+        with autocast, _Gathers() as gathers:
+            loss = eaft_ext.linear_gated_ce(hidden, weight, labels)
+        loss.backward()
+        gathered[name] = gathers.dtypes
+        gradients[name] = weight.grad.dtype
+    return {"gathered": gathered, "dtypes of the gradient": gradients}
+
+
+class _Gathers(TorchDispatchMode):
+    """The dtypes that are gathered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        if "all_gather" in str(function):
+            self.dtypes.append(args[0].dtype)
+        return function(*args, **kwargs or {})
 
 
 ERRORS = (
@@ -221,6 +333,12 @@ ERRORS = (
     "dtensor",
     "placement",
     "half",
+    "reduce",
+    "forward_mode",
+    "dtype",
+    "hidden_dtype",
+    "labels_of_two_dimensions",
+    *OF_DTENSORS,
 )
 
 
@@ -228,7 +346,7 @@ def sentence(rank: int, world_size: int, what: str) -> str:
     """The error of a call that has one."""
     try:
         _differing(rank, world_size, what)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
@@ -245,6 +363,9 @@ def main(rank: int, world_size: int) -> dict[str, Any]:
     for how in ("inside", "outside"):
         found[f"fsdp {how}"] = run_fsdp(rank, world_size, how)
     if world_size == 2:
+        found["few words"] = run_few_words(rank)
+        found["uneven chunks"] = run_uneven_chunks(rank)
+        found |= run_gathered(world_size)
         for what in ERRORS:
             found[f"error {what}"] = sentence(rank, world_size, what)
     return found

@@ -91,6 +91,7 @@ def _assert_parity(inputs: list[Tensor | None], labels: Tensor, **options: Any) 
     for name in op[2]:
         assert_within(name, op[2][name], ref[2][name], gt[2][name], GRADIENT_FACTOR)
     assert torch.equal(op[1].valid, labels != IGNORED)
+    assert not any(stat.requires_grad for stat in op[1])
 
 
 def _inputs(
@@ -110,11 +111,19 @@ def test_is_the_unfused_loss(
     _assert_parity(inputs, labels, gate=gate, reduction=reduction, chunk_size=chunk_size)
 
 
+class _OwnEntropyGate(EntropyGate):
+    """The same function, which no kernel knows, and which depends on k."""
+
+
+@pytest.mark.parametrize("gate", [EntropyGate(), _OwnEntropyGate()], ids=["built_in", "own"])
 @pytest.mark.parametrize("vocab_size", [1, 2, 19, 33, 1000, 4099])
-def test_vocabularies(device: str, dtype: torch.dtype, vocab_size: int) -> None:
+def test_vocabularies(
+    device: str, dtype: torch.dtype, vocab_size: int, gate: Any, route: str
+) -> None:
+    """Also smaller ones than k."""
     hidden, weight, _ = linear_inputs(40, vocab_size, dtype, device=device, hidden_size=24)[:3]
     labels = linear_inputs(40, vocab_size, device=device)[3]
-    _assert_parity([hidden, weight, None], labels, chunk_size=16)
+    _assert_parity([hidden, weight, None], labels, chunk_size=16, gate=gate)
 
 
 @pytest.mark.parametrize("k", [2, 20, 128])
@@ -169,6 +178,16 @@ def test_small_sums_are_in_float32_by_default(device: str) -> None:
     assert _chunks.sum_dtype(torch.Size([limit, 1]), bfloat16, False, on) == bfloat16
     assert _chunks.sum_dtype(torch.Size([limit + 1, 1]), bfloat16, True, on) == torch.float32
     assert _chunks.sum_dtype(torch.Size([9]), torch.float64, True, on) == torch.float64
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2])
+def test_one_chunk_needs_no_sum(device: str, num_chunks: int) -> None:
+    weight = torch.ones(3, 2, dtype=torch.bfloat16, device=device)
+    total = _chunks.WeightSum(weight, num_chunks, True)
+    for _ in range(num_chunks):
+        total.add(torch.ones(5, 3, device=device).bfloat16(), weight.new_ones(5, 2))
+    assert total._total.dtype == (torch.bfloat16 if num_chunks == 1 else torch.float32)
+    assert torch.equal(total.result(), torch.full_like(weight, 5 * num_chunks))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -164,11 +164,27 @@ def test_autocast(device: str, reduction: str, parameters: torch.dtype) -> None:
     assert rounded != exact
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_backward_within_autocast(device: str, reduction: str) -> None:
+    """Which has nothing more to convert."""
+    leaves, labels = _leaves(device)
+    hidden, weight, bias = leaves
+    found = []
+    for enabled in (False, True):
+        loss = linear_gated_ce(hidden, weight, labels, bias, reduction=reduction, chunk_size=4)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(loss.sum(), leaves))
+    for one, other in zip(*found, strict=True):
+        assert same_bits(one, other)
+
+
 def test_autocast_leaves_float64_alone() -> None:
     leaves, labels = _leaves("cpu", torch.float64)
     hidden, weight, bias = leaves
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = linear_gated_ce(hidden, weight, labels, bias)
+        with pytest.raises(TypeError, match=r"weight is torch\.float64 and hidden"):
+            linear_gated_ce(hidden.float(), weight, labels)
     assert same_bits(loss, linear_gated_ce(hidden, weight, labels, bias))
 
 
@@ -276,6 +292,7 @@ LAYOUTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(device: str, layout: str, reduction: str) -> None:
+    """Of the loss's gradient times 2: what is scaled in place is stored in other ways, too."""
     hidden, weight, bias, labels = linear_inputs(12, device=device)
     # A weight that is stored by columns, too.
     weight = weight.t().contiguous().t()
@@ -285,8 +302,26 @@ def test_layouts(device: str, layout: str, reduction: str) -> None:
     for function in (linear_gated_ce, reference.linear_gated_ce):
         loss = function(x, weight, y, bias, reduction=reduction)
         assert loss.shape == (y.shape if reduction == "none" else ())
-        found.append([loss.detach(), *torch.autograd.grad(loss.sum(), leaves)])
+        found.append([loss.detach(), *torch.autograd.grad(2 * loss.sum(), leaves)])
     _close(*found)
+
+
+def test_batched_gradients(device: str) -> None:
+    """Several upstream gradients at once, as for a Jacobian."""
+    leaves, labels = _leaves(device)
+    hidden, weight, bias = leaves
+    loss = linear_gated_ce(hidden, weight, labels, bias)
+    factors = torch.tensor([1.0, -2.0, 0.0], device=device)
+    batched = torch.autograd.grad(loss, leaves, factors, retain_graph=True, is_grads_batched=True)
+    for one, many in zip(torch.autograd.grad(loss, leaves), batched, strict=True):
+        torch.testing.assert_close(many, factors.view(3, *[1] * one.dim()) * one)
+
+
+def test_meta_tensors() -> None:
+    """Shapes without memory."""
+    hidden, weight, bias, labels = (t.to("meta") for t in linear_inputs())
+    loss, stats = linear_gated_ce(hidden, weight, labels, bias, return_stats=True)
+    assert loss.is_meta and loss.shape == () and stats.nll.shape == labels.shape
 
 
 def test_function_transforms(device: str) -> None:
@@ -351,6 +386,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "k": ({"k": 1}, ValueError, "linear_gated_ce: k must be from 2 to 128, got 1"),
     "chunk_size": ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
     "chunk_type": ({"chunk_size": 2.5}, TypeError, "chunk_size must be an int, got 2.5"),
+    "accumulate_number": (
+        {"accumulate_in_float32": 1.0},
+        TypeError,
+        "accumulate_in_float32 must be True, False or None, got 1.0",
+    ),
     "accumulate": (
         {"accumulate_in_float32": "yes"},
         TypeError,

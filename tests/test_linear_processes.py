@@ -135,7 +135,18 @@ SENTENCES = {
     "chunk_size": "differ in chunk_size: None in process 0, 4 in process 1",
     "gradient": "differ in whether the hidden has a gradient: True in process 0, False",
     "bad_weight": "weight must be (V, H) with V of at least 0 and H = 16",
-    "no_size": "with vocab_start give vocab_size too, or chunk_size",
+    "no_size": "vocab_start goes with vocab_size",
+    "reduce": "differ in reduce_hidden_gradient: True in process 0, False in process 1",
+    "forward_mode": "RuntimeError: vocab_parallel_linear_gated_ce: torch.func and forward mode",
+    "dtype": "TypeError: vocab_parallel_linear_gated_ce: weight is torch.bfloat16 and hidden",
+    "hidden_dtype": "differ in the dtype of the hidden: torch.float32 in process 0",
+    "labels_of_two_dimensions": "the labels at position [2, 1] differ",
+    "dtensor_k": "linear_gated_ce: process 1 failed: k must be from 2 to 128, got 1",
+    "dtensor_labels": "linear_gated_ce: process 1 failed: labels must have the shape of the hidden",
+    "dtensor_chunk_size": "differ in chunk_size: None in process 0, 4 in process 1",
+    "dtensor_bias": "bias must be placed as the weight is",
+    "meshes": "hidden, weight and bias must be on one mesh",
+    "divided_features": "the last dimension of the hidden must not be divided",
     "dtensor": "TypeError: vocab_parallel_linear_gated_ce: weight_shard is a DTensor",
     "placement": "weight must be Shard(0) on one dimension of its mesh",
     "half": "TypeError: linear_gated_ce: with a DTensor as hidden, weight and bias must be",
@@ -144,5 +155,37 @@ SENTENCES = {
 
 @pytest.mark.parametrize("what", ERRORS)
 def test_what_is_wrong_is_said_in_all_processes(results: Results, what: str) -> None:
+    for rank, of_process in enumerate(results[2]):
+        sentence = SENTENCES[what]
+        if rank == 1 and "process 1 failed: " in sentence:  # it says so itself
+            sentence = sentence.replace("process 1 failed: ", "")
+        assert sentence in of_process[f"error {what}"]
+
+
+def test_a_few_words_in_two_shards(results: Results) -> None:
+    """H is of all words where there are fewer than k; for any gate, and without kernels."""
+    hidden, weight, _, labels = linear_inputs(vocab_size=10)
+    expected = eaft_ext.reference.linear_gated_ce(hidden, weight, labels)
     for of_process in results[2]:
-        assert SENTENCES[what] in of_process[f"error {what}"]
+        for found in of_process["few words"]:
+            _close(found, expected, "loss")
+
+
+def test_uneven_shards_have_as_many_chunks(results: Results) -> None:
+    """By default too, where one of them alone would have other chunks."""
+    hidden, weight, _, labels = linear_inputs(2000, 9000, hidden_size=2)
+    expected = eaft_ext.gated_ce(hidden @ weight.t(), labels)
+    for of_process in results[2]:
+        _close(of_process["uneven chunks"], expected, "loss")
+
+
+def test_a_sharded_weight_of_another_dtype(results: Results) -> None:
+    """It is gathered as the hidden is, also under autocast; its gradient has its own dtype."""
+    for of_process in results[2]:
+        for name, dtype in of_process["dtypes of the gradient"].items():
+            assert dtype == torch.float32, name
+        assert of_process["gathered"] == {
+            "bfloat16": [torch.bfloat16],
+            "autocast": [torch.bfloat16],
+            "float32": [torch.float32],
+        }

@@ -92,7 +92,17 @@ def test_one_gradient_is_allocated(growth: dict[str, float], case: str, dtype: s
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "case", ["default", "one_chunk", "eight_chunks", "many_chunks", "per_token", "own_gate"]
+    "case",
+    [
+        "default",
+        "one_chunk",
+        "eight_chunks",
+        "many_chunks",
+        "per_token",
+        "bias",
+        "float32_sums",
+        "own_gate",
+    ],
 )
 def test_the_linear_loss_holds_one_chunk(chunks: dict[str, float], case: str, dtype: str) -> None:
     """However many there are. At least that much, too: the measure sees what is allocated."""

@@ -271,8 +271,11 @@ def _arguments_of_a_product(
     op: str, dtype: torch.dtype, device: str, wanted: list[bool], **inputs: Any
 ) -> tuple[Any, ...]:
     """For the linear loss; ``wanted`` are the gradients of hidden, weight and bias."""
+    by_columns = inputs.pop("by_columns", False)
     hidden, weight, bias, labels = linear_inputs(dtype=dtype, device=device, **inputs)
-    options = (*FORWARD_OPTIONS, True, 4, None, 0, None, None, None, 1, False)
+    if by_columns:
+        weight = weight.t().contiguous().t()
+    options = (*FORWARD_OPTIONS, True, 4, None, 0, None, len(weight), None, 1, False)
     given = (hidden, weight, bias if wanted[2] else None, labels)
     if op == "linear_gated_ce_backward":
         *_, gate, row_max, log_sum = ops.linear_gated_ce_forward(*given, *options)
@@ -299,12 +302,14 @@ def test_opcheck_of_a_product(device: str, dtype: torch.dtype, op: str) -> None:
 
 
 @pytest.mark.operator("gated_ce_forward_with_grad")
-@pytest.mark.parametrize("inputs", [{"num_tokens": 0}, {"ignored": 1.1}, {"ignored": 0}], ids=str)
+@pytest.mark.parametrize(
+    "inputs", [{"num_tokens": 0}, {"ignored": 1.1}, {"ignored": 0}, {"by_columns": True}], ids=str
+)
 @pytest.mark.parametrize("wanted", [ALL_WANTED, [True, False, False], [False, True, False]])
 @pytest.mark.parametrize("op", LINEAR_OPERATORS)
 def test_opcheck_of_some_products(
     device: str, op: str, wanted: list[bool], inputs: dict[str, Any]
 ) -> None:
-    arguments = _arguments_of_a_product(op, torch.float32, device, wanted, **inputs)
+    arguments = _arguments_of_a_product(op, torch.float32, device, wanted, **dict(inputs))
     _check(op, arguments)
     _assert_fake_is_like_real(op, arguments)

@@ -308,7 +308,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cpu_(
 }
 
 void scale_gradient_cpu_(Tensor& gradient, const Tensor& factor) {
-  check_factor("scale_gradient_", factor, gradient);
+  const char* op = "scale_gradient_";
+  check_logits(op, gradient);
+  check_writable(op, gradient);
+  check_factor(op, factor, gradient);
   if (*factor.const_data_ptr<float>() != 1) gradient.mul_(factor);
 }
 

@@ -23,7 +23,9 @@ TILE = 64
 VECTOR = 8
 # Float32 sums that are small beside a chunk are no reason to round after each one.
 SMALL_SUM_SHARE = 8
+# What a float32 copy of some columns takes, at most, and as a share of the chunk.
 SLICE_BYTES = 16 * MiB
+SLICE_SHARE = 10
 
 
 def max_chunk_bytes(device: torch.device) -> int:
@@ -46,10 +48,21 @@ def default_chunk_size(num_tokens: int, row_bytes: int, device: torch.device) ->
     return min(limit, -(-even // TILE) * TILE)
 
 
+Where = slice | Tensor
+
+
+def put(target: Tensor, where: Where, part: Tensor) -> None:
+    """``target[where] = part``, for rows that are a slice or indices."""
+    if isinstance(where, slice):
+        target[where] = part
+    else:
+        target.index_copy_(0, where, part)
+
+
 class Chunk(NamedTuple):
     """Some of the tokens: ``where`` they are, as a slice or as indices."""
 
-    where: slice | Tensor
+    where: Where
     size: int
 
 
@@ -85,9 +98,12 @@ def sum_dtype(
     return torch.float32 if in_float32 else dtype
 
 
-def _slices(num_columns: int, widest: int) -> Iterator[slice]:
-    for start in range(0, num_columns, widest):
-        yield slice(start, min(start + widest, num_columns))
+def _slices(gradient: Tensor, column_size: int) -> Iterator[slice]:
+    """The columns of a chunk's gradient, some at a time, for float32 copies of that column size."""
+    affordable = min(SLICE_BYTES, gradient.nbytes // SLICE_SHARE)
+    width = max(1, affordable // (4 * max(1, column_size)))
+    for start in range(0, gradient.size(1), width):
+        yield slice(start, min(start + width, gradient.size(1)))
 
 
 class WeightSum:
@@ -122,8 +138,7 @@ class WeightSum:
             self._total.zero_()
         on_cuda = gradient.is_cuda
         wide_hidden = hidden if on_cuda else hidden.float()
-        widest = max(1, SLICE_BYTES // (4 * max(hidden.shape)))
-        for columns in _slices(gradient.size(1), widest):
+        for columns in _slices(gradient, max(hidden.shape)):
             total, part = self._total[columns], gradient[:, columns].t()
             if on_cuda:
                 total.add_(torch.mm(part, hidden, out_dtype=torch.float32))
@@ -148,9 +163,11 @@ class BiasSum:
     def add(self, gradient: Tensor) -> None:
         """Of one chunk: the gradient of its logits (rows, V)."""
         total = self._total
-        # In slices: the CPU's sum makes a copy in float32.
-        widest = max(1, SLICE_BYTES // (4 * max(1, gradient.size(0))))
-        for columns in _slices(gradient.size(1), widest):
+        if gradient.device.type != "cpu":
+            total[: gradient.size(1)] += gradient.sum(0, dtype=total.dtype)
+            return
+        # The CPU's sum makes a copy in float32.
+        for columns in _slices(gradient, gradient.size(0)):
             total[columns] += gradient[:, columns].sum(0, dtype=total.dtype)
 
     def result(self) -> Tensor:

@@ -9,6 +9,7 @@ all-gather.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -18,20 +19,20 @@ from eaft_ext._checks import check_label_values
 from eaft_ext._registration import ops
 from eaft_ext._scalar_loss import scaled
 from eaft_ext.gates import BUILT_IN
-from eaft_ext.linear._chunks import VECTOR, BiasSum, Chunk, WeightSum, chunks_of
-from eaft_ext.linear._rows import Gather, Rows
+from eaft_ext.linear._chunks import VECTOR, BiasSum, Chunk, WeightSum, chunks_of, put
+from eaft_ext.linear._rows import Rows
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._group import all_gather, all_reduce
-from eaft_ext.parallel._shard import VocabShard, num_words
+from eaft_ext.parallel._shard import Gather, VocabShard, num_words
 
 _LIBRARY = torch.library.Library("eaft_ext", "FRAGMENT")
 
-# by_kernel: not in plain PyTorch. sum_in_float32: the weight's gradient; None: where it is small.
-# total: words of all shards. reduce_hidden: add up the hidden's gradients of the group.
+# by_kernel: not in plain PyTorch. accumulate_in_float32: the weight's gradient; None: if it is
+# small. total: words of all shards. reduce_hidden: add up the hidden's gradients of the group.
 _OPTIONS = (
     "int k, str gate, float[] gate_parameters, int ignore_index, bool by_kernel, "
-    "SymInt? chunk_size, bool? sum_in_float32, SymInt vocab_start, SymInt? vocab_size, "
-    "SymInt? total, str? group, int group_size, bool reduce_hidden"
+    "SymInt? chunk_size, bool? accumulate_in_float32, SymInt vocab_start, SymInt? vocab_size, "
+    "SymInt total, str? group, int group_size, bool reduce_hidden"
 )
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 # -> loss, nll, entropy, gate, row_max, log_sum
@@ -66,10 +67,10 @@ class _Call:
         ignore_index: int,
         by_kernel: bool,
         chunk_size: int | None,
-        sum_in_float32: bool | None,
+        accumulate_in_float32: bool | None,
         vocab_start: int,
         vocab_size: int | None,
-        total: int | None,
+        total: int,
         group: str | None,
         group_size: int,
         reduce_hidden: bool,
@@ -81,7 +82,7 @@ class _Call:
         self.weight = weight[:words]
         self.bias = None if bias is None else bias[:words]
         self.labels = labels.reshape(-1)
-        self.sum_in_float32 = sum_in_float32
+        self.accumulate_in_float32 = accumulate_in_float32
         self.group = group
         self.group_size = group_size
         self.reduce_hidden = reduce_hidden
@@ -95,13 +96,14 @@ class _Call:
             total,
             None if group is None else self._gather(group),
         )
-        if group is None and labels.device.type == "cpu":
-            # Its kernels would name a position in the chunk.
-            check_label_values("linear_gated_ce", labels, words, ignore_index, always=True)
-        # The same in all processes: they shall have as many chunks.
-        widest = weight.size(0) if total is None else -(-total // group_size)
+        if group is None:
+            # The kernels would name a position in the chunk.
+            on_cpu = labels.device.type == "cpu"
+            check_label_values("linear_gated_ce", labels, words, ignore_index, always=on_cpu)
         valid = self.labels != ignore_index
-        self.chunks = chunks_of(valid, widest * hidden.element_size(), chunk_size)
+        # The same in all processes: they shall have as many chunks.
+        row_bytes = -(-total // group_size) * hidden.element_size()
+        self.chunks = chunks_of(valid, row_bytes, chunk_size)
         # Rows begin where vectors can be loaded, whatever V is.
         longest = max((chunk.size for chunk in self.chunks), default=0)
         width = -(-words // VECTOR) * VECTOR
@@ -166,20 +168,23 @@ class _Gradients:
         self._hidden = call.hidden.new_zeros(call.hidden.shape) if wants_hidden else None
         self._weight = None
         if wants_weight:
-            self._weight = WeightSum(weight, len(call.chunks), call.sum_in_float32)
+            self._weight = WeightSum(weight, len(call.chunks), call.accumulate_in_float32)
         self._bias = BiasSum(bias) if wants_bias and bias is not None else None
 
     def add(self, chunk: Chunk, hidden: Tensor, gradient: Tensor) -> None:
-        """``gradient`` is that of the chunk's logits."""
-        if self._hidden is not None:
-            if isinstance(chunk.where, slice):
-                torch.mm(gradient, self._call.weight, out=self._hidden[chunk.where])
-            else:
-                self._hidden[chunk.where] = torch.mm(gradient, self._call.weight)
+        """``gradient`` is that of the chunk's logits; ``hidden`` is not needed afterwards."""
         if self._weight is not None:
             self._weight.add(gradient, hidden)
         if self._bias is not None:
             self._bias.add(gradient)
+        if self._hidden is None:
+            return
+        if isinstance(chunk.where, slice):
+            torch.mm(gradient, self._call.weight, out=self._hidden[chunk.where])
+        else:
+            # In the memory of the copy that was taken of these rows.
+            torch.mm(gradient, self._call.weight, out=hidden)
+            put(self._hidden, chunk.where, hidden)
 
     def results(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         """Each as its tensor is; ``shape`` is that of hidden."""
@@ -196,9 +201,12 @@ class _Gradients:
         )
 
 
-def _autocast_off(tensor: Tensor) -> torch.autocast:
+def _autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
     """Operands have the dtype that they are to be multiplied in."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 @torch.library.impl(_LIBRARY, "linear_gated_ce_forward", "CompositeExplicitAutograd")
@@ -212,7 +220,7 @@ def _(
             _, logits = call.logits(chunk)
             of_chunk = call.rows.losses(logits, call.labels[chunk.where])
             for stat, part in zip(stats, of_chunk, strict=True):
-                stat[chunk.where] = part
+                put(stat, chunk.where, part)
         return call.shaped(stats)
 
 
@@ -262,7 +270,7 @@ def _(
                 upstream.expand(chunk.size), logits, call.labels[chunk.where]
             )
             for stat, part in zip((loss, *stats), of_chunk, strict=True):
-                stat[chunk.where] = part
+                put(stat, chunk.where, part)
             gradients.add(chunk, rows, logits)
         return loss.sum() / divisor, *call.shaped(stats), *gradients.results(hidden.shape)
 
@@ -323,7 +331,6 @@ def _(
 _NO_DOUBLE_BACKWARD = (
     "eaft_ext: linear_gated_ce has no second derivative; eaft_ext.reference.linear_gated_ce has one"
 )
-_NUM_OPTIONS = _OPTIONS.count(",") + 1
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -335,7 +342,7 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    rest = (None,) * (1 + _NUM_OPTIONS)
+    rest = (None,) * (1 + len(ctx.options))
     if grad_loss is None:
         return None, None, None, *rest
     hidden, weight, bias, labels, gate, row_max, log_sum = ctx.saved_tensors
@@ -343,27 +350,27 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     gradients = ops.linear_gated_ce_backward(
         grad_loss * gate, row_max, log_sum, wanted, hidden, weight, bias, labels, *ctx.options
     )
-    return *_of_wanted(gradients, wanted), *rest
-
-
-def _of_wanted(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    return [g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)]
+    found = [g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)]
+    return *found, *rest
 
 
 def _save_forward_with_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wanted = inputs[5]
+    ctx.num_inputs, ctx.wanted = len(inputs), inputs[5]
     _, *others = output
     ctx.mark_non_differentiable(*others)
-    ctx.save_for_backward(*others[3:])
+    gradients = others[3:]
+    ctx.save_for_backward(
+        *(g for g, is_wanted in zip(gradients, ctx.wanted, strict=True) if is_wanted)
+    )
     ctx.set_materialize_grads(False)
 
 
 def _backward_with_grad(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Any, ...]:
-    rest = (None,) * (3 + _NUM_OPTIONS)
+    rest = (None,) * (ctx.num_inputs - 3)
     if grad_total is None:
         return None, None, None, *rest
-    gradients = scaled(ctx.saved_tensors, grad_total, _NO_DOUBLE_BACKWARD)
-    return *_of_wanted(gradients, ctx.wanted), *rest
+    gradients = iter(scaled(ctx.saved_tensors, grad_total, _NO_DOUBLE_BACKWARD))
+    return *(next(gradients) if is_wanted else None for is_wanted in ctx.wanted), *rest
 
 
 def _no_double_backward(ctx: Any, *_: Tensor) -> NoReturn:

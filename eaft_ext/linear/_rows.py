@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +10,7 @@ from torch import Tensor
 from eaft_ext import reference
 from eaft_ext._registration import ops
 from eaft_ext.gates import Gate
-
-Gather = Callable[[Tensor], Tensor]
-"""From this shard's partial (rows, k + 3) to those of all shards, (num_shards, rows, k + 3)."""
+from eaft_ext.parallel._shard import Gather
 
 
 @dataclass(frozen=True)
@@ -21,8 +18,8 @@ class Rows:
     """How logits (rows, V) and labels (rows) become losses, with a gate that the kernels know.
 
     With ``gather`` the columns are a shard of the vocabulary, from the word ``vocab_start`` on;
-    ``total`` are the words of all shards, where that is known. Without ``by_kernel`` it is all
-    plain PyTorch, with a few float32 copies of the logits.
+    ``total`` are the words of all shards. Without ``by_kernel`` it is all plain PyTorch, with a few
+    float32 copies of the logits.
     """
 
     k: int
@@ -30,7 +27,7 @@ class Rows:
     ignore_index: int
     by_kernel: bool
     vocab_start: int
-    total: int | None
+    total: int
     gather: Gather | None
 
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -86,8 +83,6 @@ class Rows:
         nll, entropy, row_max, log_sum = reference.merge_partials(
             partials, labels, self.ignore_index
         )
-        total = logits.size(-1) if self.gather is None else self.total
-        k = self.k if total is None else min(self.k, total)
         valid = labels != self.ignore_index
-        weight = reference.gate_weights(self.gate, k, nll, entropy, valid)
+        weight = reference.gate_weights(self.gate, min(self.k, self.total), nll, entropy, valid)
         return reference.weigh(nll, weight), nll, entropy, weight, row_max, log_sum

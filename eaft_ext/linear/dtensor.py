@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from eaft_ext._checks import check_placement, check_same_dtype
+from eaft_ext._checks import (
+    check_chunks,
+    check_labels,
+    check_linear,
+    check_num_items,
+    check_options,
+    check_placement,
+    check_same_dtype,
+)
 from eaft_ext.gates import Gate, GateFunction
-from eaft_ext.linear._token_losses import Product, Shard, reduced_loss
+from eaft_ext.linear._reduced_loss import Product, WeightShard, autocast_dtype, reduced_loss
 from eaft_ext.linear.vocab_parallel import compare_calls
-from eaft_ext.parallel._group import Member
-from eaft_ext.parallel.dtensor import PlacedRows, shard_of
+from eaft_ext.parallel import _agreement
+from eaft_ext.parallel._shard import VocabShard
+from eaft_ext.parallel.dtensor import PlacedRows, member_of, shard_of
 from eaft_ext.reference import Reduction, TokenStats
 
 
-def gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """The whole of a parameter that FSDP2 has sharded, in the dtype that it is used in.
+def gathered(hidden: Tensor, parameter: Tensor) -> Tensor:
+    """The whole of a parameter that FSDP2 has sharded, in the dtype of the product.
 
     Its gradient is the mean over the processes, as FSDP's gradients are.
     """
     if not isinstance(parameter, DTensor):
         return parameter
     mesh = parameter.device_mesh
-    cast: Any = parameter.to(dtype)
-    whole: Tensor = cast.full_tensor(grad_placements=[Partial()] * mesh.ndim)
-    if whole.requires_grad:
-        # gloo has no mean of its own.
-        whole.register_hook(lambda gradient: gradient / mesh.size())
+    shard: Any = parameter.to(autocast_dtype(hidden) or hidden.dtype)
+    if shard is parameter:  # which would keep a hook for ever
+        shard = parameter.view_as(parameter)
+    if shard.requires_grad:
+        # Of a shard, and not of the whole; gloo has no mean of its own.
+        shard.register_hook(lambda gradient: gradient / mesh.size())
+    whole: Tensor = shard.full_tensor(grad_placements=[Partial()] * mesh.ndim)
     return whole
 
 
-def _vocab_dim(op: str, weight: DTensor) -> int | None:
+def _divided_dim(op: str, weight: DTensor) -> int | None:
     """The dimension of the mesh that divides the vocabulary."""
     dims = [i for i, p in enumerate(weight.placements) if not isinstance(p, Replicate)]
     if len(dims) > 1 or not all(weight.placements[i].is_shard(0) for i in dims):
@@ -59,35 +70,24 @@ def _placements_of_rows(op: str, hidden: DTensor, dim: int | None) -> list[Place
     return placements
 
 
-def linear_gated_ce_of_dtensor(
+class _Local(NamedTuple):
+    """A call as it is for this process alone."""
+
+    product: Product
+    labels: Tensor
+    rows: PlacedRows
+    columns: VocabShard
+
+
+def _local_call(
     op: str,
     hidden: DTensor,
-    weight: Tensor,
+    weight: DTensor,
     labels: Tensor,
-    bias: Tensor | None,
-    k: int,
-    gate: Gate | GateFunction,
-    ignore_index: int,
-    reduction: Reduction,
-    num_items_in_batch: float | Tensor | None,
-    chunk_size: int | None,
-    accumulate_in_float32: bool | None,
-) -> tuple[Tensor, TokenStats]:
-    """Loss and stats as DTensors on the mesh, of a hidden and a weight that are on it.
-
-    A loss per token is placed as the rows are; a mean or sum is replicated.
-    """
-    if not isinstance(weight, DTensor) or not (bias is None or isinstance(bias, DTensor)):
-        raise TypeError(f"{op}: with a DTensor as hidden, weight and bias must be DTensors too")
+    bias: DTensor | None,
+    dim: int | None,
+) -> _Local:
     mesh = hidden.device_mesh
-    if weight.device_mesh != mesh or (bias is not None and bias.device_mesh != mesh):
-        raise ValueError(f"{op}: hidden, weight and bias must be on one mesh")
-    if isinstance(bias, DTensor) and bias.placements != weight.placements:
-        raise ValueError(
-            f"{op}: bias must be placed as the weight is, {weight.placements}, got "
-            f"{bias.placements}"
-        )
-    dim = _vocab_dim(op, weight)
     placements = _placements_of_rows(op, hidden, dim)
     rows = PlacedRows(mesh, placements, hidden.shape[:-1])
     # Of a process's rows and columns alone: autograd adds up what belongs together.
@@ -98,44 +98,89 @@ def linear_gated_ce_of_dtensor(
     ]
     local_hidden = hidden.redistribute(placements=placements).to_local(grad_placements=of_rows)
     local_weight = weight.to_local(grad_placements=of_columns)
-    local_bias = bias.to_local(grad_placements=of_columns) if isinstance(bias, DTensor) else None
+    local_bias = None if bias is None else bias.to_local(grad_placements=of_columns)
     local_labels = rows.local_labels(op, labels, hidden, local_hidden, "hidden")
     check_placement(op, local_labels, local_hidden, "hidden")
     product = Product(local_hidden, local_weight, local_bias).in_autocast_dtype()
     check_same_dtype(op, *product)
     columns = shard_of(op, mesh, weight.size(0), local_weight.size(0), dim, "weight")
+    return _Local(product, local_labels, rows, columns)
+
+
+def linear_gated_ce_of_dtensor(
+    op: str,
+    hidden: DTensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    k: int,
+    alpha: float,
+    normalizer: float | None,
+    gate: Gate | GateFunction | None,
+    ignore_index: int,
+    reduction: Reduction,
+    num_items_in_batch: float | Tensor | None,
+    chunk_size: int | None,
+    accumulate_in_float32: bool | None,
+) -> tuple[Tensor, TokenStats]:
+    """Loss and stats as DTensors on the mesh, of a hidden and a weight that are on it.
+
+    A loss per token is placed as the rows are; a mean or sum is replicated.
+    """
+    with _agreement.told_to_others() as others:
+        others.are(None)
+        mesh = hidden.device_mesh
+        if not isinstance(weight, DTensor) or not (bias is None or isinstance(bias, DTensor)):
+            raise TypeError(f"{op}: with a DTensor as hidden, weight and bias must be DTensors too")
+        if weight.device_mesh != mesh or (bias is not None and bias.device_mesh != mesh):
+            raise ValueError(f"{op}: hidden, weight and bias must be on one mesh")
+        dim = _divided_dim(op, weight)
+        member = member_of(mesh, dim)
+        others.are(None if member is None else member.group)
+        if bias is not None and bias.placements != weight.placements:
+            raise ValueError(
+                f"{op}: bias must be placed as the weight is, {weight.placements}, got "
+                f"{bias.placements}"
+            )
+        check_linear(op, hidden, weight, bias)
+        check_labels(op, labels, ignore_index)
+        chosen = check_options(op, k, alpha, normalizer, gate, reduction)
+        check_num_items(op, num_items_in_batch, reduction, hidden, "hidden")
+        check_chunks(op, chunk_size, accumulate_in_float32)
+        product, labels, rows, columns = _local_call(op, hidden, weight, labels, bias, dim)
     shard = None
-    if dim is not None:
-        member = Member(mesh.get_group(dim), mesh.get_local_rank(dim), mesh.size(dim))
+    if member is not None:
         compare_calls(
             op,
             member,
             product,
-            local_labels,
+            labels,
             k,
-            gate,
+            chosen,
             ignore_index,
             reduction,
             columns,
             chunk_size,
+            reduce_hidden=False,
         )
-        shard = Shard(columns, member.group.group_name, member.size, reduce_hidden=False)
-    options: dict[str, Any] = {"num_items_in_batch": None}
+        group = member.group.group_name
+        shard = WeightShard(columns.start, None, weight.size(0), group, member.size, False)
+    divisor = None
     if reduction == "mean":
-        valid = local_labels != ignore_index
-        divisor = rows.mean_divisor(valid, num_items_in_batch, valid.new_empty(0).float().dtype)
-        options["num_items_in_batch"] = divisor
+        # Of all rows.
+        dtype = torch.float64 if product.hidden.dtype == torch.float64 else torch.float32
+        divisor = rows.mean_divisor(labels != ignore_index, num_items_in_batch, dtype)
     loss, stats = reduced_loss(
         product,
-        local_labels,
+        labels,
         k,
-        gate,
+        chosen,
         ignore_index,
         reduction,
-        chunk_size=chunk_size,
-        accumulate_in_float32=accumulate_in_float32,
-        shard=shard,
-        **options,
+        divisor,
+        chunk_size,
+        accumulate_in_float32,
+        shard,
     )
     placed = TokenStats(*(rows.per_token(stat) for stat in stats))
     return (rows.per_token(loss) if reduction == "none" else rows.summed(loss)), placed

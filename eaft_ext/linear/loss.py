@@ -9,7 +9,6 @@ from torch import Tensor
 from eaft_ext import reference
 from eaft_ext._checks import (
     check_chunks,
-    check_label_values,
     check_labels,
     check_linear,
     check_num_items,
@@ -19,7 +18,7 @@ from eaft_ext._checks import (
 )
 from eaft_ext._dispatch import is_dtensor, is_transformed
 from eaft_ext.gates import Gate, GateFunction
-from eaft_ext.linear._token_losses import Product, reduced_loss
+from eaft_ext.linear._reduced_loss import Product, reduced_loss
 from eaft_ext.reference import Reduction, TokenStats
 
 
@@ -100,7 +99,8 @@ def linear_gated_ce(
             on others; results are DTensors.
         labels: (...), int64 or int32, on the same device, shifted for next-token prediction.
             Tokens with ``ignore_index`` are left out before the product; to count them takes a
-            synchronisation on CUDA, but not while a CUDA graph is captured.
+            synchronisation on CUDA. While a CUDA graph is captured they are not left out, and their
+            hidden must be finite.
         bias: (V), or None.
         k: how many of the largest logits the entropy is taken over, from 2 to 128.
         chunk_size: tokens whose logits are held at a time. By default so many that they take at
@@ -122,16 +122,13 @@ def linear_gated_ce(
             that do not fit together, or a chunk_size below 1.
         RuntimeError: from a second derivative; :mod:`eaft_ext.reference` has one.
 
+    A loss that has its gradients holds them until its backward: evaluate under ``torch.no_grad``.
+    One that is scaled before its backward has them scaled in place, and rounded a second time.
     Under ``torch.func`` and in forward mode it is :func:`eaft_ext.reference.linear_gated_ce`, which
     holds all logits. Where several processes have a part of the weight each, see
     :func:`eaft_ext.vocab_parallel_linear_gated_ce`.
     """
     op = "linear_gated_ce"
-    check_linear(op, hidden, weight, bias)
-    check_labels(op, labels, ignore_index)
-    chosen = check_options(op, k, alpha, normalizer, gate, reduction)
-    check_num_items(op, num_items_in_batch, reduction, hidden, "hidden")
-    check_chunks(op, chunk_size, accumulate_in_float32)
     if is_dtensor(hidden):
         from eaft_ext.linear.dtensor import linear_gated_ce_of_dtensor
 
@@ -142,7 +139,9 @@ def linear_gated_ce(
             labels,
             bias,
             k,
-            chosen,
+            alpha,
+            normalizer,
+            gate,
             ignore_index,
             reduction,
             num_items_in_batch,
@@ -150,13 +149,17 @@ def linear_gated_ce(
             accumulate_in_float32,
         )
         return (loss, stats) if return_stats else loss
+    check_linear(op, hidden, weight, bias)
+    check_labels(op, labels, ignore_index)
+    chosen = check_options(op, k, alpha, normalizer, gate, reduction)
+    check_num_items(op, num_items_in_batch, reduction, hidden, "hidden")
     check_placement(op, labels, hidden, "hidden")
+    check_chunks(op, chunk_size, accumulate_in_float32)
     if is_dtensor(weight) or is_dtensor(bias):
         from eaft_ext.linear.dtensor import gathered
 
-        weight = gathered(weight, hidden.dtype)
-        bias = None if bias is None else gathered(bias, hidden.dtype)
-    check_label_values(op, labels, weight.size(0), ignore_index)
+        weight = gathered(hidden, weight)
+        bias = None if bias is None else gathered(hidden, bias)
     if is_transformed(hidden, weight, bias):
         result: Tensor | tuple[Tensor, TokenStats] = reference.linear_gated_ce(
             hidden,

@@ -19,11 +19,10 @@ from eaft_ext._checks import (
 )
 from eaft_ext._dispatch import is_transformed
 from eaft_ext.gates import Gate, GateFunction
-from eaft_ext.linear._token_losses import Product, Shard, reduced_loss
+from eaft_ext.linear._reduced_loss import Product, WeightShard, reduced_loss
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._group import (
     Member,
-    NotInGroupError,
     can_check,
     check_group,
     check_shard,
@@ -50,6 +49,7 @@ def compare_calls(
     reduction: Reduction,
     shard: VocabShard,
     chunk_size: int | None,
+    reduce_hidden: bool,
 ) -> None:
     """Raise where the processes do not mean the same: then their exchanges would not fit."""
     if not can_check(member.group):
@@ -61,6 +61,7 @@ def compare_calls(
         "the device of the hidden": hidden.device.type,
         "whether the hidden has a gradient": torch.is_grad_enabled() and hidden.requires_grad,
         "chunk_size": chunk_size,
+        "reduce_hidden_gradient": reduce_hidden,
     }
     if labels.device.type == "cpu" or wants_value_checks():
         note["the number of tokens not ignored"] = int((labels != ignore_index).sum())
@@ -150,7 +151,7 @@ def vocab_parallel_linear_gated_ce(
         vocab_start: the word of the shard's first row. By default shards are equally long and in
             the order of the group's ranks.
         vocab_size: words of the vocabulary, if rows from there on are padding, whose gradient is
-            0. By default there is none. With ``vocab_start`` it or ``chunk_size`` is needed.
+            0. By default there is none. Needed with ``vocab_start``.
         reduce_hidden_gradient: False leaves in each process the part of the hidden's gradient that
             is due to its rows, for a backward that adds the parts up itself, such as that of
             Megatron-LM's gather of a sequence-parallel hidden.
@@ -164,9 +165,9 @@ def vocab_parallel_linear_gated_ce(
             :func:`eaft_ext.vocab_parallel_gated_ce` does that.
         RuntimeError: under ``torch.func`` and in forward mode; from a second derivative.
     """
-    member = None
-    try:
+    with _agreement.told_to_others() as others:
         member = check_group(_OP, group)
+        others.are(member.group)
         check_linear(_OP, hidden, weight_shard, bias_shard, smallest_vocab=0)
         for name, tensor in (("hidden", hidden), ("weight_shard", weight_shard)):
             if hasattr(tensor, "device_mesh"):
@@ -180,23 +181,26 @@ def vocab_parallel_linear_gated_ce(
         check_num_items(_OP, num_items_in_batch, reduction, hidden, "hidden")
         check_chunks(_OP, chunk_size, accumulate_in_float32)
         shard = check_shard(_OP, weight_shard.size(0), member, vocab_start, vocab_size)
-        if shard.total is None and chunk_size is None:
+        if shard.total is None:
             raise ValueError(
-                f"{_OP}: with vocab_start give vocab_size too, or chunk_size, so that all "
-                "processes divide the tokens alike"
+                f"{_OP}: vocab_start goes with vocab_size: what the shards have together"
             )
         product = Product(hidden, weight_shard, bias_shard).in_autocast_dtype()
         check_same_dtype(_OP, *product)
-    except NotInGroupError:
-        raise
-    except (TypeError, ValueError) as error:
-        if member is None or member.size > 1:
-            _agreement.tell_failure(error, None if member is None else member.group)
-        raise
     if is_transformed(*product):
         raise RuntimeError(f"{_OP}: torch.func and forward mode cannot look into shards")
     compare_calls(
-        _OP, member, product, labels, k, chosen, ignore_index, reduction, shard, chunk_size
+        _OP,
+        member,
+        product,
+        labels,
+        k,
+        chosen,
+        ignore_index,
+        reduction,
+        shard,
+        chunk_size,
+        reduce_hidden_gradient,
     )
     loss, stats = reduced_loss(
         product,
@@ -208,6 +212,13 @@ def vocab_parallel_linear_gated_ce(
         num_items_in_batch,
         chunk_size,
         accumulate_in_float32,
-        Shard(shard, member.group.group_name, member.size, reduce_hidden_gradient),
+        WeightShard(
+            shard.start,
+            shard.vocab_size,
+            shard.total,
+            member.group.group_name,
+            member.size,
+            reduce_hidden_gradient,
+        ),
     )
     return (loss, stats) if return_stats else loss

@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -101,6 +103,37 @@ def tell_failure(error: Exception, group: ProcessGroup | None) -> None:
     else:
         key = notebook.begin(store, group).key(dist.get_rank())
     store.set(key, json.dumps(note))
+
+
+class NotInGroupError(ValueError):
+    """Nobody waits for this process."""
+
+
+@dataclass
+class Others:
+    """Who waits for this process: a group, or, before that is known, whoever may."""
+
+    group: ProcessGroup | None = None
+    are_none: bool = False
+
+    def are(self, group: ProcessGroup | None) -> None:
+        """Say who waits; None: nobody."""
+        self.group = group
+        self.are_none = group is None or group.size() == 1
+
+
+@contextmanager
+def told_to_others() -> Iterator[Others]:
+    """What is raised in here makes no call, and the processes that wait for it learn why."""
+    others = Others()
+    try:
+        yield others
+    except NotInGroupError:
+        raise
+    except (TypeError, ValueError) as error:
+        if not others.are_none:
+            tell_failure(error, others.group)
+        raise
 
 
 def check(op: str, group: ProcessGroup, device: torch.device, note: Note) -> None:

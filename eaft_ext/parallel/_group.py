@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from eaft_ext._dispatch import is_built_in
 from eaft_ext.gates import Gate, GateFunction
 from eaft_ext.parallel import _agreement
+from eaft_ext.parallel._agreement import NotInGroupError
 from eaft_ext.parallel._shard import VocabShard, num_words, token_losses
 from eaft_ext.reference import Reduction, TokenStats
 
@@ -49,10 +50,6 @@ def check_group(op: str, group: ProcessGroup | DeviceMesh) -> Member:
     rank = dist.get_rank(group)
     _check_inside(op, rank >= 0)
     return Member(group, rank, dist.get_world_size(group))
-
-
-class NotInGroupError(ValueError):
-    """Nobody waits for this process."""
 
 
 def check_shard(

@@ -93,6 +93,13 @@ class PlacedRows(NamedTuple):
         return mean_divisor(valid, num_items_in_batch, dtype)
 
 
+def member_of(mesh: DeviceMesh, dim: int | None) -> Member | None:
+    """This process among those that share the vocabulary, if it is divided."""
+    if dim is None:
+        return None
+    return Member(mesh.get_group(dim), mesh.get_local_rank(dim), mesh.size(dim))
+
+
 def shard_of(
     op: str, mesh: DeviceMesh, total: int, columns: int, dim: int | None, name: str = "logits"
 ) -> VocabShard:
@@ -129,11 +136,11 @@ def gated_ce_of_dtensor(
     A loss per token is placed as the rows are; a mean or sum is replicated.
     """
     mesh = logits.device_mesh
-    member = None
-    try:
+    with _agreement.told_to_others() as others:
+        others.are(None)
         dim = _vocab_dim(op, logits)
-        if dim is not None:
-            member = Member(mesh.get_group(dim), mesh.get_local_rank(dim), mesh.size(dim))
+        member = member_of(mesh, dim)
+        others.are(None if member is None else member.group)
         check_logits(op, logits)
         check_labels(op, labels, ignore_index)
         chosen = check_options(op, k, alpha, normalizer, gate, reduction)
@@ -144,10 +151,6 @@ def gated_ce_of_dtensor(
         local_logits = logits.to_local()
         local_labels = rows.local_labels(op, labels, logits, local_logits)
         shard = shard_of(op, mesh, logits.size(-1), local_logits.size(-1), dim)
-    except (TypeError, ValueError) as error:
-        if member is not None and member.size > 1:
-            _agreement.tell_failure(error, member.group)
-        raise
     loss, stats = group_losses(
         op,
         local_logits,

@@ -15,7 +15,7 @@ from eaft_ext._checks import (
 )
 from eaft_ext.gates import Gate, GateFunction
 from eaft_ext.parallel import _agreement
-from eaft_ext.parallel._group import NotInGroupError, check_group, check_shard, group_losses
+from eaft_ext.parallel._group import check_group, check_shard, group_losses
 from eaft_ext.reference import Reduction, TokenStats, reduce_loss
 
 if TYPE_CHECKING:
@@ -119,9 +119,9 @@ def vocab_parallel_gated_ce(
             CPU; on CUDA it gives NaN, for its token alone. Under ``torch.compile`` nothing is
             compared and such labels give NaN.
     """
-    member = None
-    try:
+    with _agreement.told_to_others() as others:
         member = check_group(_OP, group)
+        others.are(member.group)
         check_logits(_OP, logits_shard, smallest_vocab=0)
         if hasattr(logits_shard, "device_mesh"):
             raise TypeError(
@@ -133,12 +133,6 @@ def vocab_parallel_gated_ce(
         chosen = check_options(_OP, k, alpha, normalizer, gate, reduction)
         check_num_items(_OP, num_items_in_batch, reduction, logits_shard)
         shard = check_shard(_OP, logits_shard.size(-1), member, vocab_start, vocab_size)
-    except NotInGroupError:
-        raise
-    except (TypeError, ValueError) as error:
-        if member is None or member.size > 1:
-            _agreement.tell_failure(error, None if member is None else member.group)
-        raise
     loss, stats = group_losses(
         _OP,
         logits_shard,

@@ -12,7 +12,6 @@ from eaft_ext._dispatch import is_built_in, takes_kernel
 from eaft_ext._registration import ops
 from eaft_ext.gates import Gate, GateFunction, NoGate
 from eaft_ext.linear import _operators as _operators  # defines them
-from eaft_ext.parallel._shard import VocabShard
 from eaft_ext.reference import Reduction, TokenStats
 
 
@@ -25,18 +24,35 @@ class Product(NamedTuple):
 
     def in_autocast_dtype(self) -> Product:
         """As ``F.linear`` takes them under autocast: float64 stays."""
-        device = self.hidden.device.type
-        if not torch.is_autocast_enabled(device) or self.hidden.dtype == torch.float64:
+        dtype = autocast_dtype(self.hidden)
+        if dtype is None:
             return self
-        dtype = torch.get_autocast_dtype(device)
-        return Product(*(None if t is None else t.to(dtype) for t in self))  # type: ignore[arg-type]
+        hidden, weight, bias = (
+            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in self
+        )
+        assert hidden is not None and weight is not None, "only the bias may be None"
+        return Product(hidden, weight, bias)
 
 
-class Shard(NamedTuple):
-    """The rows of weight and bias that this process has, and who has the others."""
+def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    """What autocast converts the operands of a product to, None where it does not."""
+    device = hidden.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
-    columns: VocabShard
-    group: str
+
+class WeightShard(NamedTuple):
+    """The rows of weight and bias that this process has, and who has the others.
+
+    From the word ``start`` on; those of words from ``vocab_size`` on are padding. ``total`` are the
+    words of all.
+    """
+
+    start: int
+    vocab_size: int | None
+    total: int
+    group: str | None
     group_size: int
     reduce_hidden: bool
 
@@ -51,7 +67,7 @@ def reduced_loss(
     num_items_in_batch: float | Tensor | None,
     chunk_size: int | None,
     accumulate_in_float32: bool | None,
-    shard: Shard | None = None,
+    shard: WeightShard | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """The loss and the stats."""
     hidden, weight, bias = product
@@ -67,14 +83,12 @@ def reduced_loss(
     )
     total = weight.size(0)
     if shard is None:
-        options += (0, None, None, None, 1, False)
+        options += (0, None, total, None, 1, False)
     else:
-        start, vocab_size, known_total = shard.columns
+        total = shard.total
         # The only process needs no partial.
-        alone = shard.group_size == 1 and start == 0
-        group = None if alone else shard.group
-        options += (start, vocab_size, known_total, group, shard.group_size, shard.reduce_hidden)
-        total = k if known_total is None else known_total
+        alone = shard.group_size == 1 and shard.start == 0
+        options += shard._replace(group=None) if alone else shard
     valid = labels != ignore_index
     wanted = [t is not None and t.requires_grad for t in product]
     # Where the gradient is a number times one that is known already, it is computed at once. Not
