@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -222,7 +222,7 @@ def _differing(rank: int, world_size: int, what: str) -> None:
         return
     elif what == "half":
         mesh = init_device_mesh("cpu", (world_size,))
-        eaft_ext.linear_gated_ce(distribute_tensor(hidden, mesh, [Partial()]), weight, labels)
+        eaft_ext.linear_gated_ce(distribute_tensor(hidden, mesh, [Replicate()]), weight, labels)
         return
     if what == "labels":
         options["chunk_size"] = 3

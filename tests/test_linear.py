@@ -133,6 +133,22 @@ def test_k_and_num_items(device: str, k: int) -> None:
         _assert_parity(inputs, labels, k=k, num_items_in_batch=num_items, chunk_size=4)
 
 
+def test_definitions(device: str) -> None:
+    """Without a gate it is PyTorch's own cross-entropy; with it, EAFT's formula written out."""
+    (hidden, weight, bias), labels = _inputs(device, vocab_size=90)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    plain = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    found = linear_gated_ce(hidden, weight, labels, bias, gate=NoGate(), chunk_size=4)
+    torch.testing.assert_close(found, plain.sum() / (labels != IGNORED).sum())
+    top = logits.topk(20).values.softmax(-1)
+    entropy = -(top * top.log()).sum(-1)
+    for normalizer, divisor in ((None, math.log(20)), (3.0, 3.0), (1.0, 1.0)):
+        found = linear_gated_ce(
+            hidden, weight, labels, bias, normalizer=normalizer, reduction="sum", chunk_size=4
+        )
+        torch.testing.assert_close(found, (plain * entropy / divisor).sum())
+
+
 @pytest.mark.parametrize("num_chunks", [1, 2, 16, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
 def test_sums_in_float32(

@@ -37,9 +37,10 @@ class Product(NamedTuple):
 def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
     """What autocast converts the operands of a product to, None where it does not."""
     device = hidden.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # Meta tensors have none. Not every torch can trace the question.
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 class WeightShard(NamedTuple):

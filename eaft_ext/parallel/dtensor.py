@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
@@ -20,6 +21,7 @@ from eaft_ext._checks import (
 )
 from eaft_ext.gates import Gate, GateFunction
 from eaft_ext.parallel import _agreement
+from eaft_ext.parallel._agreement import NotInGroupError
 from eaft_ext.parallel._group import Member, group_losses
 from eaft_ext.parallel._shard import VocabShard
 from eaft_ext.reference import Reduction, TokenStats, mean_divisor
@@ -97,7 +99,15 @@ def member_of(mesh: DeviceMesh, dim: int | None) -> Member | None:
     """This process among those that share the vocabulary, if it is divided."""
     if dim is None:
         return None
-    return Member(mesh.get_group(dim), mesh.get_local_rank(dim), mesh.size(dim))
+    return Member(mesh.get_group(dim), _rank_of(mesh, dim), mesh.size(dim))
+
+
+def _rank_of(mesh: DeviceMesh, dim: int) -> int:
+    """This process's place on a dimension of the mesh, so that torch.compile can trace it."""
+    place = mesh.get_coordinate()
+    if place is None:
+        raise NotInGroupError(f"process {dist.get_rank()} is not in {mesh}")
+    return place[dim]
 
 
 def shard_of(
@@ -108,7 +118,7 @@ def shard_of(
         return VocabShard(0, None, total)
     # As torch.chunk divides: the last ones may have less, or nothing.
     chunk = -(-total // mesh.size(dim))
-    start = min(chunk * mesh.get_local_rank(dim), total)
+    start = min(chunk * _rank_of(mesh, dim), total)
     if columns != min(chunk, total - start):
         raise ValueError(
             f"{op}: the local {name} have {columns} columns, and as a Shard of "
