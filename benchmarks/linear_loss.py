@@ -24,7 +24,7 @@ from cases import TIMES, Case, LinearCase, Rotation
 from contenders import Contender, Runner
 from device import Device
 from linear_contenders import LINEAR_CONTENDERS, PRODUCTS, SAME, chunk_tokens
-from measure import IGNORE_EVERY, blame, rounded, start
+from measure import IGNORE_EVERY, blame, start, time_all
 from memory import measure_peaks, peak_once
 from progress import Entry, Progress, describe_error, for_each
 from report import (
@@ -43,7 +43,7 @@ from report import (
 from results import CaseResult, Result
 from run import Benchmark, execute, parse
 from schedule import Schedule
-from timing import BACKWARD, FORWARD, time_side_by_side
+from timing import BACKWARD, FORWARD
 from torch import Tensor
 
 SUFFIX = "-linear"
@@ -154,15 +154,7 @@ def _measure_here(
     runners = start(contenders, rotation, device, entry, schedule, WARM_UP[device.type])
     check_agreement(case, runners, rotation, device, entry)
 
-    def drop(runner: Runner, reason: str) -> None:
-        runners.remove(runner)
-        blame(runner.contender, reason, device, entry)
-
-    limit = schedule.seconds_for_rounds()
-    seconds = time_side_by_side(
-        list(runners), rotation, device, repeats, min_seconds, limit, drop=drop
-    )
-    entry.add(seconds=rounded(seconds))
+    seconds = time_all(runners, rotation, device, entry, schedule, repeats, min_seconds)
     if device.type == "cuda":
         peaks = for_each("peak", runners, entry, lambda each: peak_once(each, rotation, device))
         entry.add(peak_bytes=peaks)

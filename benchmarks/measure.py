@@ -93,6 +93,29 @@ def start(
     return runners
 
 
+def time_all(
+    runners: list[Runner],
+    rotation: Rotation,
+    device: Device,
+    entry: Entry,
+    schedule: Schedule,
+    repeats: int,
+    min_seconds: float,
+) -> Times:
+    """Their times side by side, into the entry. One that fails leaves them, and is blamed."""
+
+    def drop(runner: Runner, reason: str) -> None:
+        runners.remove(runner)
+        blame(runner.contender, reason, device, entry)
+
+    max_seconds = schedule.seconds_for_rounds()
+    seconds = time_side_by_side(
+        list(runners), rotation, device, repeats, min_seconds, max_seconds, drop=drop
+    )
+    entry.add(seconds=rounded(seconds))
+    return seconds
+
+
 def measure_here(
     case: Case,
     contenders: list[Contender],
@@ -107,15 +130,7 @@ def measure_here(
     rotation = Rotation(case, device.cache_bytes(), device.type, ignore_every=ignore_every)
     runners = start(contenders, rotation, device, entry, schedule)
 
-    def drop(runner: Runner, reason: str) -> None:
-        runners.remove(runner)
-        blame(runner.contender, reason, device, entry)
-
-    max_seconds = schedule.seconds_for_rounds()
-    seconds = time_side_by_side(
-        list(runners), rotation, device, repeats, min_seconds, max_seconds, drop=drop
-    )
-    entry.add(seconds=rounded(seconds))
+    seconds = time_all(runners, rotation, device, entry, schedule, repeats, min_seconds)
     if copies := seconds.get("copy", {}).get(TOTAL):
         # Each byte is read and written.
         rate = 2 * case.logits_bytes / statistics.median(copies)

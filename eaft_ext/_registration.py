@@ -14,9 +14,14 @@ from eaft_ext.reference import PARTIAL_HEAD
 ops = torch.ops.eaft_ext
 
 
-def _stats(logits: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Fake per-token outputs of a forward."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+def stats_dtype(tensor: Tensor) -> torch.dtype:
+    """What losses and stats are computed in, for logits or what makes them."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def fake_stats(logits: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Fake per-token outputs of a forward, of logits (..., V) or hidden (..., H)."""
+    dtype = stats_dtype(logits)
     return tuple(logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(count))
 
 
@@ -30,7 +35,7 @@ def _(
     ignore_index: int,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, ...]:
-    return _stats(logits, 6)
+    return fake_stats(logits, 6)
 
 
 @torch.library.register_fake("eaft_ext::gated_ce_backward")
@@ -70,7 +75,7 @@ def _(
     vocab_size: int | None,
     ignore_index: int,
 ) -> Tensor:
-    (stat,) = _stats(logits, 1)
+    (stat,) = fake_stats(logits, 1)
     return stat.new_empty((*stat.shape, PARTIAL_HEAD + k))
 
 
@@ -86,7 +91,7 @@ def _(
     vocab_size: int | None,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, ...]:
-    return _stats(logits, 6)
+    return fake_stats(logits, 6)
 
 
 @torch.library.register_fake("eaft_ext::gated_ce_forward_with_grad")
@@ -99,7 +104,7 @@ def _(
     gate_parameters: Sequence[float],
     ignore_index: int,
 ) -> tuple[Tensor, ...]:
-    return (*_stats(logits, 4), torch.empty_like(logits))
+    return (*fake_stats(logits, 4), torch.empty_like(logits))
 
 
 @torch.library.register_fake("eaft_ext::gated_ce_forward_with_grad_")
@@ -112,7 +117,7 @@ def _(
     gate_parameters: Sequence[float],
     ignore_index: int,
 ) -> tuple[Tensor, ...]:
-    return _stats(logits, 4)
+    return fake_stats(logits, 4)
 
 
 @torch.library.register_fake("eaft_ext::scale_gradient_")

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eaft_ext._registration import stats_dtype
+
 MiB = 2**20
 
 # Every chunk reads and writes the weight's gradient once, which takes as long as the products of
@@ -156,8 +158,7 @@ class BiasSum:
     """``sum of gradient`` over all rows of all chunks, (V); float32 or float64 until the end."""
 
     def __init__(self, bias: Tensor) -> None:
-        wide = torch.float64 if bias.dtype == torch.float64 else torch.float32
-        self._total = torch.zeros_like(bias, dtype=wide)
+        self._total = torch.zeros_like(bias, dtype=stats_dtype(bias))
         self._dtype = bias.dtype
 
     def add(self, gradient: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eaft_ext._checks import check_label_values
-from eaft_ext._registration import ops
+from eaft_ext._registration import fake_stats, ops, stats_dtype
 from eaft_ext._scalar_loss import scaled
 from eaft_ext.gates import BUILT_IN
 from eaft_ext.linear._chunks import VECTOR, BiasSum, Chunk, WeightSum, chunks_of, put
@@ -130,11 +130,7 @@ class _Call:
         assert self._now is not None, "a chunk is being computed"
         where = self._now.where
         token = where.start + row if isinstance(where, slice) else int(where[row])
-        position: list[int] = []
-        for size in reversed(self.shape):
-            position.insert(0, token % size)
-            token //= size
-        return position
+        return [int(i) for i in torch.unravel_index(torch.tensor(token), self.shape)]
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Hidden (rows, H) of a chunk, and its logits (rows, V), over those of the last one."""
@@ -149,7 +145,7 @@ class _Call:
 
     def stats(self, count: int) -> list[Tensor]:
         """Zeros for every token, (T)."""
-        dtype = torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+        dtype = stats_dtype(self.hidden)
         return [self.hidden.new_zeros(len(self.labels), dtype=dtype) for _ in range(count)]
 
     def shaped(self, stats: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -275,11 +271,6 @@ def _(
         return loss.sum() / divisor, *call.shaped(stats), *gradients.results(hidden.shape)
 
 
-def _fake_stats(hidden: Tensor, labels: Tensor, count: int) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return tuple(hidden.new_empty(labels.shape, dtype=dtype) for _ in range(count))
-
-
 def _fake_gradients(
     wanted: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
@@ -297,7 +288,7 @@ def _fake_gradients(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
-    return _fake_stats(hidden, labels, 6)
+    return fake_stats(hidden, 6)
 
 
 @torch.library.register_fake("eaft_ext::linear_gated_ce_backward", lib=_LIBRARY)
@@ -324,7 +315,7 @@ def _(
     wanted: Sequence[bool],
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    total, *stats = _fake_stats(hidden, labels, 4)
+    total, *stats = fake_stats(hidden, 4)
     return total.new_empty(()), *stats, *_fake_gradients(wanted, hidden, weight, bias)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eaft_ext import reference
 from eaft_ext._dispatch import is_built_in, takes_kernel
-from eaft_ext._registration import ops
+from eaft_ext._registration import ops, stats_dtype
 from eaft_ext.gates import Gate, GateFunction, NoGate
 from eaft_ext.linear import _operators as _operators  # defines them
 from eaft_ext.reference import Reduction, TokenStats
@@ -102,7 +102,7 @@ def reduced_loss(
         and any(wanted)
     )
     if at_once:
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        dtype = stats_dtype(hidden)
         divisor = torch.ones((), dtype=dtype, device=hidden.device)
         if reduction == "mean":
             divisor = divisor * reference.mean_divisor(valid, num_items_in_batch, dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
@@ -18,6 +17,7 @@ from eaft_ext._checks import (
     check_placement,
     check_same_dtype,
 )
+from eaft_ext._registration import stats_dtype
 from eaft_ext.gates import Gate, GateFunction
 from eaft_ext.linear._reduced_loss import Product, WeightShard, autocast_dtype, reduced_loss
 from eaft_ext.linear.vocab_parallel import compare_calls
@@ -168,7 +168,7 @@ def linear_gated_ce_of_dtensor(
     divisor = None
     if reduction == "mean":
         # Of all rows.
-        dtype = torch.float64 if product.hidden.dtype == torch.float64 else torch.float32
+        dtype = stats_dtype(product.hidden)
         divisor = rows.mean_divisor(labels != ignore_index, num_items_in_batch, dtype)
     loss, stats = reduced_loss(
         product,
