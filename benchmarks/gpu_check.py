@@ -54,6 +54,9 @@ BENCH_MARGIN_SECONDS = 25.0
 # device need not run on the host.
 LEFT_OUT = (
     "tests/test_demo.py",
+    "tests/test_demo_data.py",
+    "tests/test_demo_fused_linear.py",
+    "tests/test_demo_model.py",
     "tests/test_build.py",
     "tests/test_cuda_on_host.py",
     "tests/test_kernels_on_host.py",

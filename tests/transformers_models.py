@@ -122,3 +122,7 @@ def tricky(trick: Callable[[Any, Tensor, Tensor | None, dict[str, Any]], Any]) -
     torch.manual_seed(0)
     of_trick = type("Llama", (Llama,), {"trick": staticmethod(trick)})
     return of_trick(transformers.LlamaConfig(**SIZES)).eval()
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -24,9 +24,12 @@ __all__ = ["LinearGatedLoss", "use_linear_gated_ce"]
 
 _OP = "use_linear_gated_ce"
 _LOSS = "_loss_function"  # where the setter of transformers' loss_function puts one
-# Configurations that change logits, and are named for nothing else. Others show in a forward:
-# logits_scaling is for the logits in Granite, and for what the output layer is given in MiniCPM3.
-_LOGIT_OPTIONS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale")
+LOGIT_OPTIONS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale")
+"""What a configuration calls changes of the logits, and nothing else.
+
+Others show in a forward: logits_scaling is for the logits in Granite, and for what the output layer
+is given in MiniCPM3.
+"""
 
 
 def use_linear_gated_ce(
@@ -444,7 +447,7 @@ def _check_loss(causal: nn.Module) -> None:
         raise TypeError(f"{_OP}: the forward of {name} takes no labels")
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    for option in _LOGIT_OPTIONS:
+    for option in LOGIT_OPTIONS:
         value = getattr(config, option, None)
         if value is not None:
             raise TypeError(

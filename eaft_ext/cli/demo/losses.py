@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 import eaft_ext
 import eaft_ext.reference
+from eaft_ext.integrations.transformers import LOGIT_OPTIONS
 
 from .batches import IGNORE_INDEX, Batch
 from .errors import DemoError
@@ -21,15 +22,6 @@ CHUNK_TOKENS = 64
 
 The demo's batches are small; the library's own choice, made for large ones, would be most of them.
 """
-
-LOGITS_CHANGES = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-)
-"""What a config calls it if logits are more than the output layer's product."""
 
 PROBE_TOKENS = 8
 PROBE_TOLERANCE = 0.01
@@ -118,7 +110,7 @@ def check_output_layer(model: Any, batch: Batch) -> None:
         DemoError: they are not; ``of_hidden`` would train on another loss.
     """
     for config in (model.config, getattr(model.config, "text_config", None)):
-        for name in LOGITS_CHANGES:
+        for name in LOGIT_OPTIONS:
             value = getattr(config, name, None)
             if value not in (None, 1.0):
                 raise DemoError(
