@@ -4,13 +4,14 @@ The steps, each within its own time limit; one that fails does not stop those af
 
     build       pip install into build/gpu_check/site, for this GPU alone
     suite       pytest, but for what has nothing to do with a GPU
-    sanitize    sanitize.py under compute-sanitizer: memcheck, racecheck, synccheck, initcheck
+    sanitize    sanitize.py under compute-sanitizer: what watches.py lists
     bench       run.py --device cuda, with the peers that are installed
     linear      linear_loss.py --device cuda, likewise
+    scaling     scaling.py --device cuda, likewise; only with --only, as in --only build,scaling
 
-Writes gpu_check.json and gpu_check.log, and the benchmarks <gpu>.json, .csv and .md, and
-<gpu>-linear.json and .md. Ends with 0 if all steps passed, with 1 if one did not, and with 2 where
-there is no GPU.
+Writes gpu_check.json and gpu_check.log, and the benchmarks <gpu>.json, .csv and .md,
+<gpu>-linear.json and .md, and <gpu>-scaling.json and .md. Ends with 0 if all steps passed, with 1
+if one did not, and with 2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -34,19 +35,28 @@ import outcomes
 import peers
 import processes
 from processes import Finished
+from watches import FIRST_PORT, WATCHES
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 WORK = ROOT / "build" / "gpu_check"
 
-STEPS = ("build", "suite", "sanitize", "bench", "linear")
+# There is no time for all of them in one call.
+DEFAULT_STEPS = ("build", "suite", "sanitize", "bench", "linear")
+STEPS = (*DEFAULT_STEPS, "scaling")
 # The most seconds that a step gets, and those that it finds left when its turn comes.
-LIMITS = {"build": 270.0, "suite": 150.0, "sanitize": 110.0, "bench": 600.0, "linear": 600.0}
-RESERVED = {"build": 0.0, "suite": 50.0, "sanitize": 50.0, "bench": 100.0, "linear": 75.0}
+LIMITS = {
+    **{"build": 270.0, "suite": 150.0, "sanitize": 110.0},
+    **{"bench": 600.0, "linear": 600.0, "scaling": 600.0},
+}
+RESERVED = {
+    **{"build": 0.0, "suite": 50.0, "sanitize": 50.0},
+    **{"bench": 100.0, "linear": 75.0, "scaling": 75.0},
+}
 FEWEST_SECONDS = 15.0
 ENVIRONMENT_SECONDS = 120.0
 REPORT_SECONDS = 5.0
-BENCHMARKS = {"bench": "run.py", "linear": "linear_loss.py"}
+BENCHMARKS = {"bench": "run.py", "linear": "linear_loss.py", "scaling": "scaling.py"}
 # They take so long to begin and, at most, to end their last case after their time.
 BENCH_MARGIN_SECONDS = 25.0
 
@@ -63,8 +73,6 @@ LEFT_OUT = (
     "tests/test_topk_on_host.py",
 )
 MOST_WORKERS = 12
-TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-SANITIZER_ERROR = 9
 BENCH_RUNS = 5
 DEVICE_LOST = 3
 
@@ -255,38 +263,43 @@ class Check:
 
     def sanitize(self) -> dict[str, Any]:
         """All tools at once."""
-        program = shutil.which("compute-sanitizer", path=self.environment["PATH"])
+        # A wheel of it goes before the toolkit's: newer ones report less that is none.
+        folders = [str(folder) for folder in (WORK / "peers").glob("*/nvidia/*/bin")]
+        search = os.pathsep.join([*folders, self.environment["PATH"]])
+        program = shutil.which("compute-sanitizer", path=search)
         if program is None:
             return {"outcome": "failed: there is no compute-sanitizer"}
         # Each tensor gets memory of its own, so that what is read beyond it is not another's.
         self.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         limit = self.limit("sanitize")
 
-        def watch(tool: str) -> dict[str, Any]:
-            command: list[str | Path] = [program, "--tool", tool, "--print-limit", "20"]
-            command += ["--error-exitcode", str(SANITIZER_ERROR)]
-            command += ["--port", str(49152 + 100 * TOOLS.index(tool))]
-            if tool == "memcheck":
-                # Calls that may fail are checked by who calls: a launch that is tried, say.
-                command += ["--padding", "64", "--report-api-errors", "no"]
-            command += [sys.executable, FOLDER / "sanitize.py"]
-            log = WORK / f"{tool}.log"
+        def run(name: str) -> dict[str, Any]:
+            watch = WATCHES[name]
+            # Each tool may try some ports.
+            port = FIRST_PORT + 100 * list(WATCHES).index(name)
+            command: list[str | Path] = [*watch.command(program, port)]
+            log = WORK / f"{name.replace(' ', '_')}.log"
             log.write_bytes(b"")
+            command += [sys.executable, FOLDER / "sanitize.py"]
             done = self.run(command, limit, log=log, folder=WORK)
             found = {"outcome": done.outcome, "seconds": round(done.seconds, 1)}
-            return found | outcomes.sanitizer(done.output)
-
-        with ThreadPoolExecutor(len(TOOLS)) as pool:
-            tools = dict(zip(TOOLS, pool.map(watch, TOOLS), strict=True))
-        del self.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"]
-        with self.log.open("ab") as log:
-            for tool in TOOLS:
-                log.write((WORK / f"{tool}.log").read_bytes())
-        for found in tools.values():
+            found |= outcomes.sanitizer(done.output)
             if found["outcome"] == "passed" and found["errors"] is None:
                 found["outcome"] = "failed: no summary"
-        bad = [found["outcome"] for found in tools.values() if found["outcome"] != "passed"]
-        return {"outcome": bad[0] if bad else "passed", "tools": tools}
+            return found | {"counts": watch.counts}
+
+        with ThreadPoolExecutor(len(WATCHES)) as pool:
+            tools = dict(zip(WATCHES, pool.map(run, WATCHES), strict=True))
+        del self.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"]
+        with self.log.open("ab") as log:
+            for name in WATCHES:
+                log.write((WORK / f"{name.replace(' ', '_')}.log").read_bytes())
+        bad = [
+            found["outcome"]
+            for found in tools.values()
+            if found["counts"] and found["outcome"] != "passed"
+        ]
+        return {"outcome": bad[0] if bad else "passed", "program": program, "tools": tools}
 
     def bench(self) -> dict[str, Any]:
         """The loss of logits, beside copies and peers."""
@@ -295,6 +308,10 @@ class Check:
     def linear(self) -> dict[str, Any]:
         """The loss with the output layer, beside bare products and peers."""
         return self.measure("linear")
+
+    def scaling(self) -> dict[str, Any]:
+        """The loss of logits of many sizes."""
+        return self.measure("scaling")
 
     def measure(self, step: str) -> dict[str, Any]:
         """A benchmark, in a new process where one is lost with its device."""
@@ -368,6 +385,7 @@ def describe_step(step: str, found: dict[str, Any]) -> str:
         line += (
             f"\n          {tool}: {tool_found['outcome']}, {tool_found['errors']} errors, "
             f"{tool_found['warnings']} warnings, {tool_found['wrong_results']} wrong results"
+            f"{'' if tool_found['counts'] else ' (does not count)'}"
         )
     return line
 
@@ -418,7 +436,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", type=steps, default=STEPS, metavar="STEP,...")
+    parser.add_argument("--only", type=steps, default=DEFAULT_STEPS, metavar="STEP,...")
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything (default 9.5)")
     parser.add_argument("--wheels", type=folder, metavar="DIR", help="peers to install from there")
     parser.add_argument(

@@ -204,15 +204,15 @@ def summary_parts(result: Result) -> list[str]:
         "chunks are those of `linear_gated_ce`:",
         chunk_table(result),
         "Forward and backward together, milliseconds (median, interleaved in one run):",
-        by_case(result, contenders, lambda case, name: median(case, name, 1e3)),
+        by_case(result.cases, contenders, lambda case, name: median(case, name, 1e3)),
         f"The same, {TIMES} the three bare products:",
-        by_case(result, contenders, times_products),
+        by_case(result.cases, contenders, times_products),
         "Forward + backward, each by itself, milliseconds:",
-        by_case(result, contenders, both_phases),
+        by_case(result.cases, contenders, both_phases),
         "Peak memory beyond the inputs, MiB (measured):",
-        by_case(result, contenders, mebibytes),
+        by_case(result.cases, contenders, mebibytes),
         "Peak memory beyond the inputs and both gradients, MiB (measured):",
-        by_case(result, contenders, beyond_gradients),
+        by_case(result.cases, contenders, beyond_gradients),
     ]
     if found := bounds_table(result):
         parts += ["What was promised, and what came out:", found]

@@ -5,7 +5,8 @@
 
 What stands between ``<!-- benchmark:cpu -->`` and ``<!-- /benchmark:cpu -->`` is replaced, and the
 same for ``cuda`` once there is a result file of a GPU, for ``vocab_parallel`` once there is one of
-vocab_parallel.py, and for ``linear`` and ``linear_cuda`` once there are some of linear_loss.py.
+vocab_parallel.py, for ``linear`` and ``linear_cuda`` once there are some of linear_loss.py, and for
+``scaling`` and ``scaling_cuda`` once there are some of scaling.py, which plots.py draws.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import linear_loss
 import report
+import scaling
 import vocab_parallel
 from machine import ROOT
 from report import bounds_table
@@ -44,6 +46,8 @@ BLOCKS = {
     ),
     "linear": Block("cpu-", linear_loss.SUFFIX, Result, linear_loss.summary),
     "linear_cuda": Block("cuda-", linear_loss.SUFFIX, Result, linear_loss.summary),
+    "scaling": Block("cpu-", scaling.SUFFIX, Result, scaling.summary),
+    "scaling_cuda": Block("cuda-", scaling.SUFFIX, Result, scaling.summary),
 }
 SUFFIXES = sorted({block.suffix for block in BLOCKS.values()}, key=len, reverse=True)
 
@@ -83,7 +87,8 @@ def main() -> None:
         sys.exit(f"no result file in {arguments.results}: run benchmarks/run.py first")
     new = text = arguments.readme.read_text()
     for name, result in results.items():
-        print(bounds_table(result))
+        if BLOCKS[name].suffix != scaling.SUFFIX:  # which promises nothing
+            print(bounds_table(result))
         new = fill(new, name, BLOCKS[name].summary(result))
     if arguments.check:
         if new != text:

@@ -208,11 +208,13 @@ def markdown(result: Result) -> str:
 
 
 def by_case(
-    result: Result, contenders: list[Contender], cell: Callable[[CaseResult, str], str]
+    cases: Iterable[CaseResult],
+    contenders: list[Contender],
+    cell: Callable[[CaseResult, str], str],
 ) -> str:
     """A row for each case, a column for each contender."""
     head = ["", *(c.title for c in contenders)]
-    rows = [[str(case.case), *(cell(case, c.name) for c in contenders)] for case in result.cases]
+    rows = [[str(case.case), *(cell(case, c.name) for c in contenders)] for case in cases]
     return table(head, rows)
 
 
@@ -223,31 +225,33 @@ def summary(result: Result) -> str:
 
 def summary_parts(result: Result) -> list[str]:
     """Tables over all cases, each after a line that says what it is."""
-    device = result.machine["device"]
+    device, cases = result.machine["device"], result.cases
     unit, _, scale = UNITS[device]
-    names = {name for case in result.cases for name in case.seconds}
+    names = {name for case in cases for name in case.seconds}
     contenders = [c for c in CONTENDERS if c.name in names and c.shape is None]
     parts = []
     if device != "cpu":
         with_forward = [c for c in contenders if c.runner.has_backward]
         parts += [
             f"Forward, {unit} (median, interleaved in one run):",
-            by_case(result, with_forward, lambda case, name: median(case, name, scale, FORWARD)),
+            by_case(
+                result.cases, with_forward, lambda case, name: median(case, name, scale, FORWARD)
+            ),
         ]
     parts += [
         f"Forward and backward together, {unit} (median, interleaved in one run):",
-        by_case(result, contenders, lambda case, name: median(case, name, scale)),
+        by_case(cases, contenders, lambda case, name: median(case, name, scale)),
         "Peak memory beyond the inputs, MiB (measured):",
-        by_case(result, contenders, mebibytes),
+        by_case(cases, contenders, mebibytes),
     ]
-    for case in result.cases:
+    for case in cases:
         if sweep := sweep_table(case, scale):
             parts += [
                 f"What K costs at {case.case}, {unit}, by the operators alone; K = 2, the least "
                 "they take, stands in for plain cross-entropy:",
                 sweep,
             ]
-    for case in result.cases:
+    for case in cases:
         if launches := launch_table(case, scale):
             parts += [f"Few rows, {case.case}, {unit}, forward and backward:", launches]
     if bounds := bounds_table(result):

@@ -241,14 +241,14 @@ def summary(result: Result) -> str:
         "part of the vocabulary; the slowest counts. Logits that are overwritten are restored "
         f"outside of what is timed. {peer}",
         "Forward and backward together, milliseconds (median, interleaved in one run):",
-        by_case(result, contenders, lambda case, name: median(case, name, 1e3, TOTAL)),
+        by_case(result.cases, contenders, lambda case, name: median(case, name, 1e3, TOTAL)),
         "Forward + backward, each by itself, milliseconds:",
-        by_case(result, contenders, both_phases),
+        by_case(result.cases, contenders, both_phases),
         "Peak memory of a process beyond the inputs, MiB (measured):",
-        by_case(result, contenders, mebibytes),
+        by_case(result.cases, contenders, mebibytes),
         "Held between forward and backward beyond the inputs, MiB (measured), and which tensors of "
         "the logits' size the graph keeps:",
-        by_case(result, contenders, held),
+        by_case(result.cases, contenders, held),
     ]
     if bounds := bounds_table(result):
         parts += ["What was promised, and what came out:", bounds]

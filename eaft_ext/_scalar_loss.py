@@ -73,11 +73,16 @@ def scaled(gradients: Sequence[Tensor], factor: Tensor, refusal: str) -> list[Te
     for gradient in gradients:
         if gradient.numel() == 0:  # of a shard without words
             continue
-        # A weight may be stored by columns.
-        by_rows = gradient.t() if gradient.dim() == 2 and gradient.stride(0) == 1 else gradient
+        # A gradient may be stored by columns, as what it is of: its rows are those of its memory.
+        by_rows = gradient.permute(_as_stored(gradient))
         if factor.dtype == torch.float32 and has_kernel("scale_gradient_", gradient.device.type):
             ops.scale_gradient_(by_rows, factor)
         else:
             gradient.mul_(factor)
     # New tensors on the same memory: autograd then keeps them as gradients without a copy.
     return [gradient.detach() for gradient in gradients]
+
+
+def _as_stored(tensor: Tensor) -> list[int]:
+    """The dimensions from the slowest to the fastest; those of one element come first."""
+    return sorted(range(tensor.dim()), key=lambda d: (tensor.size(d) > 1, -tensor.stride(d)))

@@ -24,6 +24,7 @@ sys.path.append(str(BENCHMARKS))
 import gpu_check
 import outcomes
 import processes
+from watches import ERROR_STATUS, WATCHES, Watch
 
 PLAIN_LOG = """
 tests/test_a.py::test_x[cpu-float32] PASSED                              [ 10%]
@@ -92,6 +93,9 @@ def test_what_has_no_cuda_kernel(tmp_path: Path) -> None:
     assert not any(name.startswith("linear_") for name in found["missing"])
 
 
+RACES = "RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)"
+
+
 class TestGpuCheck:
     """The steps, on commands that only say that they ran."""
 
@@ -110,6 +114,7 @@ class TestGpuCheck:
             "sanitize.py": (0, "9 cases, 0 wrong results\n===== ERROR SUMMARY: 0 errors"),
             "run.py": (0, ""),
             "linear_loss.py": (0, ""),
+            "scaling.py": (0, ""),
         }
 
         def fake(command: Any, log: Path, limit: float, **_: Any) -> processes.Finished:
@@ -139,10 +144,11 @@ class TestGpuCheck:
     def test_all_steps(self, commands: list[list[str]], tmp_path: Path) -> None:
         assert gpu_check.main(["--output", str(tmp_path / "out"), "--commit", "abc"]) == 0
         steps = self.record(tmp_path)["steps"]
-        assert [steps[step]["outcome"] for step in gpu_check.STEPS] == ["passed"] * 5
+        assert list(steps) == list(gpu_check.DEFAULT_STEPS)
+        assert {found["outcome"] for found in steps.values()} == {"passed"}
         assert steps["build"]["spills"] == 1 and steps["build"]["arch_list"]
         assert steps["suite"]["passed_on_cuda"] == 1
-        assert set(steps["sanitize"]["tools"]) == set(gpu_check.TOOLS)
+        assert set(steps["sanitize"]["tools"]) == set(WATCHES)
         benches = [words for words in commands if words[1].endswith(("run.py", "linear_loss.py"))]
         minutes = [float(words[words.index("--minutes") + 1]) for words in benches]
         assert minutes[0] > 7 and minutes[1] > 8  # what the first does not use is the second's
@@ -159,6 +165,34 @@ class TestGpuCheck:
         assert steps["bench"]["outcome"] == "passed"
         out = capsys.readouterr().out
         assert "tests/test_a.py::test_y[cuda]" in out and "memcheck: failed, 4 errors" in out
+
+    def test_a_watch_that_does_not_count(
+        self,
+        commands: list[list[str]],
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        both = {"one": Watch("memcheck"), "other": Watch("racecheck", ("--other",), False)}
+        monkeypatch.setattr(gpu_check, "WATCHES", both)
+        self.answers["--other"] = (ERROR_STATUS, RACES)
+        options = ["--output", str(tmp_path / "out"), "--only", "build,sanitize"]
+        assert gpu_check.main(options) == 0
+        assert "other: failed, 3 errors" in capsys.readouterr().out
+        self.answers["memcheck"] = (ERROR_STATUS, "ERROR SUMMARY: 1 error")
+        assert gpu_check.main(options) == 1
+
+    def test_a_wheel_of_the_sanitizer_goes_first(
+        self, commands: list[list[str]], tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "work/peers/all/nvidia/cu13/bin"
+        folder.mkdir(parents=True)
+        (folder / "compute-sanitizer").touch(mode=0o755)
+        assert gpu_check.main(["--output", str(tmp_path / "out"), "--only", "sanitize"]) == 0
+        programs = {words[0] for words in commands if "--tool" in words}
+        assert programs == {str(folder / "compute-sanitizer")}
+        ports = [words[words.index("--port") + 1] for words in commands if "--tool" in words]
+        assert len(set(ports)) == len(WATCHES)
 
     def test_a_failed_build_does(self, commands: list[list[str]], tmp_path: Path) -> None:
         self.answers["pip"] = (1, "error")
@@ -189,7 +223,7 @@ class TestGpuCheck:
             for found in self.record(tmp_path)["steps"].values()
         )
 
-    @pytest.mark.parametrize("step", ["bench", "linear"])
+    @pytest.mark.parametrize("step", ["bench", "linear", "scaling"])
     def test_a_lost_device_is_tried_again(
         self, commands: list[list[str]], tmp_path: Path, step: str
     ) -> None:

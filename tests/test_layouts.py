@@ -42,6 +42,7 @@ READ_IN_PLACE: dict[str, Layout] = {
 # Read from a contiguous copy: there is no way to write the gradient over these.
 COPIED: dict[str, Layout] = {
     "vocabulary_first": ((V, 6), lambda buffer: buffer.t()),
+    "vocabulary_before_tokens": ((2, V, 3), lambda buffer: buffer.transpose(1, 2)),
     "every_other_logit": ((6, 2 * V), lambda buffer: buffer[:, ::2]),
     "last_of_a_pair": ((6, V, 2), lambda buffer: buffer[..., 1]),
     "six_dimensions": (
@@ -120,6 +121,19 @@ def test_fused_gradient(device: str, dtype: torch.dtype, name: str) -> None:
     found = ops.gated_ce_forward_with_grad(upstream, logits, labels, 20, "entropy", [1.0], -100)
     for a, b in zip(found, plain, strict=True):
         assert agree(a, b)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradient_in_forward_is_scaled(device: str, dtype: torch.dtype, name: str) -> None:
+    """In its own memory, in whatever order that has the dimensions."""
+    _, logits, labels = build(name, dtype, device)
+    gradients = []
+    for leaf in (logits.contiguous().requires_grad_(), logits.detach().requires_grad_()):
+        loss = eaft_ext.gated_ce(leaf, labels, gradient_in_forward=True)
+        (gradient,) = torch.autograd.grad(-2.5 * loss, leaf)
+        gradients.append(gradient)
+    assert gradients[0].count_nonzero() > 0
+    assert agree(gradients[1], gradients[0])
 
 
 def _spread(values: Tensor) -> Tensor:

@@ -163,6 +163,19 @@ def test_sums_in_float32(
     _assert_parity(inputs, labels, **options)
 
 
+@pytest.mark.parametrize("column_size", [1, 48, 2560, 3584, 100_000])
+def test_slices_begin_at_aligned_addresses(column_size: int) -> None:
+    """Of 16 bytes; together they are all columns, and each takes the memory that it may take."""
+    gradient = torch.empty(512, 50_257, dtype=torch.bfloat16, device="meta")
+    slices = list(_chunks._slices(gradient, column_size))
+    assert all(columns.start % _chunks.VECTOR == 0 for columns in slices)
+    assert [i for columns in slices for i in range(columns.start, columns.stop)] == [*range(50_257)]
+    width = max(columns.stop - columns.start for columns in slices)
+    share = min(_chunks.SLICE_BYTES, gradient.nbytes // _chunks.SLICE_SHARE)
+    if width not in (_chunks.VECTOR, 50_257):
+        assert 4 * width * column_size <= share < 8 * width * column_size
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
 def test_sums_in_the_weights_own_dtype(device: str, dtype: torch.dtype) -> None:
     """Every chunk rounds once, by at most half an epsilon of what has been added up so far."""

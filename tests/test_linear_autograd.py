@@ -437,6 +437,7 @@ def test_a_cuda_graph(ignored: float) -> None:
         return [loss, *torch.autograd.grad(loss, leaves)]
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         gradients()
     torch.cuda.current_stream().wait_stream(side)

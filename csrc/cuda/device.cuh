@@ -112,7 +112,7 @@ __device__ inline int cluster_rank() {
 __device__ inline void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
-// The same for a thread that has only read.
+// The same for a thread of which nobody reads what it wrote: without waiting for its writes.
 __device__ inline void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }

@@ -78,16 +78,18 @@ __device__ inline float largest_of(const Vector<Element>& vector) {
 
 // The element at a place that is known only at run time, without an array in local memory.
 template <typename Element>
-__device__ inline float element_at(const Vector<Element>& vector, int place) {
+__device__ inline Element element_at(const Vector<Element>& vector, int place) {
   const uint4 words = bit_cast<uint4>(vector);
   const int word = place * static_cast<int>(sizeof(Element)) / 4;
   const uint32_t low = word & 1 ? words.y : words.x;
   const uint32_t high = word & 1 ? words.w : words.z;
   const uint32_t bits = word & 2 ? high : low;
-  if constexpr (sizeof(Element) == 4) {
-    return bit_cast<float>(bits);
+  if constexpr (sizeof(Element) == 8) {
+    return place == 0 ? uint64_t{words.y} << 32 | words.x : uint64_t{words.w} << 32 | words.z;
+  } else if constexpr (sizeof(Element) == 4) {
+    return bit_cast<Element>(bits);
   } else {
-    return to_float(bit_cast<Element>(static_cast<uint16_t>(place & 1 ? bits >> 16 : bits)));
+    return bit_cast<Element>(static_cast<uint16_t>(place & 1 ? bits >> 16 : bits));
   }
 }
 

@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(BackwardTraits<Element>::kThreads)
   const int64_t row = blockIdx.x / num_parts;
   const auto part_index = static_cast<int>(blockIdx.x % num_parts);
   const int64_t label = arguments.labels[row];
+  const float row_weight = arguments.weight[row];  // at once, not after the label
   const Element* x = static_cast<const Element*>(logits.logits) + logits.layout.offset(row);
   Element* target =
       static_cast<Element*>(arguments.gradient) + arguments.gradient_layout.offset(row);
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(BackwardTraits<Element>::kThreads)
   const int64_t begin = part_index == 0 ? 0 : part_index * int64_t{Traits::kPart} + shift;
   const int64_t end = min((part_index + 1) * int64_t{Traits::kPart} + shift, logits.vocab_size);
   if (begin >= end) return;
-  const float weight = label == arguments.ignore_index ? 0 : arguments.weight[row];
+  const float weight = label == arguments.ignore_index ? 0 : row_weight;
   const RowGradient gradient(arguments.row_max[row], arguments.log_sum[row], weight,
                              label_in_part(column_in_shard(label, arguments.vocab_start), begin));
   write_gradient<Traits::kThreads>(RowPart<Element>(x + begin, static_cast<int>(end - begin)),

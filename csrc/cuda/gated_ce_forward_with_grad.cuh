@@ -98,8 +98,10 @@ __global__ void __launch_bounds__(kThreads, kStagedBlocks) gated_ce_forward_with
     target_logit = target_logit_of<Element>(forward.logits, row, label);
     warp_top_k(list, k, storage.slice_top);
     if (lane_index() == 0) storage.slice_sum = slice_sum;
+    cluster_arrive();
+  } else {
+    cluster_arrive_relaxed();  // these warps have written nothing that other blocks read
   }
-  cluster_arrive();
   cluster_wait();  // every block's sum and candidates are there
   // The list is free, and has room for the candidates of all blocks.
   static_assert(kMaxClusterSize * kMaxTopK <= CandidateList<uint32_t>::kCapacity, "they fit");

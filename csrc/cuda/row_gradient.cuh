@@ -37,7 +37,7 @@ struct RowGradient {
     // Beside the loop, where it would be compiled once for each element.
     float label_gradient = 0;
     if (has_label) {
-      const float x = element_at(vector, static_cast<int>(at_label));
+      const float x = to_float(element_at(vector, static_cast<int>(at_label)));
       label_gradient = weight * expm1f((x - max) - log_sum);
     }
 #pragma unroll

@@ -99,8 +99,8 @@ __device__ inline PartSum scan_part(const Part& part, int k, ScanStorage<kThread
           above |= (to_float(vectors[v].elements[e]) > floor) << e;
         }
         for (; above != 0; above &= above - 1) {
-          const float x = element_at(vectors[v], __ffs(static_cast<int>(above)) - 1);
-          crowded |= list.push(key_of<Element>(x)) >= many;
+          const Element x = element_at(vectors[v], __ffs(static_cast<int>(above)) - 1);
+          crowded |= list.push(key_of<Element>(to_float(x))) >= many;
         }
       }
     }

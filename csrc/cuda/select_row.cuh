@@ -1,7 +1,6 @@
 // The k largest keys of a part of a row by a block that does nothing else: for top-k, for merging
-// what blocks selected each, and for rows whose order defeats the scan. One read, and one more of a
-// tile at the beginning; a barrier after each vector of a thread, so the list never overflows
-// unseen.
+// what blocks selected each, and for rows whose order defeats the scan. One read, and one more of
+// the first tile; a barrier after each tile, where what found no room in the list is offered again.
 #pragma once
 
 #include <cstdint>
@@ -62,25 +61,34 @@ __device__ inline void offer_part(const Part& part, int first_index, int k,
                                   CandidateList<typename Keys::Key>& list,
                                   typename Keys::Key* scratch) {
   using Key = typename Keys::Key;
+  constexpr int kSize = Part::kSize;
+  static_assert(kVectorsPerThread * kSize <= 32, "a bit for each element of a tile");
   Key floor = list.floor;
-  const int num_rounds = (part.num_vectors() + kThreads - 1) / kThreads;
-  auto next = load_vector(part, threadIdx.x, Keys::filler());
-  for (int round = 0; round < num_rounds; ++round) {
-    const int vector = round * kThreads + static_cast<int>(threadIdx.x);
-    const auto x = next;
-    next = load_vector(part, vector + kThreads, Keys::filler());
-    uint32_t pending = ~0u >> (32 - Part::kSize);
+  for (int tile = 0; tile < num_tiles<kThreads>(part); ++tile) {
+    Vector<typename Part::Element> vectors[kVectorsPerThread];
+    load_tile<kThreads>(part, tile, Keys::filler(), vectors);
+    uint32_t pending = 0;  // bit v * kSize + e: that element is to be offered
+#pragma unroll
+    for (int v = 0; v < kVectorsPerThread; ++v) {
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) {
+        const bool may_exceed = Keys::may_exceed(vectors[v].elements[e], floor);
+        pending |= static_cast<uint32_t>(may_exceed) << (v * kSize + e);
+      }
+    }
     bool full;
     do {
 #pragma unroll
-      for (int e = 0; e < Part::kSize; ++e) {
-        if (!(pending >> e & 1)) continue;
-        bool kept_out = false;
-        if (Keys::may_exceed(x.elements[e], floor)) {
-          const Key key = key_of_vector<Keys>(part, vector, e, x.elements[e], first_index);
-          kept_out = key > floor && list.push(key) >= list.kCapacity;
+      for (int v = 0; v < kVectorsPerThread; ++v) {
+        const int vector = vector_of_tile<kThreads>(tile, v);
+        uint32_t offered = pending >> (v * kSize) & (~0u >> (32 - kSize));
+        for (; offered != 0; offered &= offered - 1) {
+          const int e = __ffs(static_cast<int>(offered)) - 1;
+          const Key key =
+              key_of_vector<Keys>(part, vector, e, element_at(vectors[v], e), first_index);
+          const bool kept_out = key > floor && list.push(key) >= list.kCapacity;
+          if (!kept_out) pending &= ~(1u << (v * kSize + e));
         }
-        if (!kept_out) pending &= ~(1u << e);
       }
       full = __syncthreads_or(pending != 0);  // all have pushed
       if (full) floor = shrink(list, k, scratch);
@@ -95,13 +103,16 @@ __device__ inline void select_part(const Part& part, int first_index, int k,
                                    CandidateList<typename Keys::Key>& list,
                                    typename Keys::Key* scratch) {
   using Key = typename Keys::Key;
+  Vector<typename Part::Element> vectors[kVectorsPerThread];
+  load_tile<kThreads>(part, 0, Keys::filler(), vectors);
   Key largest = 0;
-  for (int round = 0; round < kVectorsPerThread; ++round) {
-    const int vector = round * kThreads + static_cast<int>(threadIdx.x);
-    const auto x = load_vector(part, vector, Keys::filler());
+#pragma unroll
+  for (int v = 0; v < kVectorsPerThread; ++v) {
+    const int vector = vector_of_tile<kThreads>(0, v);
 #pragma unroll
     for (int e = 0; e < Part::kSize; ++e) {
-      largest = max(largest, key_of_vector<Keys>(part, vector, e, x.elements[e], first_index));
+      largest =
+          max(largest, key_of_vector<Keys>(part, vector, e, vectors[v].elements[e], first_index));
     }
   }
   floor_of_threads<kThreads>(largest, Key(0), k, list);

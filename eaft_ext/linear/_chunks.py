@@ -103,7 +103,9 @@ def sum_dtype(
 def _slices(gradient: Tensor, column_size: int) -> Iterator[slice]:
     """The columns of a chunk's gradient, some at a time, for float32 copies of that column size."""
     affordable = min(SLICE_BYTES, gradient.nbytes // SLICE_SHARE)
-    width = max(1, affordable // (4 * max(1, column_size)))
+    width = affordable // (4 * max(1, column_size))
+    # Each slice begins at an aligned address, and if it is not short, is a number of tiles.
+    width = max(VECTOR, width - width % (TILE if width >= TILE else VECTOR))
     for start in range(0, gradient.size(1), width):
         yield slice(start, min(start + width, gradient.size(1)))
 
