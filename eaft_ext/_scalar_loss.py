@@ -85,4 +85,5 @@ def scaled(gradients: Sequence[Tensor], factor: Tensor, refusal: str) -> list[Te
 
 def _as_stored(tensor: Tensor) -> list[int]:
     """The dimensions from the slowest to the fastest; those of one element come first."""
-    return sorted(range(tensor.dim()), key=lambda d: (tensor.size(d) > 1, -tensor.stride(d)))
+    strides = tensor.stride()
+    return sorted(range(tensor.dim()), key=lambda d: (tensor.shape[d] > 1, -strides[d]))
