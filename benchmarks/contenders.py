@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,29 +14,10 @@ from cases import DTYPES, IGNORED, Batch, Case
 from torch import Tensor
 
 import eaft_ext
+from eaft_ext.cli.bench import eager_eaft
 
 Function = Callable[..., Any]
 ops = torch.ops.eaft_ext
-
-
-def eager_eaft(logits: Tensor, labels: Tensor, k: int = 20) -> Tensor:
-    """EAFT's loss as training frameworks write it: the kernels' formula, operation by operation.
-
-    They also gather the rows that are not ignored, which copies the logits once more; left out.
-    """
-    return eager_eaft_sum(logits, labels, k) / (labels != IGNORED).sum()
-
-
-def eager_eaft_sum(logits: Tensor, labels: Tensor, k: int = 20) -> Tensor:
-    """The same, not yet divided by the number of labels that are not ignored."""
-    logits = logits.float()
-    nll = F.cross_entropy(logits, labels, reduction="none")
-    with torch.no_grad():
-        top = logits.topk(k, dim=-1).values
-        log_q = top - top.logsumexp(dim=-1, keepdim=True)
-        entropy = -(log_q.exp() * log_q).sum(dim=-1)
-        weight = entropy / math.log(k)
-    return (weight * nll).sum()
 
 
 class Runner:

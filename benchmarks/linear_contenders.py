@@ -10,12 +10,13 @@ import peers
 import torch
 import torch.nn.functional as F
 from cases import IGNORED, Case, LinearBatch, LinearCase
-from contenders import CONTENDERS, GPU, Contender, Function, Runner, eager_eaft, eager_eaft_sum
+from contenders import CONTENDERS, GPU, Contender, Function, Runner
 from contenders import plain_function as plain
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import eaft_ext
+from eaft_ext.cli.bench import eager_eaft, eager_eaft_sum
 from eaft_ext.linear._chunks import default_chunk_size
 
 PRODUCTS = "products"

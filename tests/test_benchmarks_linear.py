@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import eaft_ext
+from eaft_ext.cli.bench import eager_eaft
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -27,7 +28,7 @@ import results
 import run
 from bounds import LINEAR_BOUNDS, evaluate, unmeasured
 from cases import TIMES, Case, LinearBatch, LinearCase, Rotation
-from contenders import CONTENDERS, eager_eaft
+from contenders import CONTENDERS
 from device import Cpu
 from linear_contenders import (
     CHUNKED,

@@ -98,7 +98,7 @@ sys.exit(main(["demo"]))
     assert result.stdout.startswith("eaft_ext\n  version")
     assert result.stderr.splitlines() == [
         "eaft-ext demo: transformers, matplotlib, rich not installed: "
-        "pip install 'eaft_ext[demo]' brings what the demo needs"
+        "pip install 'eaft_ext[demo]' brings what it needs"
     ]
 
 

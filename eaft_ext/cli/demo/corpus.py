@@ -7,23 +7,11 @@ import importlib.resources
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from .errors import DemoError
+from eaft_ext.cli.errors import CommandError
+from eaft_ext.cli.records import JSONL_SUFFIXES, Record, read_records
 
-Message = dict[str, str]
-
-JSONL_SUFFIXES = {".jsonl", ".ndjson", ".json"}
-PROMPT_AND_ANSWER = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
 HELD_OUT_SHARE = 5  # one part in five
-
-
-@dataclass(frozen=True)
-class Record:
-    """Running text, or the last answer of a conversation with the messages before it."""
-
-    text: str
-    conversation: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,7 +32,7 @@ def language_reference() -> Corpus:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise DemoError(
+        raise CommandError(
             f"this Python has no pydoc_data.topics ({error}): pass --data with a JSONL or text file"
         ) from None
     held_out, train = _divide(sorted(topics))
@@ -91,7 +79,7 @@ def read_corpus(path: Path) -> Corpus:
     if path.suffix.lower() in JSONL_SUFFIXES:
         unique = list(dict.fromkeys(_content(record) for record in records))
         if len(unique) < 2:
-            raise DemoError(f"{path}: {len(unique)} different record is too few, 2 are needed")
+            raise CommandError(f"{path}: {len(unique)} different record is too few, 2 are needed")
         chosen, _ = _divide(unique)
         kept_back = set(chosen)
         train = [record for record in records if _content(record) not in kept_back]
@@ -101,92 +89,15 @@ def read_corpus(path: Path) -> Corpus:
     if len(paragraphs) < 2:
         paragraphs = [line for line in records[0].text.splitlines() if line.strip()]
     if len(paragraphs) < 2:
-        raise DemoError(f"{path}: one line is too little text to divide, 2 paragraphs are needed")
+        raise CommandError(
+            f"{path}: one line is too little text to divide, 2 paragraphs are needed"
+        )
     cut = len(paragraphs) - max(1, len(paragraphs) // HELD_OUT_SHARE)
     return Corpus(
         path.name,
         train=[Record("\n\n".join(paragraphs[:cut]))],
         held_out=[Record("\n\n".join(paragraphs[cut:]))],
     )
-
-
-def read_records(path: Path) -> list[Record]:
-    """Return the records of a JSONL file, or a plain text file as one record."""
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise DemoError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise DemoError(
-            f"{path}: byte {error.start} is {error.object[error.start]:#04x}, which is not UTF-8"
-        ) from None
-    if not text.strip():
-        raise DemoError(f"{path} is empty")
-    if path.suffix.lower() not in JSONL_SUFFIXES:
-        return [Record(text)]
-    return [
-        _parse_record(line, f"{path}, line {number}")
-        for number, line in enumerate(text.split("\n"), start=1)
-        if line.strip()
-    ]
-
-
-def _parse_record(line: str, where: str) -> Record:
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DemoError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}): {_shown(line)}"
-        ) from None
-    if not isinstance(fields, dict):
-        raise DemoError(f"{where}: expected a JSON object, got {_shown(fields)}")
-    if "messages" in fields:
-        return _parse_messages(fields["messages"], where)
-    for prompt, answer in PROMPT_AND_ANSWER:
-        if prompt in fields and answer in fields:
-            request = _text(fields, prompt, where)
-            if fields.get("input"):  # the optional third field of instruction data
-                request += "\n\n" + _text(fields, "input", where)
-            return Record(_text(fields, answer, where), (_message("user", request),))
-    if "text" in fields:
-        return Record(_text(fields, "text", where))
-    expected = ", ".join(f"{prompt}/{answer}" for prompt, answer in PROMPT_AND_ANSWER)
-    raise DemoError(
-        f"{where}: expected the fields text, messages, {expected}; got {_shown(sorted(fields))}"
-    )
-
-
-def _parse_messages(messages: Any, where: str) -> Record:
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise DemoError(f"{where}: messages must be a list of 2 or more, got {_shown(messages)}")
-    for message in messages:
-        if not isinstance(message, dict):
-            raise DemoError(f"{where}: a message must be an object, got {_shown(message)}")
-    parsed = [
-        _message(_text(message, "role", where), _text(message, "content", where))
-        for message in messages
-    ]
-    if parsed[-1]["role"] != "assistant":
-        raise DemoError(
-            f"{where}: the last message must be the assistant's, got role {parsed[-1]['role']!r}"
-        )
-    return Record(parsed[-1]["content"], tuple(parsed[:-1]))
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _text(fields: dict[str, Any], name: str, where: str) -> str:
-    value = fields.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise DemoError(f"{where}: {name!r} must be text that is not empty, got {_shown(value)}")
-    return value
-
-
-def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _content(record: Record) -> str:

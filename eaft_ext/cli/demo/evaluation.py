@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +9,9 @@ from typing import Any
 import torch
 
 import eaft_ext
-
-from .batches import IGNORE_INDEX, Batch
-
-CONFLICT_PROBABILITY = 0.1
-CONFLICT_ENTROPY = 0.3
-"""A token is a confident conflict if p(y) < 0.1 and its entropy is below 0.3 ln k."""
+from eaft_ext.cli.batches import IGNORE_INDEX, Batch
+from eaft_ext.cli.conflicts import confident_conflicts
+from eaft_ext.cli.model import forward
 
 ROWS_AT_ONCE = 128
 """Rows of logits whose float32 log-probabilities are held at the same time."""
@@ -100,27 +95,6 @@ class Evaluator:
     def conflicts(self) -> int:
         """Return how many held-out tokens are confident conflicts of the base model."""
         return sum(int(mask.sum()) for mask in self._conflicts)
-
-
-def confident_conflicts(nll: torch.Tensor, entropy: torch.Tensor, k: int) -> torch.Tensor:
-    """Return which tokens the model finds improbable while it is sure of something else."""
-    return (nll > -math.log(CONFLICT_PROBABILITY)) & (entropy < CONFLICT_ENTROPY * math.log(k))
-
-
-@torch.no_grad()
-def forward(model: Any, batch: Batch) -> torch.Tensor:
-    """Return the logits [b, s, V] of a batch, without a graph."""
-    with mixed_precision(batch.input_ids.device):
-        logits: torch.Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
-    return logits
-
-
-@contextlib.contextmanager
-def mixed_precision(device: torch.device) -> Iterator[None]:
-    """Run the model in bfloat16 where a CUDA device has it; the weights stay in float32."""
-    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
-        yield
 
 
 def _token_stats(logits: torch.Tensor, batch: Batch, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,11 +11,10 @@ from torch.nn.functional import linear
 
 import eaft_ext
 import eaft_ext.reference
+from eaft_ext.cli.batches import IGNORE_INDEX, Batch
+from eaft_ext.cli.errors import CommandError
+from eaft_ext.cli.model import mixed_precision
 from eaft_ext.integrations.transformers import LOGIT_OPTIONS
-
-from .batches import IGNORE_INDEX, Batch
-from .errors import DemoError
-from .evaluation import mixed_precision
 
 CHUNK_TOKENS = 64
 """Tokens whose logits ``--fused-linear`` holds at a time.
@@ -107,19 +106,19 @@ def check_output_layer(model: Any, batch: Batch) -> None:
     """Check that the model's logits are the product of hidden states and output layer.
 
     Raises:
-        DemoError: they are not; ``of_hidden`` would train on another loss.
+        CommandError: they are not; ``of_hidden`` would train on another loss.
     """
     for config in (model.config, getattr(model.config, "text_config", None)):
         for name in LOGIT_OPTIONS:
             value = getattr(config, name, None)
             if value not in (None, 1.0):
-                raise DemoError(
+                raise CommandError(
                     f"--fused-linear cannot train this model: it changes its logits after the "
                     f"output layer (config.{name} = {value})"
                 )
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or model.base_model is model:
-        raise DemoError(
+        raise CommandError(
             f"--fused-linear cannot train this model: {type(model).__name__} has no linear output "
             f"layer on hidden states of its own"
         )
@@ -130,7 +129,7 @@ def check_output_layer(model: Any, batch: Batch) -> None:
     if logits.shape != product.shape or not (
         (logits - product).abs().max() <= PROBE_TOLERANCE * logits.abs().max()
     ):
-        raise DemoError(
+        raise CommandError(
             f"--fused-linear cannot train this model: the logits of {type(model).__name__} are not "
             f"the output layer's product with the last hidden states"
         )

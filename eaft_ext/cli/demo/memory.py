@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 import eaft_ext
+from eaft_ext.cli.batches import Batch
+from eaft_ext.cli.model import mixed_precision
 
-from .batches import Batch
-from .evaluation import mixed_precision
 from .losses import CHUNK_TOKENS, fused_loss, hidden_states
 
 MiB = 2**20

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .evaluation import CONFLICT_ENTROPY, CONFLICT_PROBABILITY, Evaluation
+from eaft_ext.cli.conflicts import CONFLICT_ENTROPY, CONFLICT_PROBABILITY
+
+from .evaluation import Evaluation
 from .memory import DEFINITIONS, LossMemory, NotMeasured
 from .settings import Settings
 from .training import TOLERANCE, Run, Step

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 import eaft_ext
+from eaft_ext.cli.batches import Batch
+from eaft_ext.cli.conflicts import confident_conflicts
+from eaft_ext.cli.errors import CommandError
 
-from .batches import Batch
-from .errors import ReferenceMismatch
-from .evaluation import Evaluation, Evaluator, confident_conflicts
+from .evaluation import Evaluation, Evaluator
 from .losses import LossOf, of_logits
 
 TOLERANCE = 1e-5
@@ -30,6 +31,10 @@ EVALUATIONS = 4
 
 WARMUP_SHARE = 0.1
 """Part of the steps over which the learning rate rises linearly; then it stays."""
+
+
+class ReferenceMismatch(CommandError):
+    """The fused loss and the reference disagree on the same logits."""
 
 
 @dataclass(frozen=True)

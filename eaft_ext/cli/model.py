@@ -1,18 +1,23 @@
-"""The model and tokenizer of the demo, from the cache, a folder or a hub."""
+"""A model and its tokenizer, from the cache, a folder or a hub; and its logits."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import download
-from .errors import DemoError
+from .batches import Batch
+from .errors import CommandError
 
 CHECKSUMS = "checksums.json"
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
@@ -29,10 +34,37 @@ def load(name: str | None) -> tuple[Any, Any]:
         model = transformers.AutoModelForCausalLM.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()
-        raise DemoError(
+        raise CommandError(
             f"cannot load --model {source}: {reason[0] if reason else type(error).__name__}"
         ) from None
     return model.float(), tokenizer
+
+
+@torch.no_grad()
+def forward(model: Any, batch: Batch) -> torch.Tensor:
+    """Return the logits [b, s, V] of a batch, without a graph."""
+    with mixed_precision(batch.input_ids.device):
+        logits: torch.Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
+    return logits
+
+
+@contextlib.contextmanager
+def mixed_precision(device: torch.device) -> Iterator[None]:
+    """Run the model in bfloat16 where a CUDA device has it; the weights stay in float32."""
+    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+        yield
+
+
+def check_length(length: int, model: Any) -> None:
+    """Check that a model can read so many tokens.
+
+    Raises:
+        CommandError: it cannot.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise CommandError(f"--sequence-length {length} is above the model's limit of {longest}")
 
 
 def _transformers() -> Any:
@@ -55,7 +87,7 @@ def _default_folder() -> Path:
     gguf = download.cached_gguf()
     missing = [extra for extra in ("gguf", "accelerate") if not importlib.util.find_spec(extra)]
     if missing:
-        raise DemoError(
+        raise CommandError(
             f"reading {gguf.name} needs {' and '.join(missing)}: pip install 'eaft_ext[demo]'"
         )
     print(f"unpacking {gguf.name} (once, about 30 seconds)", file=sys.stderr)

@@ -1,0 +1,16 @@
+"""Which tokens are confident conflicts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+CONFLICT_PROBABILITY = 0.1
+CONFLICT_ENTROPY = 0.3
+"""A token is a confident conflict if p(y) < 0.1 and its entropy is below 0.3 ln k."""
+
+
+def confident_conflicts(nll: torch.Tensor, entropy: torch.Tensor, k: int) -> torch.Tensor:
+    """Return which tokens the model finds improbable while it is sure of something else."""
+    return (nll > -math.log(CONFLICT_PROBABILITY)) & (entropy < CONFLICT_ENTROPY * math.log(k))

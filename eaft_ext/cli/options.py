@@ -1,0 +1,82 @@
+"""Types of command-line options, which refuse a value in one sentence; what they default to."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Iterable
+
+import torch
+
+import eaft_ext
+
+from .errors import CommandError
+
+
+def require_extras(names: Iterable[str]) -> None:
+    """Check that packages are installed.
+
+    Raises:
+        CommandError: some are not.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CommandError(
+            f"{', '.join(missing)} not installed: pip install 'eaft_ext[demo]' brings what it needs"
+        )
+
+
+def default_device() -> str:
+    """A GPU if there is one that torch can use, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def positive_int(text: str) -> int:
+    """A whole number from 1."""
+    return number_from(1, text)
+
+
+def sequence_length(text: str) -> int:
+    """A whole number from 2: a token, and the next one to be predicted."""
+    return number_from(2, text)
+
+
+def number_from(smallest: int, text: str) -> int:
+    """A whole number from ``smallest``."""
+    value = int(text) if text.lstrip("+-").isdigit() else None
+    if value is None or value < smallest:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {smallest}, got {text!r}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def top_k(text: str) -> int:
+    """A k that the loss takes."""
+    value = number_from(1, text)
+    try:  # the library knows its limits
+        eaft_ext.gated_ce(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
+
+
+def device(text: str) -> str:
+    """A device that torch can use here."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason}") from None
+    return text

@@ -1,0 +1,160 @@
+"""``eaft-ext inspect``: what it says of the tokens of a text."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+MISSING = "needs transformers and rich; pip install 'eaft_ext[demo]' brings them"
+transformers = pytest.importorskip("transformers", reason=MISSING)
+pytest.importorskip("rich", reason=MISSING)
+
+from demo_tiny_model import tiny_folder, tokenizer  # noqa: E402
+
+import eaft_ext  # noqa: E402
+from eaft_ext import reference  # noqa: E402
+from eaft_ext.cli import inspect  # noqa: E402
+from eaft_ext.cli.batches import Example, collate  # noqa: E402
+from eaft_ext.cli.main import main  # noqa: E402
+
+__all__ = ["tiny_folder", "tokenizer"]
+
+K = 5
+
+
+@pytest.fixture
+def model(tiny_folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(tiny_folder).float().eval()
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Running text and a conversation."""
+    path = tmp_path / "data.jsonl"
+    records = [
+        {"text": "the statement is executed in the order of the class"},
+        {"question": "which order?", "answer": "the order of the class"},
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+def test_tokens_are_those_of_the_reference(model: Any, tokenizer: Any) -> None:
+    rows = [Example(list(range(5, 25))), Example(list(range(40, 50)), prompt_length=4)]
+    batch = collate(rows)
+    gate = eaft_ext.EntropyGate(2.0, 3.0)
+    tokens = list(inspect.inspect(model, tokenizer, [batch, batch], K, gate))
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids).logits
+    _, stats = reference.gated_ce(logits, batch.labels, K, gate=gate, return_stats=True)
+    places = stats.valid.nonzero().tolist()
+    assert [[token.row, token.position] for token in tokens] == [
+        *places,
+        *([row + 2, position] for row, position in places),
+    ]
+    p = logits.softmax(-1)
+    for token, (row, position) in zip(tokens, places, strict=False):
+        at = (row, position)
+        label = int(batch.labels[at])
+        assert token.token == tokenizer.decode([label])
+        likeliest = int(p[at].argmax())
+        assert token.likeliest == tokenizer.decode([likeliest])
+        found = [token.probability, token.likeliest_probability, token.nll, token.entropy]
+        found.append(token.gate)
+        expected = [
+            p[at][label],
+            p[at][likeliest],
+            stats.nll[at],
+            stats.entropy[at],
+            stats.gate[at],
+        ]
+        assert found == pytest.approx([float(value) for value in expected], rel=1e-5)
+        assert token.muted == pytest.approx((1 - token.gate) * token.nll)
+        context = batch.input_ids[row, max(0, position - 11) : position + 1].tolist()
+        assert token.before == tokenizer.decode(context)
+        conflict = p[at][label] < 0.1 and stats.entropy[at] < 0.3 * math.log(K)
+        assert token.is_conflict == bool(conflict)
+
+
+def _token(nll: float, entropy: float, gate: float, conflict: bool = False) -> inspect.Token:
+    p = math.exp(-nll)
+    return inspect.Token(0, 0, "", "a", p, "b", 1 - p, nll, entropy, gate, conflict)
+
+
+def test_summary() -> None:
+    """Shares are of the sums over all tokens; a token on a bound belongs to the row above it."""
+    ln_k = math.log(K)
+    tokens = [
+        _token(6.0, 0.05 * ln_k, 0.05, True),
+        _token(1.0, 0.5 * ln_k, 0.5),
+        _token(1.0, 0.7 * ln_k, 0.7),
+        _token(2.0, 1.2 * ln_k, 1.2),
+    ]
+    head, rows = inspect.summary(tokens, K)
+    assert len(head) == 6
+    found = {row[0]: row[1:] for row in rows}
+    gated = 0.3 + 0.5 + 0.7 + 2.4
+    assert found["0 to 0.1"] == ["25.0%", "6.000", "0.050", "60.0%", f"{0.3 / gated:.1%}"]
+    assert found["0.1 to 0.3"] == ["0", "-", "-", "-", "-"]
+    assert found["0.3 to 0.6"] == ["25.0%", "1.000", "0.500", "10.0%", f"{0.5 / gated:.1%}"]
+    assert found["0.6 and above"] == ["50.0%", "1.500", "0.950", "30.0%", f"{3.1 / gated:.1%}"]
+    assert found["confident conflicts"] == found["0 to 0.1"]
+    assert found["all"] == ["100.0%", "2.500", f"{2.45 / 4:.3f}", "100.0%", "100.0%"]
+
+
+def test_summary_of_what_is_known_already() -> None:
+    _, rows = inspect.summary([_token(0.0, 0.0, 0.0)], K)
+    assert rows[0][1:] == ["100.0%", "0.000", "0.000", "-", "-"]
+
+
+def test_the_command(
+    tiny_folder: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "tokens.jsonl"
+    options = ["--model", str(tiny_folder), "--data", str(texts), "--device", "cpu"]
+    options += ["--sequence-length", "16", "--k", str(K), "--output", str(output), "--show", "3"]
+    assert main(["inspect", *options]) == 0
+    out = capsys.readouterr().out
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert f"{len(written)} tokens of {texts}" in out
+    assert "confident conflicts" in out and "Most muted" in out
+    worst = sorted(written, key=lambda token: -(1 - token["gate"]) * token["nll"])
+    shown = out.partition("Most muted")[2].splitlines()[4:7]
+    for token, line in zip(worst, shown, strict=False):
+        assert f"{token['probability']:.1e}" in line
+        assert line.rstrip().endswith(f"{token['gate']:.3f}")
+    # Of the conversation, the answer alone is to be predicted.
+    answer = "".join(token["token"] for token in written if token["row"] == 1)
+    assert written[-1]["row"] >= 1 and "which" not in answer
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--output", "/nowhere/tokens.jsonl"], "cannot write --output /nowhere/tokens.jsonl"),
+        (["--data", "/nowhere/text.txt"], "cannot read /nowhere/text.txt"),
+        (["--model", "/nowhere/model"], "cannot load --model /nowhere/model"),
+        (["--sequence-length", "1000"], "--sequence-length 1000 is above the model's limit of 128"),
+    ],
+)
+def test_complaints(
+    tiny_folder: Path,
+    texts: Path,
+    options: list[str],
+    complaint: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    usual = ["--model", str(tiny_folder), "--data", str(texts), "--device", "cpu"]
+    assert main(["inspect", *usual, *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"eaft-ext inspect: {complaint}") and error.count("\n") == 1
+
+
+def test_what_is_shown_is_on_one_line() -> None:
+    assert inspect._shown("a\nb [bold]").plain == "a\\nb [bold]"
+    assert inspect._shown("x" * 40, last=36).plain == "..." + "x" * 36
