@@ -9,6 +9,7 @@ Needs matplotlib.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -43,9 +44,9 @@ Value = Callable[[CaseResult, str], "float | None"]
 
 
 def gigabytes(of_case: CaseResult, name: str, phase: str) -> float | None:
-    """Bandwidth in GB/s."""
+    """Bandwidth in GB/s; that of a copy is of no vocabulary."""
     rate = scaling.bandwidth(of_case, name, phase)
-    return None if rate is None else rate / 1e9
+    return None if rate is None or name == "copy" else rate / 1e9
 
 
 def milliseconds(of_case: CaseResult, name: str) -> float | None:
@@ -70,6 +71,10 @@ def draw(result: Result) -> Figure:
         (both, TOTAL, "Forward and backward"),
     ):
         plot(panel, result, of_one_size, "vocab_size", partial(gigabytes, phase=phase))
+        # Of as many bytes in each case: what differs is the memory that they happen to have.
+        copies = [r for of_case in of_one_size if (r := scaling.bandwidth(of_case, "copy", phase))]
+        if copies:
+            panel.axhline(statistics.median(copies) / 1e9, label="copy", **STYLES["copy"])
         panel.set(title=title, xlabel="vocabulary", ylabel="GB/s", xscale="log", ylim=(0, None))
     for panel, value, title, unit in (
         (time, milliseconds, "Forward and backward", "milliseconds"),

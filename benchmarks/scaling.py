@@ -132,8 +132,8 @@ def summary(result: Result) -> str:
             f"![Bandwidth against the vocabulary, time and memory against the rows]"
             f"({picture(result)})",
             f"*Above: logits of {size} MiB with ever larger vocabularies; GB/s is what two passes "
-            "must move (one read forward; one read and one write backward) over the time. Below: "
-            f"{VOCABULARY:,} words and ever more rows.*",
+            "must move (one read forward; one read and one write backward) over the time; dashed, "
+            f"that of a copy. Below: {VOCABULARY:,} words and ever more rows.*",
         ]
     )
 

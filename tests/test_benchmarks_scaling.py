@@ -142,7 +142,10 @@ class TestPicture:
             scaling.bandwidth(r, "gated_ce", FORWARD) for r in scaling.by_vocabulary(result)
         ]
         assert list(ours.get_ydata()) == [rate / 1e9 for rate in expected if rate]
-        assert set(lines[forward]) == {"copy into existing memory", "gated_ce"}
+        assert set(lines[forward]) == {"copy", "gated_ce"}
+        (copy,) = {scaling.bandwidth(r, "copy", FORWARD) for r in scaling.by_vocabulary(result)[:1]}
+        assert copy is not None
+        assert lines[forward]["copy"].get_ydata()[0] == pytest.approx(copy / 1e9, rel=0.01)
         assert len(lines[both]) == len(lines[time]) == 3
         assert list(lines[time]["gated_ce"].get_ydata()) == [4] * len(
             lines[time]["gated_ce"].get_xdata()
