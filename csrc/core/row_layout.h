@@ -18,12 +18,20 @@ struct RowLayout {
 
   // The offset of a row's first element, in elements.
   EAFT_HOST_DEVICE int64_t offset(int64_t row) const {
+    // A grid has fewer than 2^32 blocks, and a GPU takes long for 64-bit divisions.
+#if defined(__CUDA_ARCH__)
+    using Number = uint32_t;
+#else
+    using Number = int64_t;
+#endif
+    auto rest = static_cast<Number>(row);
     int64_t result = 0;
     for (int d = num_dims - 1; d > 0; --d) {
-      result += (row % sizes[d]) * strides[d];
-      row /= sizes[d];
+      const auto size = static_cast<Number>(sizes[d]);
+      result += static_cast<int64_t>(rest % size) * strides[d];
+      rest /= size;
     }
-    return num_dims > 0 ? result + row * strides[0] : result;
+    return num_dims > 0 ? result + static_cast<int64_t>(rest) * strides[0] : result;
   }
 };
 

@@ -30,6 +30,10 @@ struct PairKeys {
     return static_cast<Key>(key_of<Element>(value)) << 32 | ~static_cast<uint32_t>(index);
   }
   __device__ static int index_of(Key key) { return static_cast<int>(~static_cast<uint32_t>(key)); }
+  // Just below the largest key: as if no element had a higher index.
+  __device__ static Key reached_by(const Vector<Element>& x) {
+    return static_cast<Key>(key_of<Element>(largest_of(x) + 0.0f)) << 32;
+  }
   __device__ static bool may_exceed(Element x, Key floor) {
     return !(to_float(x) < value_of<Element>(static_cast<uint32_t>(floor >> 32)));
   }
@@ -41,6 +45,12 @@ template <typename Key_>
 struct ReadyKeys {
   using Key = Key_;
   __device__ static Key key(Key key, int) { return key; }
+  __device__ static Key reached_by(const Vector<Key>& x) {
+    Key largest = 0;
+#pragma unroll
+    for (int e = 0; e < kVectorSize<Key>; ++e) largest = max(largest, x.elements[e]);
+    return largest;
+  }
   __device__ static bool may_exceed(Key key, Key floor) { return key > floor; }
   __device__ static Key filler() { return 0; }
 };
@@ -107,14 +117,7 @@ __device__ inline void select_part(const Part& part, int first_index, int k,
   load_tile<kThreads>(part, 0, Keys::filler(), vectors);
   Key largest = 0;
 #pragma unroll
-  for (int v = 0; v < kVectorsPerThread; ++v) {
-    const int vector = vector_of_tile<kThreads>(0, v);
-#pragma unroll
-    for (int e = 0; e < Part::kSize; ++e) {
-      largest =
-          max(largest, key_of_vector<Keys>(part, vector, e, vectors[v].elements[e], first_index));
-    }
-  }
+  for (int v = 0; v < kVectorsPerThread; ++v) largest = max(largest, Keys::reached_by(vectors[v]));
   floor_of_threads<kThreads>(largest, Key(0), k, list);
   offer_part<Keys, kThreads>(part, first_index, k, list, scratch);
 }

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kTopKThreads, kThreadsPerMultiprocessor / kTop
 
 // Merges the parts of each row: a block for each row.
 template <typename Element>
-__global__ void __launch_bounds__(kTopKThreads)
+__global__ void __launch_bounds__(kTopKThreads, kThreadsPerMultiprocessor / kTopKThreads)
     topk_merge_kernel(const __grid_constant__ TopKArguments arguments,
                       const __grid_constant__ RowParts<uint64_t> parts) {
   auto& storage = *reinterpret_cast<TopKStorage*>(block_memory());
