@@ -78,6 +78,11 @@ EAFT_ALWAYS_INLINE void group_maxima_loop(const Real* x, Real* group_max, int co
 }
 
 template <typename Real>
+EAFT_ALWAYS_INLINE void reaching_of_group_loop(const Real* group, Real threshold, bool* reaching) {
+  for (int i = 0; i < kGroupSize; ++i) reaching[i] = group[i] >= threshold;
+}
+
+template <typename Real>
 EAFT_ALWAYS_INLINE bool any_nan_loop(const Real* x, int count) {
   int found = 0;
   for (int i = 0; i < count; ++i) found |= x[i] != x[i];
@@ -146,6 +151,16 @@ void group_maxima(const float* x, float* group_max, int count) {
 EAFT_TARGET_CLONES
 void group_maxima(const double* x, double* group_max, int count) {
   group_maxima_loop(x, group_max, count);
+}
+
+EAFT_TARGET_CLONES
+void reaching_of_group(const float* group, float threshold, bool* reaching) {
+  reaching_of_group_loop(group, threshold, reaching);
+}
+
+EAFT_TARGET_CLONES
+void reaching_of_group(const double* group, double threshold, bool* reaching) {
+  reaching_of_group_loop(group, threshold, reaching);
 }
 
 EAFT_TARGET_CLONES

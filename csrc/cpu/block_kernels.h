@@ -33,6 +33,10 @@ void narrow(const float* source, Half* target, int count);
 void group_maxima(const float* x, float* group_max, int count);
 void group_maxima(const double* x, double* group_max, int count);
 
+// reaching[i] = whether element i of a group is at least `threshold`; NaN is not.
+void reaching_of_group(const float* group, float threshold, bool* reaching);
+void reaching_of_group(const double* group, double threshold, bool* reaching);
+
 bool any_nan(const float* x, int count);
 bool any_nan(const double* x, int count);
 

@@ -147,7 +147,16 @@ std::vector<Candidate<Compute<Element>>> select_top_k(const Rows<const Element>&
     const int64_t begin = group * kGroupSize;
     const int length = static_cast<int>(std::min<int64_t>(kGroupSize, rows.vocab_size - begin));
     const Real* x = load(rows[row] + begin, scratch, length);
-    for (int i = 0; i < length; ++i) top.offer(x[i], begin + i);
+    bool reaching[kGroupSize];
+    reaching_of_group(x, top.threshold(), reaching);
+    for (int eight = 0; eight < length; eight += 8) {
+      uint64_t any;  // eight answers at a time: nearly all are no
+      std::memcpy(&any, reaching + eight, 8);
+      if (any == 0) continue;
+      for (int i = eight; i < std::min(eight + 8, length); ++i) {
+        if (reaching[i]) top.offer(x[i], begin + i);
+      }
+    }
   }
   return top.sorted();
 }
@@ -163,7 +172,7 @@ std::vector<Candidate<Compute<Element>>> select_top_k_with_nan(const Rows<const 
     const bool a_is_nan = a.value != a.value;
     const bool b_is_nan = b.value != b.value;
     if (a_is_nan || b_is_nan) return a_is_nan && (!b_is_nan || a.index < b.index);
-    return comes_first(a, b);
+    return ComesFirst()(a, b);
   });
   all.resize(k);
   return all;

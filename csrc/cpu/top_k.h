@@ -23,11 +23,14 @@ struct Candidate {
   int64_t index;
 };
 
-// The larger value first, the lower index first among equals.
-template <typename Real>
-inline bool comes_first(const Candidate<Real>& a, const Candidate<Real>& b) {
-  return a.value > b.value || (a.value == b.value && a.index < b.index);
-}
+// The larger value first, the lower index first among equals. A type, not a function: that would be
+// called for every comparison of a sort.
+struct ComesFirst {
+  template <typename Real>
+  bool operator()(const Candidate<Real>& a, const Candidate<Real>& b) const {
+    return a.value > b.value || (a.value == b.value && a.index < b.index);
+  }
+};
 
 // The k best of the candidates offered, which come in the order of their indices.
 template <typename Real>
@@ -39,6 +42,9 @@ class TopK {
   // best: once k of them are known, one that equals the last comes too late.
   bool accepts(Real value) const { return full_ ? value > threshold_ : value >= threshold_; }
 
+  // No smaller value is accepted.
+  Real threshold() const { return threshold_; }
+
   void offer(Real value, int64_t index) {
     if (!accepts(value)) return;
     candidates_.push_back({value, index});
@@ -49,7 +55,7 @@ class TopK {
   const std::vector<Candidate<Real>>& sorted() {
     if (candidates_.size() > static_cast<size_t>(k_)) shrink();
     candidates_.resize(k_, {-std::numeric_limits<Real>::infinity(), 0});
-    std::sort(candidates_.begin(), candidates_.end(), comes_first<Real>);
+    std::sort(candidates_.begin(), candidates_.end(), ComesFirst());
     return candidates_;
   }
 
@@ -58,7 +64,7 @@ class TopK {
 
   void shrink() {
     std::nth_element(candidates_.begin(), candidates_.begin() + (k_ - 1), candidates_.end(),
-                     comes_first<Real>);
+                     ComesFirst());
     candidates_.resize(k_);
     threshold_ = candidates_.back().value;
     full_ = true;
