@@ -18,6 +18,8 @@ from device import Device
 import eaft_ext
 
 ROOT = Path(__file__).resolve().parent.parent
+# By the benchmarks and the scripts that show their results.
+WRITTEN = ("benchmarks/results", "docs", "README.md")
 
 
 def describe(device: Device) -> dict[str, Any]:
@@ -54,18 +56,27 @@ def _version(distribution: str) -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, with "-dirty" where tracked files differ; "" outside of git.
+    """The commit of this checkout, with "-dirty" where code differs from it; "" outside of git.
 
-    A copy without its history is told by the environment, ``EAFT_EXT_COMMIT``.
+    What benchmarks write, results and what is made of them, is no code. A copy without its history
+    is told by the environment, ``EAFT_EXT_COMMIT``.
     """
     if told := os.environ.get("EAFT_EXT_COMMIT"):
         return told
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    others = [f":(exclude){path}" for path in WRITTEN]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        name = _git("describe", "--always", "--abbrev=12", "--exclude=*")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *others)
     except OSError:
         return ""
-    return done.stdout.strip()
+    return f"{name}-dirty" if changed else name
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
 def file_stem(machine: dict[str, Any]) -> str:

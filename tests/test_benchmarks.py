@@ -7,6 +7,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import launches
+import machine
 import measure
 import progress
 import readme_tables
@@ -343,3 +346,30 @@ def test_every_operator_is_watched_by_the_sanitizers() -> None:
     }
     assert sanitize.check_losses("cpu", 5, 37, torch.float16, 20) == 0
     assert sanitize.check_topk("cpu", 5, 37, torch.bfloat16, 20) == 0
+
+
+def test_the_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Results that were written leave it clean; a change of code does not."""
+    monkeypatch.delenv("EAFT_EXT_COMMIT", raising=False)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.commit() == ""
+    result, code = tmp_path / "benchmarks" / "results" / "a.json", tmp_path / "code.py"
+    result.parent.mkdir(parents=True)
+
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
+
+    for file in (result, code):
+        file.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "--no-verify", "-m", "first")
+    name = machine.commit()
+    assert re.fullmatch("[0-9a-f]{12}", name)
+    result.write_text("2")
+    assert machine.commit() == name
+    code.write_text("2")
+    assert machine.commit() == f"{name}-dirty"
+    monkeypatch.setenv("EAFT_EXT_COMMIT", "told")
+    assert machine.commit() == "told"
