@@ -1,6 +1,6 @@
 """Benchmark of linear_gated_ce: output layer and loss together, beside the bare matrix products.
 
-    python benchmarks/linear_loss.py                  on the CPU, some minutes on two cores
+    python benchmarks/linear_loss.py                  on the CPU, a quarter of an hour on two cores
     python benchmarks/linear_loss.py --device cuda    on the current GPU, with its peers there
     python benchmarks/linear_loss.py --quick          one small shape, a smoke test
 
@@ -55,7 +55,7 @@ SHAPES = {
 }
 QUICK_SHAPES = ((96, 32, 1_024),)
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
-REPEATS = {"cpu": 3, "cuda": 20}
+REPEATS = {"cpu": 7, "cuda": 20}
 # The check of losses and gradients is one more call, and on a CPU one is enough.
 WARM_UP = {"cpu": 0, "cuda": 1}
 # Of the loss, and of the gradients' norms: 16-bit gradients are rounded where they are added up.
