@@ -7,7 +7,9 @@ The steps, each within its own time limit; one that fails does not stop those af
     sanitize    sanitize.py under compute-sanitizer: what watches.py lists
     bench       run.py --device cuda, with the peers that are installed
     linear      linear_loss.py --device cuda, likewise
-    scaling     scaling.py --device cuda, likewise; only with --only, as in --only build,scaling
+    use         use.py: the commands and a short fine-tuning run; only with --only, as in
+                --only build,use,scaling
+    scaling     scaling.py --device cuda, like bench; only with --only
 
 Writes gpu_check.json and gpu_check.log, and the benchmarks <gpu>.json, .csv and .md,
 <gpu>-linear.json and .md, and <gpu>-scaling.json and .md. Ends with 0 if all steps passed, with 1
@@ -43,15 +45,15 @@ WORK = ROOT / "build" / "gpu_check"
 
 # There is no time for all of them in one call.
 DEFAULT_STEPS = ("build", "suite", "sanitize", "bench", "linear")
-STEPS = (*DEFAULT_STEPS, "scaling")
+STEPS = (*DEFAULT_STEPS, "use", "scaling")
 # The most seconds that a step gets, and those that it finds left when its turn comes.
 LIMITS = {
     **{"build": 270.0, "suite": 150.0, "sanitize": 110.0},
-    **{"bench": 600.0, "linear": 600.0, "scaling": 600.0},
+    **{"bench": 600.0, "linear": 600.0, "use": 120.0, "scaling": 600.0},
 }
 RESERVED = {
     **{"build": 0.0, "suite": 50.0, "sanitize": 50.0},
-    **{"bench": 100.0, "linear": 75.0, "scaling": 75.0},
+    **{"bench": 100.0, "linear": 75.0, "use": 60.0, "scaling": 75.0},
 }
 FEWEST_SECONDS = 15.0
 ENVIRONMENT_SECONDS = 120.0
@@ -308,6 +310,11 @@ class Check:
     def linear(self) -> dict[str, Any]:
         """The loss with the output layer, beside bare products and peers."""
         return self.measure("linear")
+
+    def use(self) -> dict[str, Any]:
+        """What a user does first."""
+        done = self.run([sys.executable, FOLDER / "use.py"], self.limit("use"), folder=WORK)
+        return {"outcome": done.outcome}
 
     def scaling(self) -> dict[str, Any]:
         """The loss of logits of many sizes."""

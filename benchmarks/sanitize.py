@@ -26,8 +26,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((5, 7), (70, 128), (9, 1000), (4, 4099), (3, 20_001))
 # From 17 rows on, a row is kept in a cluster's shared memory on a GPU that has clusters.
 LONG_SHAPES = ((2, 151_936), (1, 50_257), (20, 20_001), (17, 151_936))
-# Tokens, hidden, vocabulary, and tokens in a chunk, of which the last is shorter.
-LINEAR_SHAPES = ((9, 16, 1000, 2), (70, 8, 131, 32))
+# Tokens, hidden, vocabulary, and tokens in a chunk, of which the last is shorter. Vocabularies are
+# multiples of 8: otherwise rows of logits end in padding, which matrix products may load, not use.
+LINEAR_SHAPES = ((9, 16, 1000, 2), (70, 8, 136, 32))
 GRADIENTS = ("gradient of hidden", "gradient of weight", "gradient of bias")
 KS = (2, 20, 128)
 # Of the largest value, for losses and for gradients, whose last bit is the logits' own.

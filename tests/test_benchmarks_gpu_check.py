@@ -114,6 +114,7 @@ class TestGpuCheck:
             "sanitize.py": (0, "9 cases, 0 wrong results\n===== ERROR SUMMARY: 0 errors"),
             "run.py": (0, ""),
             "linear_loss.py": (0, ""),
+            "use.py": (0, "all passed"),
             "scaling.py": (0, ""),
         }
 
@@ -215,6 +216,13 @@ class TestGpuCheck:
         assert gpu_check.main([*out, "--only", "bench"]) == 0
         assert [Path(words[1]).name for words in commands] == ["environment.py", "run.py"]
         assert set(self.record(tmp_path)["steps"]) == {"build", "sanitize", "bench"}
+
+    def test_what_a_user_does_first(self, commands: list[list[str]], tmp_path: Path) -> None:
+        options = ["--output", str(tmp_path / "out"), "--only", "use"]
+        assert gpu_check.main(options) == 0
+        self.answers["use.py"] = (1, "failed: demo")
+        assert gpu_check.main(options) == 1
+        assert [Path(words[1]).name for words in commands] == ["environment.py", "use.py"] * 2
 
     def test_without_time_nothing_begins(self, commands: list[list[str]], tmp_path: Path) -> None:
         assert gpu_check.main(["--output", str(tmp_path / "out"), "--minutes", "0.3"]) == 1
