@@ -125,15 +125,16 @@ def picture(result: Result) -> str:
 
 def summary(result: Result) -> str:
     """The picture, for the README."""
-    size = number(by_vocabulary(result)[-1].case.logits_bytes / 2**20)
+    sizes = {number(of_case.case.logits_bytes / 2**20) for of_case in by_vocabulary(result)}
     return "\n\n".join(
         [
             machine_line(result),
             f"![Bandwidth against the vocabulary, time and memory against the rows]"
             f"({picture(result)})",
-            f"*Above: logits of {size} MiB with ever larger vocabularies; GB/s is what two passes "
-            "must move (one read forward; one read and one write backward) over the time; dashed, "
-            f"that of a copy. Below: {VOCABULARY:,} words and ever more rows.*",
+            f"*Above: logits of {' or '.join(sorted(sizes))} MiB with ever larger vocabularies; "
+            "GB/s is what two passes must move (one read forward; one read and one write backward) "
+            f"over the time; dashed, that of a copy. Below: {VOCABULARY:,} words, and ever more "
+            "rows.*",
         ]
     )
 
@@ -144,9 +145,9 @@ def markdown(result: Result) -> str:
     parts = ["# Benchmark of how `gated_ce` scales", machine_line(result), "## In short"]
     if found := by_vocabulary(result):
         for phase, passes in PASSES.items():
-            what = "Forward" if phase == FORWARD else "Forward and backward"
+            what = "Forward" if phase == FORWARD else "Forward and backward, in two passes"
             parts += [
-                f"{what}, GB/s of the {passes} {TIMES} logits that two passes must move (the copy: "
+                f"{what}, GB/s of the {passes} {TIMES} logits that must be moved (the copy: "
                 f"{COPY_PASSES} {TIMES}):",
                 by_case(found, contenders, gigabytes(phase)),
             ]

@@ -12,8 +12,8 @@ FIRST_PORT = 49152
 OURS = ("--kernel-name", "kernel_substring=eaft_ext")
 # Those that bring rows by bulk copies, in gated_ce_forward_with_grad.cuh.
 STAGED = "kernel_substring=_staged_"
-# In a block. The compiler cannot tell how many a loop makes, and the tool's own guess is too low;
-# kMaxStagedTiles of staged_part.cuh is 19.
+# In a block. The compiler cannot tell how many a loop makes, and where the tool has to guess, it is
+# said to guess too few. kMaxStagedTiles of staged_part.cuh is 19.
 BARRIERS = ("--num-cuda-barriers", "64")
 
 
@@ -38,8 +38,8 @@ WATCHES = {
     # Calls that may fail are checked by who calls: a launch that is tried, say.
     "memcheck": Watch("memcheck", ("--padding", "64", "--report-api-errors", "no")),
     "racecheck": Watch("racecheck", (*OURS, "--kernel-name-exclude", STAGED, *BARRIERS)),
-    # Up to the release of CUDA 13.3 the tool takes what a bulk copy writes for a race with who has
-    # waited for it in a loop.
+    # The tool is said to take what a bulk copy writes for a race with who has waited for it in a
+    # loop; its release notes list mends of that up to 2026.3.
     "racecheck of bulk copies": Watch("racecheck", ("--kernel-name", STAGED, *BARRIERS), False),
     "synccheck": Watch("synccheck", (*OURS, *BARRIERS)),
     "initcheck": Watch("initcheck"),

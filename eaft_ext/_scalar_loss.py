@@ -84,6 +84,10 @@ def scaled(gradients: Sequence[Tensor], factor: Tensor, refusal: str) -> list[Te
 
 
 def _as_stored(tensor: Tensor) -> list[int]:
-    """The dimensions from the slowest to the fastest; those of one element come first."""
+    """The dimensions from the slowest to the fastest, where the fastest is contiguous.
+
+    Else, as with a vocabulary of one word in rows that are apart, as they are.
+    """
     strides = tensor.stride()
-    return sorted(range(tensor.dim()), key=lambda d: (tensor.shape[d] > 1, -strides[d]))
+    order = sorted(range(tensor.dim()), key=lambda d: -strides[d])
+    return order if strides[order[-1]] == 1 else list(range(tensor.dim()))

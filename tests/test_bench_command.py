@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import eaft_ext
 from eaft_ext.cli import bench
 from eaft_ext.cli.main import main
 
@@ -36,10 +38,49 @@ def test_a_small_run(capsys: pytest.CaptureFixture[str], dtype: str) -> None:
     assert all(float(row[0]) >= 0 for row in rows.values())
 
 
+def test_what_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options of each of ours, and that each has a gradient in every round."""
+    calls: list[tuple[int, dict[str, Any]]] = []
+    gradients: list[Tensor] = []
+
+    def recorded(logits: Tensor, labels: Tensor, k: int, **options: Any) -> Tensor:
+        if logits.requires_grad:  # not where the option is checked
+            calls.append((k, options))
+            logits.register_hook(gradients.append)
+        loss: Tensor = original(logits, labels, k, **options)
+        return loss
+
+    original: Any = eaft_ext.gated_ce
+    monkeypatch.setattr(eaft_ext, "gated_ce", recorded)
+    assert main([*SMALL, "--k", "8"]) == 0
+    rounds = 1 + 3
+    expected = [(8, {}), (8, {"inplace_backward": True}), (8, {"gradient_in_forward": True})]
+    assert calls == expected * rounds
+    assert len(gradients) == len(calls)
+
+
+def test_others_have_a_gradient_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients: list[Tensor] = []
+
+    def recorded(function: Any) -> Any:
+        def loss(logits: Tensor, labels: Tensor, *rest: Any) -> Tensor:
+            logits.register_hook(gradients.append)
+            value: Tensor = function(logits, labels, *rest)
+            return value
+
+        return loss
+
+    monkeypatch.setattr(bench, "eager_eaft", recorded(bench.eager_eaft))
+    found = bench.contenders(20)
+    plain = next(c for c in found if c.title.startswith("F.cross_entropy"))
+    plain.loss = recorded(plain.loss)
+    bench.measure(found, 4, 50, torch.float32, torch.device("cpu"), 1)
+    assert len(gradients) == 2 * 2
+
+
 def test_the_workspace_is_restored() -> None:
     """What overwrites the logits gets them anew in each round: its loss stays what it was."""
-    found = bench.contenders(20)
-    inplace = next(contender for contender in found if contender.overwrites)
+    (inplace,) = (contender for contender in bench.contenders(20) if contender.overwrites)
     values = []
 
     def watched(logits: Tensor, labels: Tensor) -> Tensor:
@@ -48,9 +89,9 @@ def test_the_workspace_is_restored() -> None:
         return loss
 
     original, inplace.loss = inplace.loss, watched
-    bench.measure(found, 4, 50, torch.float32, torch.device("cpu"), 4)
+    bench.measure([inplace], 4, 50, torch.float32, torch.device("cpu"), 4)
     assert len(values) == 5 and len(set(values)) == 1
-    assert [len(contender.seconds) for contender in found] == [4] * len(found)
+    assert len(inplace.seconds) == 4
 
 
 def test_what_does_not_fit_is_said(
@@ -62,11 +103,12 @@ def test_what_does_not_fit_is_said(
     monkeypatch.setattr(bench, "eager_eaft", eager)
     assert main(SMALL) == 0
     assert _rows(capsys.readouterr().out)["eager EAFT"][:3] == ["out", "of", "memory"]
-    assert main(["bench", "--device", "cpu", "--tokens", "9" * 12]) == 1
-    assert capsys.readouterr().err == (
-        "eaft-ext bench: 999999999999 tokens of 151936 words do not fit on cpu: pass fewer "
-        "--tokens\n"
-    )
+    for tokens in ("9" * 12, "9" * 18):
+        assert main(["bench", "--device", "cpu", "--tokens", tokens]) == 1
+        assert capsys.readouterr().err == (
+            f"eaft-ext bench: {tokens} tokens of 151936 words do not fit on cpu: pass fewer "
+            "--tokens\n"
+        )
 
 
 def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +128,7 @@ def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--k", "129", "k must be"),
         ("--dtype", "float64", "invalid choice: 'float64'"),
         ("--device", "nowhere", "'nowhere' cannot be used"),
+        ("--device", "meta", "'meta' cannot be used: it computes nothing"),
     ],
 )
 def test_options(

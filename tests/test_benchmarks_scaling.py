@@ -105,6 +105,12 @@ def test_the_report() -> None:
     assert "- without eager: out of memory" in report
 
 
+def test_other_shapes_are_no_error() -> None:
+    """Asked for by hand, they are in no table."""
+    result = Result(_raw([Case(4, 1000, "float32")]))
+    assert "A CPU" in scaling.summary(result) and "A CPU" in scaling.markdown(result)
+
+
 def test_the_readme_takes_it_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     blocks = [f"<!-- benchmark:{name} -->\n<!-- /benchmark:{name} -->" for name in (

@@ -434,9 +434,8 @@ def test_large_tensors(limit: int) -> None:
         # Of a softmax without the label's 1 the sum is 0, up to rounding to bfloat16.
         assert loss.min() > 0
         assert logits.sum(1, dtype=torch.float32).abs().max() <= 1e-2
-        least = logits.amin(1)
-        assert least.max() < 0
-        assert torch.equal(least, logits.gather(1, labels.unsqueeze(1)).squeeze(1))
+        least = logits.amin(1, keepdim=True)
+        assert least.max() < 0 and torch.equal(least, logits.gather(1, labels.unsqueeze(1)))
 
 
 @pytest.mark.parametrize("limit", [2**31, 2**32], ids=["2^31", "2^32"])

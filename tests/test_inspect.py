@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +68,7 @@ def test_tokens_are_those_of_the_reference(model: Any, tokenizer: Any) -> None:
         assert token.likeliest == tokenizer.decode([likeliest])
         found = [token.probability, token.likeliest_probability, token.nll, token.entropy]
         found.append(token.gate)
+        assert token.normalized_entropy == pytest.approx(token.entropy / math.log(K))
         expected = [
             p[at][label],
             p[at][likeliest],
@@ -83,7 +86,8 @@ def test_tokens_are_those_of_the_reference(model: Any, tokenizer: Any) -> None:
 
 def _token(nll: float, entropy: float, gate: float, conflict: bool = False) -> inspect.Token:
     p = math.exp(-nll)
-    return inspect.Token(0, 0, "", "a", p, "b", 1 - p, nll, entropy, gate, conflict)
+    normalized = entropy / math.log(K)
+    return inspect.Token(0, 0, "", "a", p, "b", 1 - p, nll, entropy, normalized, gate, conflict)
 
 
 def test_summary() -> None:
@@ -95,7 +99,7 @@ def test_summary() -> None:
         _token(1.0, 0.7 * ln_k, 0.7),
         _token(2.0, 1.2 * ln_k, 1.2),
     ]
-    head, rows = inspect.summary(tokens, K)
+    head, rows = inspect.summary(tokens)
     assert len(head) == 6
     found = {row[0]: row[1:] for row in rows}
     gated = 0.3 + 0.5 + 0.7 + 2.4
@@ -108,7 +112,7 @@ def test_summary() -> None:
 
 
 def test_summary_of_what_is_known_already() -> None:
-    _, rows = inspect.summary([_token(0.0, 0.0, 0.0)], K)
+    _, rows = inspect.summary([_token(0.0, 0.0, 0.0)])
     assert rows[0][1:] == ["100.0%", "0.000", "0.000", "-", "-"]
 
 
@@ -155,6 +159,70 @@ def test_complaints(
     assert error.startswith(f"eaft-ext inspect: {complaint}") and error.count("\n") == 1
 
 
+def _written(folder: Path, texts: Path, output: Path, *options: str) -> list[dict[str, Any]]:
+    """The tokens of a run with short rows."""
+    usual = ["--model", str(folder), "--data", str(texts), "--device", "cpu", "--k", str(K)]
+    usual += ["--sequence-length", "8", "--output", str(output)]
+    assert main(["inspect", *usual, *options]) == 0
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_options_change_what_they_name(
+    tiny_folder: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        sizes.append(options["batch_size"])
+        return original(*arguments, **options)
+
+    original = inspect.evaluation_batches
+    monkeypatch.setattr(inspect, "evaluation_batches", recorded)
+    output = tmp_path / "tokens.jsonl"
+    run = partial(_written, tiny_folder, texts, output)
+    plain = run()
+    squared = run("--alpha", "2")
+    thirds = run("--normalizer", "3", "--batch-size", "1")
+    assert sizes == [2, 2, 1]
+    for one, two, three in zip(plain, squared, thirds, strict=True):
+        assert one["gate"] == pytest.approx(one["normalized_entropy"], rel=1e-5)
+        assert two["gate"] == pytest.approx(one["gate"] ** 2, rel=1e-5)
+        assert three["gate"] == pytest.approx(one["entropy"] / 3, rel=1e-5)
+    assert len(plain) > 10
+    for most in (1, 5, 10):  # whole rows, of which the last may be cut off
+        assert 0 < len(run("--tokens", str(most))) <= most
+
+
+def test_a_small_vocabulary_and_what_cannot_be(tmp_path: Path) -> None:
+    """k is at most the vocabulary; a label of probability 0 leaves the others as they are."""
+
+    class Fixed(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            logits = torch.tensor([0.0, 1.0, 1.0, -torch.inf]).expand(*input_ids.shape, 4)
+            return SimpleNamespace(logits=logits)
+
+    class Letters:
+        def decode(self, ids: list[int]) -> str:
+            return "".join("abcd"[i] for i in ids)
+
+    batch = collate([Example([0, 1, 3])])
+    gate = eaft_ext.EntropyGate()
+    tokens = list(inspect.inspect(Fixed(), Letters(), [batch], 20, gate))
+    p = torch.tensor([0.0, 1.0, 1.0]).softmax(-1)
+    expected = float(-(p * p.log()).sum() / math.log(4))
+    for token in tokens:
+        assert token.gate == pytest.approx(expected) == token.normalized_entropy
+        assert token.likeliest == "b"
+        assert token.likeliest_probability == pytest.approx(float(p[1]))
+    assert [token.probability for token in tokens] == pytest.approx([float(p[1]), 0])
+    _, rows = inspect.summary(tokens)
+    assert rows[-1] == ["all", "100.0%", "inf", f"{expected:.3f}", "-", "-"]
+    inspect.write_jsonl(tokens, tmp_path / "tokens.jsonl")
+    lines = (tmp_path / "tokens.jsonl").read_text().splitlines()
+    assert [json.loads(line)["nll"] is None for line in lines] == [False, True]
+
+
 def test_what_is_shown_is_on_one_line() -> None:
+    assert inspect._shown("\N{SNOWMAN}", is_unicode=False).plain == "\\u2603"
     assert inspect._shown("a\nb [bold]").plain == "a\\nb [bold]"
     assert inspect._shown("x" * 40, last=36).plain == "..." + "x" * 36

@@ -136,6 +136,21 @@ def test_gradient_in_forward_is_scaled(device: str, dtype: torch.dtype, name: st
     assert agree(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=["rows", "batch"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["of_its_own", "in_place"])
+def test_one_word_in_rows_that_are_apart(
+    device: str, shape: tuple[int, ...], inplace: bool
+) -> None:
+    wide = torch.randn(*shape, 3, device=device)
+    leaf = wide[..., :1].detach().requires_grad_()
+    labels = torch.zeros(shape, dtype=torch.int64, device=device)
+    loss = eaft_ext.gated_ce(
+        leaf, labels, gate=eaft_ext.NoGate(), gradient_in_forward=True, inplace_backward=inplace
+    )
+    (gradient,) = torch.autograd.grad(0.5 * loss, leaf)
+    assert loss == 0 and torch.equal(gradient, torch.zeros_like(gradient))
+
+
 def _spread(values: Tensor) -> Tensor:
     """The same numbers, every other one of a buffer of NaN."""
     buffer = torch.full((*values.shape, 2), math.nan, dtype=values.dtype, device=values.device)

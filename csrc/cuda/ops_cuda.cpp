@@ -212,6 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cuda_(
 void scale_gradient_cuda_(Tensor& gradient, const Tensor& factor) {
   const char* op = "scale_gradient_";
   check_logits(op, gradient);
+  check_size(op, gradient);
   check_writable(op, gradient);
   check_factor(op, factor, gradient);
   const c10::cuda::CUDAGuard guard(gradient.device());

@@ -30,9 +30,9 @@ struct PairKeys {
     return static_cast<Key>(key_of<Element>(value)) << 32 | ~static_cast<uint32_t>(index);
   }
   __device__ static int index_of(Key key) { return static_cast<int>(~static_cast<uint32_t>(key)); }
-  // Just below the largest key: as if no element had a higher index.
+  // At most the largest key: as if no element had a higher index.
   __device__ static Key reached_by(const Vector<Element>& x) {
-    return static_cast<Key>(key_of<Element>(largest_of(x) + 0.0f)) << 32;
+    return static_cast<Key>(key_of<Element>(largest_of(x))) << 32;
   }
   __device__ static bool may_exceed(Element x, Key floor) {
     return !(to_float(x) < value_of<Element>(static_cast<uint32_t>(floor >> 32)));
@@ -106,8 +106,8 @@ __device__ inline void offer_part(const Part& part, int first_index, int k,
   }
 }
 
-// Leaves what the k largest can be in the list; of a part with fewer elements, these and key 0.
-// Ends with a barrier.
+// Leaves what the k largest can be in the list. Of a part with fewer than k elements these are all
+// of its own, and fillers below every key of an element. Ends with a barrier.
 template <typename Keys, int kThreads, typename Part>
 __device__ inline void select_part(const Part& part, int first_index, int k,
                                    CandidateList<typename Keys::Key>& list,

@@ -185,7 +185,8 @@ def _call(contender: Contender, source: Tensor, labels: Tensor, workspace: Tenso
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    messages = ("can't allocate memory", "out of memory", "size calculation overflowed")
+    return any(message in str(error) for message in messages)
 
 
 def _wait(tensor: Tensor) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ class Token:
     """A token of the text, and what the model thought of it. Entropies and losses are in nats.
 
     ``likeliest`` is what the model would have said. ``row`` and ``position`` are those of the token
-    that it was to follow.
+    that it was to follow. ``normalized_entropy`` is the entropy over ln k, where k is at most the
+    vocabulary.
     """
 
     row: int
@@ -56,6 +57,7 @@ class Token:
     likeliest_probability: float
     nll: float
     entropy: float
+    normalized_entropy: float
     gate: float
     is_conflict: bool
 
@@ -134,7 +136,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     gate = eaft_ext.EntropyGate(arguments.alpha, arguments.normalizer)
     with console.status("reading"):
-        tokens = list(inspect(model, tokenizer, [b.to(on) for b in batches], arguments.k, gate))
+        found = inspect(model, tokenizer, [b.to(on) for b in batches], arguments.k, gate)
+        tokens = list(islice(found, arguments.tokens))
     if not tokens:
         raise CommandError("the text has no token to be predicted")
     if output is not None:
@@ -154,19 +157,20 @@ def inspect(
     for batch in batches:
         logits = forward(model, batch)
         _, stats = eaft_ext.gated_ce(logits, batch.labels, k, gate=gate, return_stats=True)
-        values, likeliest = (of_top[..., 0] for of_top in eaft_ext.topk(logits, 1))
-        labels = batch.labels.clamp(min=0)
-        log_sum = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1).float() + stats.nll
-        conflicts = confident_conflicts(stats.nll, stats.entropy, k)
+        likeliest = eaft_ext.topk(logits, 1)[1].squeeze(-1)
+        _, of_likeliest = eaft_ext.gated_ce(logits, likeliest, k, return_stats=True)
+        within = min(k, logits.size(-1))
+        conflicts = confident_conflicts(stats.nll, stats.entropy, within)
         columns = [
             tensor[stats.valid].tolist()
             for tensor in (
                 batch.labels,
                 (-stats.nll).exp(),
                 likeliest,
-                (values.float() - log_sum).exp(),
+                (-of_likeliest.nll).exp(),
                 stats.nll,
                 stats.entropy,
+                stats.entropy / math.log(within),
                 stats.gate,
                 conflicts,
             )
@@ -175,7 +179,8 @@ def inspect(
         for (row, position), of_token in zip(
             stats.valid.nonzero().tolist(), zip(*columns, strict=True), strict=True
         ):
-            label, probability, said, its_probability, nll, entropy, weight, conflict = of_token
+            (label, probability, said, its_probability, *losses, is_conflict) = of_token
+            nll, entropy, normalized, weight = losses
             context = rows[row][max(0, position + 1 - CONTEXT_TOKENS) : position + 1]
             yield Token(
                 row=first_row + row,
@@ -187,23 +192,28 @@ def inspect(
                 likeliest_probability=its_probability,
                 nll=nll,
                 entropy=entropy,
+                normalized_entropy=normalized,
                 gate=weight,
-                is_conflict=conflict,
+                is_conflict=is_conflict,
             )
         first_row += len(rows)
 
 
 def write_jsonl(tokens: Iterable[Token], path: Path) -> None:
-    """Write a line for each token."""
+    """Write a line for each token; what is not finite, as nothing."""
     try:
         with path.open("w", encoding="utf-8") as stream:
             for token in tokens:
-                stream.write(json.dumps(asdict(token), ensure_ascii=False) + "\n")
+                fields = {
+                    name: None if isinstance(value, float) and not math.isfinite(value) else value
+                    for name, value in asdict(token).items()
+                }
+                stream.write(json.dumps(fields, ensure_ascii=False) + "\n")
     except OSError as error:
         raise CommandError(f"cannot write --output {path}: {error.strerror}") from None
 
 
-def summary(tokens: list[Token], k: int) -> tuple[list[str], list[list[str]]]:
+def summary(tokens: list[Token]) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of the table: what the gate does, by entropy."""
     total = sum(token.nll for token in tokens)
     gated = sum(token.gate * token.nll for token in tokens)
@@ -218,12 +228,12 @@ def summary(tokens: list[Token], k: int) -> tuple[list[str], list[list[str]]]:
             f"{len(some) / len(tokens):.1%}",
             f"{nll / len(some):.3f}",
             f"{sum(token.gate for token in some) / len(some):.3f}",
-            f"{nll / total:.1%}" if total else "-",
-            f"{learned / gated:.1%}" if gated else "-",
+            f"{nll / total:.1%}" if 0 < total < math.inf else "-",
+            f"{learned / gated:.1%}" if 0 < gated < math.inf else "-",
         ]
 
     def within(low: float, high: float) -> list[Token]:
-        return [token for token in tokens if low <= token.entropy / math.log(k) < high]
+        return [token for token in tokens if low <= token.normalized_entropy < high]
 
     rows = []
     for low, high in pairwise(ENTROPIES):
@@ -243,7 +253,7 @@ def print_report(
     from rich.table import Table
 
     console.print(title, highlight=False, markup=False)
-    head, rows = summary(tokens, arguments.k)
+    head, rows = summary(tokens)
     view = Table(*head, box=SIMPLE_HEAD)
     for column in view.columns[1:]:
         column.justify = "right"
@@ -258,22 +268,23 @@ def print_report(
     console.print("Most muted, by (1 - gate) * nll:", highlight=False)
     view = Table("text", "token", "p", "likeliest", "p", "H / ln k", "gate", box=SIMPLE_HEAD)
     view.columns[0].justify = "right"
+    is_unicode = (console.encoding or "").lower().startswith("utf")
     for token in sorted(tokens, key=lambda token: -token.muted)[: arguments.show]:
         view.add_row(
-            _shown(token.before, last=36),
-            _shown(token.token),
+            _shown(token.before, is_unicode, last=36),
+            _shown(token.token, is_unicode),
             f"{token.probability:.1e}",
-            _shown(token.likeliest),
+            _shown(token.likeliest, is_unicode),
             f"{token.likeliest_probability:.3f}",
-            f"{token.entropy / math.log(arguments.k):.3f}",
+            f"{token.normalized_entropy:.3f}",
             f"{token.gate:.3f}",
         )
     console.print(view)
 
 
-def _shown(text: str, last: int = 16) -> Any:
+def _shown(text: str, is_unicode: bool = True, last: int = 16) -> Any:
     """Text on one line with its end, in which spaces and line breaks are seen."""
     from rich.text import Text
 
-    shown = repr(text)[1:-1]
+    shown = (repr(text) if is_unicode else ascii(text))[1:-1]
     return Text(shown if len(shown) <= last else "..." + shown[-last:], no_wrap=True)

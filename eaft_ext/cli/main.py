@@ -15,7 +15,11 @@ COMMANDS: tuple[tuple[str, Any, str], ...] = (
     ("info", info, "print versions, devices and how this copy was built (for a bug report)"),
     ("demo", demo, "fine-tune a small language model with plain cross-entropy and with EAFT"),
     ("inspect", inspect, "show which tokens of a text EAFT mutes, as a model sees them"),
-    ("bench", bench, "time and memory of the loss on this machine, beside PyTorch's own"),
+    (
+        "bench",
+        bench,
+        "time, and on a GPU memory, of the loss on this machine, beside PyTorch's own",
+    ),
 )
 """Their names, modules with ``add_arguments`` and ``run``, and what they do."""
 

@@ -79,4 +79,6 @@ def device(text: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason}") from None
+    if torch.device(text).type == "meta":
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: it computes nothing")
     return text
