@@ -48,12 +48,22 @@ DEFAULT_STEPS = ("build", "suite", "sanitize", "bench", "linear")
 STEPS = (*DEFAULT_STEPS, "use", "scaling")
 # The most seconds that a step gets, and those that it finds left when its turn comes.
 LIMITS = {
-    **{"build": 270.0, "suite": 150.0, "sanitize": 110.0},
-    **{"bench": 600.0, "linear": 600.0, "use": 120.0, "scaling": 600.0},
+    "build": 270.0,
+    "suite": 150.0,
+    "sanitize": 110.0,
+    "bench": 600.0,
+    "linear": 600.0,
+    "use": 120.0,
+    "scaling": 600.0,
 }
 RESERVED = {
-    **{"build": 0.0, "suite": 50.0, "sanitize": 50.0},
-    **{"bench": 100.0, "linear": 75.0, "use": 60.0, "scaling": 75.0},
+    "build": 0.0,
+    "suite": 50.0,
+    "sanitize": 50.0,
+    "bench": 100.0,
+    "linear": 75.0,
+    "use": 60.0,
+    "scaling": 75.0,
 }
 FEWEST_SECONDS = 15.0
 ENVIRONMENT_SECONDS = 120.0
@@ -278,16 +288,16 @@ class Check:
         # Each tensor gets memory of its own, so that what is read beyond it is not another's.
         self.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         limit = self.limit("sanitize")
+        logs = {name: WORK / f"{name.replace(' ', '_')}.log" for name in WATCHES}
 
         def run(name: str) -> dict[str, Any]:
             watch = WATCHES[name]
             # Each tool may try some ports.
             port = FIRST_PORT + 100 * list(WATCHES).index(name)
             command: list[str | Path] = [*watch.command(program, port)]
-            log = WORK / f"{name.replace(' ', '_')}.log"
-            log.write_bytes(b"")
+            logs[name].write_bytes(b"")
             command += [sys.executable, FOLDER / "sanitize.py"]
-            done = self.run(command, limit, log=log, folder=WORK)
+            done = self.run(command, limit, log=logs[name], folder=WORK)
             found = {"outcome": done.outcome, "seconds": round(done.seconds, 1)}
             found |= outcomes.sanitizer(done.output)
             if found["outcome"] == "passed" and found["errors"] is None:
@@ -298,8 +308,8 @@ class Check:
             tools = dict(zip(WATCHES, pool.map(run, WATCHES), strict=True))
         del self.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"]
         with self.log.open("ab") as log:
-            for name in WATCHES:
-                log.write((WORK / f"{name.replace(' ', '_')}.log").read_bytes())
+            for path in logs.values():
+                log.write(path.read_bytes())
         bad = [
             found["outcome"]
             for found in tools.values()

@@ -12,17 +12,16 @@ lost.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 
-from cases import TIMES, Case
+from cases import TIMES
 from contenders import CONTENDERS, Contender
 from measure import measure_case
 from progress import Progress
 from report import by_case, failures, machine_line, mebibytes, median, number
 from results import CaseResult, Result
-from run import Benchmark, execute, parse
+from run import Benchmark, cases_in_order, execute, parse
 from timing import FORWARD, TOTAL
 
 SUFFIX = "-scaling"
@@ -91,15 +90,6 @@ def bandwidth(of_case: CaseResult, name: str, phase: str) -> float | None:
     if spread is None or (phase == FORWARD and name in GRADIENT_IN_FORWARD):
         return None
     return passes * of_case.case.logits_bytes / spread.median
-
-
-def cases_in_order(arguments: argparse.Namespace) -> list[Case]:
-    """What is measured."""
-    return [
-        Case(num_rows, vocab_size, dtype)
-        for num_rows, vocab_size in arguments.shapes
-        for dtype in arguments.dtypes
-    ]
 
 
 def taking_part(result: Result) -> list[Contender]:

@@ -21,7 +21,7 @@ import eaft_ext
 
 from .batches import IGNORE_INDEX
 from .errors import CommandError
-from .options import default_device, device, number_from, positive_int, top_k
+from .options import add_k_and_device, default_device, number_from, positive_int
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENS = {"cpu": 512}
@@ -78,9 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="columns of the logits" + default,
     )
     add("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
-    add("--k", type=top_k, default=20, help="largest logits that give the entropy" + default)
     add("--rounds", type=positive_int, default=10, metavar="N", help="calls of each" + default)
-    add("--device", type=device, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add_k_and_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

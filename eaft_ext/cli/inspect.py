@@ -17,18 +17,11 @@ import eaft_ext
 
 from .batches import Batch, evaluation_batches
 from .conflicts import CONFLICT_ENTROPY, CONFLICT_PROBABILITY, confident_conflicts
+from .console import make_console
 from .demo.corpus import language_reference
 from .errors import CommandError
-from .model import DEFAULT_NAME, check_length, forward, load
-from .options import (
-    default_device,
-    device,
-    positive_float,
-    positive_int,
-    require_extras,
-    sequence_length,
-    top_k,
-)
+from .model import check_length, forward, load, shown_name
+from .options import add_reading, default_device, positive_float, positive_int, require_extras
 from .records import read_records
 
 REQUIRED = ("transformers", "rich")
@@ -71,18 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``eaft-ext inspect``."""
     add = parser.add_argument
     default = " (default: %(default)s)"
-    add(
-        "--model",
-        metavar="NAME",
-        help=f"transformers model folder or hub name (default: {DEFAULT_NAME})",
-    )
-    add(
-        "--data",
-        type=Path,
-        metavar="FILE",
-        help="JSONL (text, messages, prompt/completion, instruction/output or question/answer) or "
-        "plain text (default: the language reference inside Python)",
-    )
+    add_reading(parser, data="plain text", rows="rows at a time")
     add(
         "--tokens",
         type=positive_int,
@@ -92,35 +74,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--show", type=positive_int, default=12, metavar="N", help="muted tokens shown" + default)
     add("--output", type=Path, metavar="FILE", help="write every token to this JSONL file")
-    add("--k", type=top_k, default=20, help="largest logits that give the entropy" + default)
     add("--alpha", type=positive_float, default=1.0, help="exponent of the gate" + default)
     add(
         "--normalizer",
         type=positive_float,
         help="what the entropy is divided by (default: ln k, as in the paper)",
     )
-    add("--batch-size", type=positive_int, default=2, metavar="N", help="rows at a time" + default)
-    add(
-        "--sequence-length",
-        type=sequence_length,
-        default=256,
-        metavar="N",
-        help="tokens in a row, at most" + default,
-    )
-    add("--device", type=device, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the text with the model, and print what the gate does."""
     require_extras(REQUIRED)
-    from rich.console import Console
-
     output: Path | None = arguments.output
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise CommandError(f"cannot write --output {output}: not a file in a folder that exists")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = make_console()
     records = read_records(arguments.data) if arguments.data else language_reference().train
     with console.status("loading the model"):
         model, tokenizer = load(arguments.model)
@@ -136,13 +104,13 @@ def run(arguments: argparse.Namespace) -> int:
     )
     gate = eaft_ext.EntropyGate(arguments.alpha, arguments.normalizer)
     with console.status("reading"):
-        found = inspect(model, tokenizer, [b.to(on) for b in batches], arguments.k, gate)
+        found = inspect(model, tokenizer, (batch.to(on) for batch in batches), arguments.k, gate)
         tokens = list(islice(found, arguments.tokens))
     if not tokens:
         raise CommandError("the text has no token to be predicted")
     if output is not None:
         write_jsonl(tokens, output)
-    name = Path(arguments.model).name if arguments.model else DEFAULT_NAME
+    name = shown_name(arguments.model)
     source = arguments.data or "the Python language reference"
     print_report(console, f"{name}, {len(tokens)} tokens of {source}, {gate}", tokens, arguments)
     return 0
@@ -179,8 +147,8 @@ def inspect(
         for (row, position), of_token in zip(
             stats.valid.nonzero().tolist(), zip(*columns, strict=True), strict=True
         ):
-            (label, probability, said, its_probability, *losses, is_conflict) = of_token
-            nll, entropy, normalized, weight = losses
+            label, probability, said, its_probability, *losses = of_token
+            nll, entropy, normalized, weight, is_conflict = losses
             context = rows[row][max(0, position + 1 - CONTEXT_TOKENS) : position + 1]
             yield Token(
                 row=first_row + row,

@@ -9,7 +9,7 @@ from typing import Any
 
 from eaft_ext.cli import bench, info, inspect
 from eaft_ext.cli.demo import command as demo
-from eaft_ext.cli.errors import CommandError
+from eaft_ext.cli.errors import FAILURE, INTERRUPTED, CommandError
 
 COMMANDS: tuple[tuple[str, Any, str], ...] = (
     ("info", info, "print versions, devices and how this copy was built (for a bug report)"),
@@ -22,10 +22,6 @@ COMMANDS: tuple[tuple[str, Any, str], ...] = (
     ),
 )
 """Their names, modules with ``add_arguments`` and ``run``, and what they do."""
-
-FAILURE = 1
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells report it (128 + SIGINT)."""
 
 
 def build_parser() -> argparse.ArgumentParser:

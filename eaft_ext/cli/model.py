@@ -23,6 +23,11 @@ CHECKSUMS = "checksums.json"
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 
 
+def shown_name(name: str | None) -> str:
+    """What a model is called in a report."""
+    return Path(name).name if name else DEFAULT_NAME
+
+
 def load(name: str | None) -> tuple[Any, Any]:
     """Return (model in float32, tokenizer) for a folder, a hub name or, with None, the default."""
     transformers = _transformers()

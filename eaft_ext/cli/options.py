@@ -6,12 +6,14 @@ import argparse
 import importlib.util
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
 import eaft_ext
 
 from .errors import CommandError
+from .model import DEFAULT_NAME
 
 
 def require_extras(names: Iterable[str]) -> None:
@@ -25,6 +27,45 @@ def require_extras(names: Iterable[str]) -> None:
         raise CommandError(
             f"{', '.join(missing)} not installed: pip install 'eaft_ext[demo]' brings what it needs"
         )
+
+
+def add_k_and_device(parser: argparse.ArgumentParser) -> None:
+    """Add ``--k`` and ``--device``."""
+    help_of_k = "largest logits that give the entropy (default: %(default)s)"
+    parser.add_argument("--k", type=top_k, default=20, help=help_of_k)
+    parser.add_argument(
+        "--device", type=device, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
+    )
+
+
+def add_reading(parser: argparse.ArgumentParser, data: str, rows: str) -> None:
+    """Add the options of what reads text with a model, and those above.
+
+    ``data`` says what plain text is for, and ``rows`` how many ``--batch-size`` are.
+    """
+    add = parser.add_argument
+    default = " (default: %(default)s)"
+    add(
+        "--model",
+        metavar="NAME",
+        help=f"transformers model folder or hub name (default: {DEFAULT_NAME})",
+    )
+    add(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="JSONL (text, messages, prompt/completion, instruction/output or question/answer) or "
+        f"{data} (default: the language reference inside Python)",
+    )
+    add("--batch-size", type=positive_int, default=2, metavar="N", help=rows + default)
+    add(
+        "--sequence-length",
+        type=sequence_length,
+        default=256,
+        metavar="N",
+        help="tokens in a row, at most" + default,
+    )
+    add_k_and_device(parser)
 
 
 def default_device() -> str:

@@ -17,16 +17,15 @@ import torch
 
 import eaft_ext
 from eaft_ext.cli.batches import Batch, evaluation_batches, training_batches
-from eaft_ext.cli.errors import CommandError
-from eaft_ext.cli.model import DEFAULT_NAME, check_length, load
+from eaft_ext.cli.console import make_console
+from eaft_ext.cli.errors import FAILURE, INTERRUPTED, SUCCESS, CommandError
+from eaft_ext.cli.model import check_length, load, shown_name
 from eaft_ext.cli.options import (
+    add_reading,
     default_device,
-    device,
     positive_float,
     positive_int,
     require_extras,
-    sequence_length,
-    top_k,
 )
 from eaft_ext.cli.records import Record, read_records
 
@@ -44,7 +43,6 @@ EVALUATION_TOKENS = 1536
 
 PLAIN, EAFT = "CE", "EAFT"
 REQUIRED = ("transformers", "matplotlib", "rich")
-SUCCESS, FAILURE, INTERRUPTED = 0, 1, 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,25 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the plot and the numbers" + default,
     )
-    add(
-        "--model",
-        metavar="NAME",
-        help=f"transformers model folder or hub name (default: {DEFAULT_NAME})",
-    )
-    add(
-        "--data",
-        type=Path,
-        metavar="FILE",
-        help="JSONL (text, messages, prompt/completion, instruction/output or question/answer) or "
-        "plain text to tune on (default: the language reference inside Python)",
-    )
+    add_reading(parser, data="plain text to tune on", rows="rows a step")
     add(
         "--drift-data",
         type=Path,
         metavar="FILE",
         help="JSONL or plain text to measure drift on (default: public-domain prose)",
     )
-    add("--k", type=top_k, default=20, help="largest logits that give the entropy" + default)
     add(
         "--learning-rate",
         type=positive_float,
@@ -86,20 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help="of AdamW, after a warm-up" + default,
     )
-    add("--batch-size", type=positive_int, default=2, metavar="N", help="rows a step" + default)
-    add(
-        "--sequence-length",
-        type=sequence_length,
-        default=256,
-        metavar="N",
-        help="tokens in a row, at most" + default,
-    )
     add(
         "--fused-linear",
         action="store_true",
         help="train on linear_gated_ce, which never holds all logits, and measure the memory saved",
     )
-    add("--device", type=device, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -113,11 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(settings: Settings) -> int:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = make_console()
     started = time.perf_counter()
     _make_folder(settings.output)
     tuning = corpus.read_corpus(settings.data) if settings.data else corpus.language_reference()
@@ -146,7 +119,7 @@ def _run(settings: Settings) -> int:
     )
     target_batches, drift_batches = measured_on(tuning.held_out), measured_on(drift)
     texts = {
-        "model": Path(settings.model).name if settings.model else DEFAULT_NAME,
+        "model": shown_name(settings.model),
         "target": tuning.name,
         "training": _described(tuning.name, batches),
         "held-out": _described(f"held-out part of {tuning.name}", target_batches),
