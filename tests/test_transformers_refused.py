@@ -47,7 +47,7 @@ def test_models_that_show_it_in_their_forward() -> None:
     tokens, labels = batch()
     logits = model(tokens).logits
     use_linear_gated_ce(model)
-    sentence = "GraniteForCausalLM changes its logits, or uses them, between its output layer"
+    sentence = "GraniteForCausalLM changes its logits, or uses them, outside of its loss function"
     with pytest.raises(TypeError, match=f"^{PREFIX}{sentence}"):
         model(tokens, labels=labels)
     assert torch.equal(model(tokens).logits, logits)
@@ -84,20 +84,44 @@ def _no_head(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
     return logits, model.loss_function(logits, labels, V, **given)
 
 
-def _no_loss_function(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+def _own_loss(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
     logits = model.lm_head(hidden)
     return logits, logits.square().mean()
+
+
+def _no_loss_function(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    return model.lm_head(hidden), hidden.square().mean()
+
+
+def _two_losses(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    logits = model.lm_head(hidden)
+    loss = model.loss_function(logits, labels, V, **given)
+    return logits, loss + model.loss_function(model.lm_head(hidden), labels, V, **given)
+
+
+def _two_heads(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    logits, others = model.lm_head(hidden), model.lm_head(hidden.flip(1))
+    return others, model.loss_function(logits, labels, V, **given)
 
 
 @pytest.mark.parametrize(
     ("trick", "sentence"),
     [
-        (_scaled, "Llama changes its logits, or uses them, between its output layer and its loss"),
-        (_scaled_in_place, "Llama changes its logits, or uses them, between"),
-        (_sliced, "Llama changes its logits, or uses them, between"),
+        (_scaled, "Llama changes its logits, or uses them, outside of its loss function (mul)"),
+        (
+            _scaled_in_place,
+            "Llama changes its logits, or uses them, outside of its loss function (mul_)",
+        ),
+        (_sliced, "Llama changes its logits, or uses them, outside of its loss function (getitem)"),
         (_other_labels, "Llama changes the labels before its loss"),
         (_other_shifted_labels, "Llama changes the labels before its loss"),
         (_no_head, "Llama does not call its output layer for its logits"),
+        (
+            _own_loss,
+            "Llama changes its logits, or uses them, outside of its loss function (square)",
+        ),
+        (_two_losses, "Llama changes its logits, or uses them, outside of its loss function (a s"),
+        (_two_heads, "Llama changes its logits, or uses them, outside of its loss function (a s"),
         (_no_loss_function, "Llama did not call its loss_function with the logits of its output"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import eaft_ext
+from eaft_ext import reference
 
 V = 61
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -126,3 +128,10 @@ def tricky(trick: Callable[[Any, Tensor, Tensor | None, dict[str, Any]], Any]) -
 
 def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def in_float64(model: Any, tokens: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """The loss of a model without a patch, all of it computed in float64."""
+    with torch.no_grad():
+        logits = copy.deepcopy(model).double().eval()(tokens).logits
+    return reference.gated_ce(logits, shifted(labels), **options).float()

@@ -6,11 +6,8 @@ gated = use_linear_gated_ce(model)
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Callable, Iterator
-from functools import partial, update_wrapper
-from types import MethodType
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +15,20 @@ from torch import Tensor, nn
 import eaft_ext
 from eaft_ext._checks import check_chunks, check_labels, check_options
 from eaft_ext.gates import Gate, GateFunction
+from eaft_ext.integrations import _output_layer
+from eaft_ext.integrations._absent_logits import AbsentLogits
+from eaft_ext.integrations._output_layer import active
+from eaft_ext.integrations._patches import Patch, forward_slot, patch_of, restore
+from eaft_ext.integrations._training_steps import TrainingSteps, calling_function, defined_as
 from eaft_ext.reference import TokenStats
 
 __all__ = ["LinearGatedLoss", "use_linear_gated_ce"]
 
 _OP = "use_linear_gated_ce"
 _LOSS = "_loss_function"  # where the setter of transformers' loss_function puts one
+_REPLICATE = "_replicate_for_data_parallel"
+# accelerate moves what is in _old_forward to forward when it takes its hooks off.
+_SLOTS = ("forward", "_old_forward", _LOSS, _REPLICATE)
 LOGIT_OPTIONS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale")
 """What a configuration calls changes of the logits, and nothing else.
 
@@ -42,6 +47,7 @@ def use_linear_gated_ce(
     ignore_index: int = -100,
     chunk_size: int | None = None,
     accumulate_in_float32: bool | None = None,
+    logits_in_evaluation: bool = True,
 ) -> LinearGatedLoss:
     r"""Make a causal language model of transformers return the gated loss, and no logits.
 
@@ -55,15 +61,21 @@ def use_linear_gated_ce(
     The arguments of the forward that transformers' own loss takes hold here, too: with
     ``num_items_in_batch``, which ``Trainer`` gives, the sum is divided by that; ``shift_labels``
     are used instead of ``labels`` and are not shifted; ``ignore_index`` goes before the one given
-    here. What the model adds to its loss, such as a router's, it adds still. A trainer has to take
-    the loss from the model: ``Trainer`` does, unless it has a ``label_smoothing_factor`` or a
-    ``compute_loss_func``; TRL's ``SFTTrainer`` computes its own.
+    here. What the model adds to its loss, such as a router's, it adds still. The output layer is
+    looked up in every call: one that was resized, replaced or merged since is the one that counts.
+
+    A trainer has to take the loss from the model: ``Trainer`` does, unless it has a
+    ``label_smoothing_factor`` or a ``compute_loss_func``; TRL's ``SFTTrainer`` computes its own.
+    Where an optimizer of torch makes a step of the model and its loss was never asked for, that
+    raises, before a weight is changed (with a closure, after it). A compiled step is not seen.
 
     Args:
         model: one causal language model, or a wrapper of one (PEFT, DDP, FSDP2, ``torch.compile``).
-            Its output layer is an ``nn.Linear``, tied to the embedding or not, and nothing but its
-            loss takes the logits.
+            Its output layer is an ``nn.Linear``, tied to the embedding or not, shared with other
+            models or not, and nothing but its loss takes the logits.
         ignore_index: of labels, which are (..., tokens), int64 or int32.
+        logits_in_evaluation: in eval mode and without gradients, return the logits beside the loss:
+            the metrics of a ``Trainer`` and its ``predict`` are computed from them. False: none.
 
     Other arguments are those of :func:`eaft_ext.linear_gated_ce`. Of several calls for a model the
     last counts. A deep copy of the model has the gated loss too, and the same handle: its
@@ -78,10 +90,11 @@ def use_linear_gated_ce(
             without or with several output layers, with one that is quantised, has an adapter
             (:func:`eaft_ext.linear_gated_ce` takes the effective weight) or is divided by tensor
             parallelism, with an encoder, with another loss than that of causal language models, or
-            which changes its logits; in the forward, for models that turn out to be such, and for
-            labels that are not one for each position, as with ``logits_to_keep``.
+            which changes its logits; in the forward, for models that turn out or come to be such,
+            use their logits outside of their loss, or are replicated by ``nn.DataParallel``, and
+            for labels that are not one for each position, as with ``logits_to_keep``.
+        RuntimeError: in the ``step`` of an optimizer, if the gradients are those of another loss.
 
-    ``nn.DataParallel`` is not supported: what it runs are copies with the methods of the model.
     ``torch.compile`` traces through it, before or after this call.
     """
     check_options(_OP, k, alpha, normalizer, gate, "mean")
@@ -90,11 +103,16 @@ def use_linear_gated_ce(
     check_labels(_OP, torch.empty(0, dtype=torch.int64), ignore_index)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_OP}: model must be a module, got {type(model).__name__}")
+    if not isinstance(logits_in_evaluation, bool):
+        raise TypeError(
+            f"{_OP}: logits_in_evaluation must be True or False, got {logits_in_evaluation!r}"
+        )
     causal = _causal_lm(model)
-    heads = _linears_of(causal)
+    for layer in _output_layer.layers_of(causal):
+        _output_layer.check(_OP, layer, type(causal).__name__)
     return LinearGatedLoss(
         causal,
-        heads,
+        logits_in_evaluation,
         k=k,
         alpha=alpha,
         normalizer=normalizer,
@@ -117,26 +135,31 @@ class LinearGatedLoss:
     Each is [b, s], for the position whose next token is predicted.
     """
 
-    def __init__(self, causal: nn.Module, heads: list[nn.Linear], **options: Any) -> None:
+    def __init__(self, causal: nn.Module, logits_in_evaluation: bool, **options: Any) -> None:
         self.stats = None
         self.options = options
+        self.logits_in_evaluation = logits_in_evaluation
         self.is_removed = False
-        self._modules: list[nn.Module] = [causal, *heads]
-        earlier = _patch_of(causal, _LOSS)
-        if earlier is not None and causal in earlier.owner._modules:
+        self.caller_without_labels: str | None = None
+        self._causal: nn.Module | None = causal
+        earlier = patch_of(causal, _LOSS)
+        if earlier is not None and earlier.owner._causal is causal:
             earlier.owner.remove()
-        for module in self._modules:  # of a copy, whose original keeps what it has
-            _restore(module)
+        restore(causal, _SLOTS)  # a copy, whose original keeps what it has
         _Loss(self, causal, _LOSS)
-        _Forward(self, causal, _forward_of(causal))
-        for head in heads:
-            _Head(self, head, _forward_of(head))
+        _Forward(self, causal, forward_slot(causal))
+        _Replicate(self, causal, _REPLICATE)
+        for layer in _output_layer.layers_of(causal):
+            _output_layer.install(layer, self)
+        self.steps = TrainingSteps(causal, self._refuse_step)
 
     def remove(self) -> None:
         """Give the model its own loss again, unless a later call has taken the place of this."""
-        for module in self._modules:
-            _restore(module, self)
-        self._modules.clear()
+        if self._causal is not None:
+            restore(self._causal, _SLOTS, self)
+        self._causal = None
+        _output_layer.uninstall(self)
+        self.steps.stop()
         # Where others have wrapped our methods, or have copied them, these stay and do nothing.
         self.is_removed = True
         self.stats = None
@@ -147,36 +170,69 @@ class LinearGatedLoss:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _of_logits(self, logits: Tensor, labels: Tensor | None, given: dict[str, Any]) -> Tensor:
-        """Where there are logits: the model's loss function called by others than its forward."""
-        options, labels = _Call(self, "", labels, given).options_and_labels(logits)
+    def of_logits(
+        self, model: nn.Module, logits: Tensor, labels: Tensor | None, given: dict[str, Any]
+    ) -> Tensor:
+        """The loss where there are logits."""
+        options, labels = _Call(self, model, labels, given).options_and_labels(logits)
         del options["chunk_size"], options["accumulate_in_float32"]
         loss, self.stats = eaft_ext.gated_ce(logits, labels, return_stats=True, **options)
+        self.steps.asked()
         return loss
 
-
-class _Active(threading.local):
-    """The innermost forward with labels of this thread; None within one without labels."""
-
-    call: _Call | None = None
-
-
-_active = _Active()
+    def _refuse_step(self) -> NoReturn:
+        """For an optimizer's step of the model, in which nobody asked for its loss."""
+        assert self._causal is not None, "nothing is watched after remove()"
+        replaced = vars(self._causal).get("forward")
+        if replaced is not None and not isinstance(patch_of(self._causal, "forward"), _Forward):
+            by_whom = f"{defined_as(replaced)}, which has replaced its forward"
+        else:
+            # A compiled call is not seen; the step, at least, is made by somebody.
+            by_whom = f"{self.caller_without_labels or calling_function()}, which gave it no labels"
+            if ".Trainer." in by_whom:
+                by_whom += ", as with label_smoothing_factor or compute_loss_func"
+        raise RuntimeError(
+            f"{_OP}: this step trains {type(self._causal).__name__} on another loss than its gated "
+            f"one, which was not asked for: that of {by_whom}; take the loss from the model, or "
+            "end this with remove()"
+        )
 
 
 class _Call:
-    """A forward with labels: its loss takes the place of the logits, from the head to the loss."""
+    """A forward with labels: its loss is computed where its logits would be."""
 
     def __init__(
-        self, owner: LinearGatedLoss, name: str, labels: Any, given: dict[str, Any]
+        self,
+        owner: LinearGatedLoss,
+        model: nn.Module,
+        labels: Any,
+        given: dict[str, Any],
+        keeps_logits: bool = False,
     ) -> None:
         self.owner = owner
-        self.name = name
+        self.model = model
+        self.name = type(model).__name__
         self.labels = labels
         self.given = given
+        self.keeps_logits = keeps_logits
+        self.layers: list[nn.Module] = []
         self.loss: Tensor | None = None
-        self.version = 0
+        self.stats: TokenStats | None = None
         self.is_taken = False
+
+    def look_up_layers(self) -> None:
+        """Find the output layer that the model has now."""
+        self.layers = _output_layer.layers_of(self.model)
+        # A compiler has guards on what it looks at here, and traces anew when that has changed.
+        is_ready = all(_output_layer.is_ready(layer) for layer in self.layers)
+        if not (torch.compiler.is_compiling() and is_ready):
+            self._check_layers()
+
+    @torch.compiler.disable(reason=f"{_OP} has to look at an output layer that was replaced")
+    def _check_layers(self) -> None:
+        for layer in self.layers:
+            _output_layer.check(_OP, layer, self.name)
+            _output_layer.install(layer, self.owner)
 
     def options_and_labels(self, like: Tensor) -> tuple[dict[str, Any], Tensor]:
         """What the losses take, for a hidden state or logits: labels (...) for (..., H or V)."""
@@ -192,145 +248,119 @@ class _Call:
             # Not the hidden state: it would have to be copied to lose a position.
             labels = nn.functional.pad(self.labels, (0, 1), value=options["ignore_index"])[..., 1:]
         if labels.numel() != like.shape[:-1].numel():
+            hint = ""
+            if "logits_to_keep" in inspect.signature(type(self.model).forward).parameters:
+                hint = "; logits_to_keep does not go with labels"
             raise ValueError(
                 f"{_OP}: labels must be one for each position, got {tuple(labels.shape)} where the "
-                f"output layer has {tuple(like.shape[:-1])}; logits_to_keep does not go with labels"
+                f"output layer has {tuple(like.shape[:-1])}{hint}"
             )
         return options, labels.to(like.device).reshape(like.shape[:-1])
 
-    def compute(self, head: nn.Linear, hidden: Tensor) -> Tensor:
-        """The loss, for what the head was given."""
-        if hasattr(head.weight, "device_mesh"):
+    def is_for(self, layer: nn.Module) -> bool:
+        """Whether the loss is computed in the call of this layer."""
+        return not (self.is_taken or self.keeps_logits) and any(layer is one for one in self.layers)
+
+    def absent_logits(self, layer: nn.Linear, hidden: Tensor) -> AbsentLogits:
+        """Compute the loss, for what the output layer was given."""
+        if hasattr(layer.weight, "device_mesh"):
             raise TypeError(
                 f"{_OP}: the output layer of {self.name} is divided by tensor parallelism; give "
                 "eaft_ext.gated_ce the logits, which it takes divided as they are"
             )
+        if self.loss is not None:
+            self.refuse("a second call of its output layer")
         options, labels = self.options_and_labels(hidden)
-        self.loss, self.owner.stats = eaft_ext.linear_gated_ce(
-            hidden, head.weight, labels, head.bias, return_stats=True, **options
+        self.loss, self.stats = eaft_ext.linear_gated_ce(
+            hidden, layer.weight, labels, layer.bias, return_stats=True, **options
         )
-        self.version = _version_of(self.loss)
-        return self.loss
+        shape = torch.Size((*hidden.shape[:-1], layer.weight.size(0)))
+        return AbsentLogits(self.loss, shape, layer.weight.dtype, self.refuse)
 
-    def take(self, logits: Tensor, labels: Tensor | None, given: dict[str, Any]) -> Tensor:
+    def take(self, logits: Any, labels: Tensor | None, given: dict[str, Any]) -> Tensor:
         """The loss, for what the model gives its loss function."""
+        if self.is_taken:
+            self.refuse("a second call of its loss function")
         self.is_taken = True
-        if self.loss is None:
+        if self.keeps_logits:
+            return self.owner.of_logits(self.model, logits, labels, given)
+        if self.loss is None or not isinstance(logits, AbsentLogits):
             raise TypeError(f"{_OP}: {self.name} does not call its output layer for its logits")
-        # The same tensor, not one like it: a scaled or capped loss is a number as well.
-        if logits is not self.loss or _version_of(logits) != self.version:
-            raise self.changed_logits()
         is_moved = isinstance(labels, Tensor) and labels.device != self.labels.device
         is_shifted = given.get("shift_labels") is self.given.get("shift_labels")
         if not is_shifted or not (labels is self.labels or is_moved):
             raise TypeError(f"{_OP}: {self.name} changes the labels before its loss")
+        self.owner.stats = self.stats
+        self.owner.steps.asked()
+        # Not what the logits have in its place: FSDP2 may have rounded that to an output dtype.
         return self.loss
 
-    def changed_logits(self) -> TypeError:
-        return TypeError(
-            f"{_OP}: {self.name} changes its logits, or uses them, between its output layer and "
-            "its loss function; give eaft_ext.gated_ce the logits that it returns without labels"
+    def refuse(self, use: str) -> NoReturn:
+        """For a use of the logits that are not there, such as "mul"."""
+        raise TypeError(
+            f"{_OP}: {self.name} changes its logits, or uses them, outside of its loss function "
+            f"({use}){self._replaced()}; give eaft_ext.gated_ce the logits that it returns "
+            "without labels"
         )
+
+    def _replaced(self) -> str:
+        """What of the model has come from elsewhere, for a sentence that says what it does."""
+        parts = ""
+        forward = patch_of(self.model, forward_slot(self.model))
+        below = None if forward is None else getattr(forward.replaced, "__func__", forward.replaced)
+        if below not in (None, type(self.model).forward):
+            parts += f"; its forward is {defined_as(below)}"
+        if not isinstance(patch_of(self.model, _LOSS), _Loss):
+            parts += f"; its loss function is {defined_as(cast('Any', self.model).loss_function)}"
+        return parts
 
     def without_logits(self, outputs: Any) -> Any:
         """What the forward gives, a dict with attributes or a tuple, less what were the logits."""
         if not self.is_taken:
             raise TypeError(
                 f"{_OP}: {self.name} did not call its loss_function with the logits of its output "
-                "layer, as models of transformers do"
+                f"layer, as models of transformers do{self._replaced()}"
             )
+        if self.keeps_logits:
+            return outputs
         if isinstance(outputs, tuple):
-            return (outputs[0], *(output for output in outputs[1:] if output is not self.loss))
+            return tuple(output for output in outputs if not isinstance(output, AbsentLogits))
         # A new one: to set an entry to None would leave what it was under its name.
         return type(outputs)(
             **{
                 name: output
                 for name, output in outputs.items()
-                if name == "loss" or output is not self.loss
+                if not isinstance(output, AbsentLogits)
             }
         )
 
 
-def _version_of(tensor: Tensor) -> int:
-    """How often it was written to, where this is counted."""
-    is_counted = not torch.compiler.is_compiling() and not tensor.is_inference()
-    return tensor._version if is_counted else 0
-
-
-class _Patch:
-    """Stands in for a method of an instance, as ``slot`` of the module's own attributes.
-
-    What is put there is a function bound to the module, as a class would give it: deep copies bind
-    it to the copied module, and ``torch.compile`` and accelerate look for the function.
-    """
-
-    def __init__(self, owner: LinearGatedLoss, module: nn.Module, slot: str) -> None:
-        # An instance has none as a rule; then the method of its class is what remains.
-        self.replaced = vars(module).get(slot)
-        is_bound = getattr(self.replaced, "__self__", None) is module
-        self.unbound = cast("MethodType", self.replaced).__func__ if is_bound else None
-        self.owner = owner
-
-        def function(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self.call(module, *args, **kwargs)
-
-        self.function: Any = self.named(module, slot, function)
-        self.function.patch = self
-        setattr(module, slot, MethodType(self.function, module))
-
-    def named(self, module: nn.Module, slot: str, function: Any) -> Any:
-        """The function with the name and the signature of what it stands in for."""
-        original = getattr(module, slot)
-        update_wrapper(function, getattr(original, "__func__", original))
-        signature = inspect.signature(original)
-        self.names = list(signature.parameters)
-        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        function.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])
-        return function
-
-    def original(self, module: nn.Module) -> Callable[..., Any]:
-        """What would be called without this."""
-        if self.replaced is None:
-            return partial(type(module).forward, module)
-        if self.unbound is not None:
-            return partial(self.unbound, module)
-        return cast("Callable[..., Any]", self.replaced)
-
-    def uninstall(self, module: nn.Module, slot: str) -> None:
-        """Leave the module, of which this is the ``slot``, as it was found."""
-        delattr(module, slot)
-        if self.replaced is not None:
-            found = self.replaced if self.unbound is None else MethodType(self.unbound, module)
-            setattr(module, slot, found)
-
-    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-
-class _Forward(_Patch):
+class _Forward(Patch):
     """The model's forward."""
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         original = self.original(module)
-        earlier = _active.call
-        labels = self._argument("labels", args, kwargs)
-        if self.owner.is_removed or (labels is None and earlier is None):
+        if self.owner.is_removed:
             return original(*args, **kwargs)
+        labels = self._argument("labels", args, kwargs)
+        earlier = active.call
+        if labels is None:
+            self._note_caller(module)
+            if earlier is None:
+                return original(*args, **kwargs)
         call = None
         if labels is not None:
             names = ("shift_labels", "num_items_in_batch", "ignore_index")
             given = {name: self._argument(name, args, kwargs) for name in names}
-            call = _Call(self.owner, type(module).__name__, labels, given)
-        _active.call = call
+            is_evaluation = not (module.training or torch.is_grad_enabled())
+            keeps_logits = is_evaluation and self.owner.logits_in_evaluation
+            call = _Call(self.owner, module, labels, given, keeps_logits)
+            call.look_up_layers()
+        active.call = call
         try:
             outputs = original(*args, **kwargs)
-        except Exception as error:
-            if call is None or call.loss is None or call.is_taken:
-                raise
-            # Such as a slice of the logits, which are a number now.
-            raise call.changed_logits() from error
         finally:
-            _active.call = earlier
+            active.call = earlier
         return outputs if call is None else call.without_logits(outputs)
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -339,27 +369,17 @@ class _Forward(_Patch):
         position = self.names.index(name) if name in self.names else len(args)
         return args[position] if position < len(args) else None
 
-
-class _Head(_Patch):
-    """The forward of the output layer.
-
-    The loss is computed here, and not in the model's forward, for the hooks of the layer's own
-    call: FSDP2 gathers the weight before it, and for the backward when the gradient of its output
-    arrives.
-    """
-
-    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = _active.call
-        if call is None or call.owner is not self.owner or call.is_taken:
-            return self.original(module)(*args, **kwargs)
-        return call.compute(cast("nn.Linear", module), *args, **kwargs)
+    def _note_caller(self, module: nn.Module) -> None:
+        """Who might train the model on another loss."""
+        if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.owner.caller_without_labels = calling_function()
 
 
-class _Loss(_Patch):
+class _Loss(Patch):
     """The model's ``loss_function``."""
 
     def __init__(self, owner: LinearGatedLoss, module: nn.Module, slot: str) -> None:
-        self.own: Callable[..., Tensor] = cast("Any", module).loss_function
+        self.own: Any = cast("Any", module).loss_function
         super().__init__(owner, module, slot)
 
     def named(self, module: nn.Module, slot: str, function: Any) -> Any:
@@ -375,33 +395,26 @@ class _Loss(_Patch):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        call = cast("_Call | None", active.call)
+        loss: Tensor
         if self.owner.is_removed:
-            return self.own(logits, labels, *args, **kwargs)
-        call = _active.call
-        if call is None or call.owner is not self.owner:
-            return self.owner._of_logits(logits, labels, kwargs)
-        return call.take(logits, labels, kwargs)
+            loss = self.own(logits, labels, *args, **kwargs)
+        elif call is None or call.owner is not self.owner:
+            loss = self.owner.of_logits(module, logits, labels, kwargs)
+        else:
+            loss = call.take(logits, labels, kwargs)
+        return loss
 
 
-def _forward_of(module: nn.Module) -> str:
-    """The attribute to replace: below the hooks of accelerate, which move a module's arguments."""
-    return "_old_forward" if "_hf_hook" in vars(module) else "forward"
+class _Replicate(Patch):
+    """What ``nn.DataParallel`` calls for copies whose methods are those of the original."""
 
-
-def _patch_of(module: nn.Module, slot: str) -> _Patch | None:
-    function = getattr(vars(module).get(slot), "__func__", None)
-    patch = getattr(function, "patch", None)
-    # functools.wraps copies attributes: one who has wrapped our function seems to have a patch.
-    return patch if isinstance(patch, _Patch) and patch.function is function else None
-
-
-def _restore(module: nn.Module, owner: LinearGatedLoss | None = None) -> None:
-    """Leave a module as it was found, or where a patch is of another owner, as it is."""
-    # accelerate moves what is in _old_forward to forward when it takes its hooks off.
-    for slot in ("forward", "_old_forward", _LOSS):
-        patch = _patch_of(module, slot)
-        if patch is not None and owner in (None, patch.owner):
-            patch.uninstall(module, slot)
+    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            f"{_OP}: nn.DataParallel is not supported: its replicas of {type(module).__name__} "
+            "would compute with the weights of the original; use DistributedDataParallel, or one "
+            "GPU"
+        )
 
 
 def _causal_lm(model: nn.Module) -> nn.Module:
@@ -454,43 +467,3 @@ def _check_loss(causal: nn.Module) -> None:
                 f"{_OP}: {name} changes its logits before its loss ({option}={value}); give "
                 "eaft_ext.gated_ce the logits that it returns without labels"
             )
-
-
-def _linears_of(causal: nn.Module) -> list[nn.Linear]:
-    """The output layer; several, where PEFT trains copies of it and one is called at a time."""
-    head: nn.Module = cast("Any", causal).get_output_embeddings()
-    heads = [head]
-    if type(head).__name__ == "ModulesToSaveWrapper":
-        copies = cast("nn.ModuleDict", head.modules_to_save)
-        heads = [cast("nn.Module", head.original_module), *copies.values()]
-    for one in heads:
-        _check_head(one, type(causal).__name__)
-    return cast("list[nn.Linear]", heads)
-
-
-def _check_head(head: nn.Module, name: str) -> None:
-    which = f"{_OP}: the output layer of {name}"
-    if hasattr(head, "base_layer"):
-        raise TypeError(
-            f"{which} has an adapter, {type(head).__module__}.{type(head).__qualname__}; give "
-            "eaft_ext.linear_gated_ce the effective weight, or leave the layer without one"
-        )
-    # Subclasses are welcome that only add to it, as FSDP2's are.
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        of_class = f"{type(head).__module__}.{type(head).__qualname__}"
-        raise TypeError(f"{which} must be an nn.Linear, got {of_class}")
-    weight = head.weight
-    # Quantised weights are of classes of their own, and some of those say that they are bfloat16.
-    is_plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "device_mesh")
-    if not is_plain or not weight.is_floating_point():
-        raise TypeError(
-            f"{which} must have a weight of floating-point numbers, got {type(weight).__name__} "
-            f"of {weight.dtype}"
-        )
-    replaced = None if _patch_of(head, _forward_of(head)) else vars(head).get("forward")
-    is_hooked = "_hf_hook" in vars(head)
-    if (replaced is not None and not is_hooked) or hasattr(head, "_hf_tp_plan"):
-        raise TypeError(
-            f"{which} has another forward than its class, as tensor parallelism gives it; give "
-            "eaft_ext.gated_ce the logits"
-        )

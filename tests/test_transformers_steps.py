@@ -1,0 +1,269 @@
+"""Training steps of models whose gated loss was not asked for, and evaluation with logits."""
+
+# ruff: noqa: E402, without transformers there is nothing to import for.
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+MISSING = "needs transformers: pip install '.[test]'"
+transformers = pytest.importorskip("transformers", reason=MISSING)
+
+from transformers_models import V, batch, build, close, in_float64, shifted, unfused
+
+from eaft_ext.integrations.transformers import use_linear_gated_ce
+
+START = "use_linear_gated_ce: this step trains LlamaForCausalLM on another loss than its gated one"
+
+
+def step(model: Any, optimizer: Optimizer, asks: bool = True) -> None:
+    tokens, labels = batch()
+    optimizer.zero_grad()
+    loss = model(tokens, labels=labels).loss if asks else unfused(model, tokens, labels)
+    loss.backward()
+    optimizer.step()
+
+
+def refused(model: Any, optimizer: Optimizer) -> str:
+    """The sentence of a step that does not ask; no weight is changed by it."""
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError) as error:
+        step(model, optimizer, asks=False)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert str(error.value).startswith(START)
+    return str(error.value)
+
+
+def test_steps() -> None:
+    model = build("llama").train()
+    gated = use_linear_gated_ce(model)
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    assert "that of transformers_models.unfused, which gave it no lab" in refused(model, optimizer)
+    for _ in range(2):
+        step(model, optimizer)
+    refused(model, optimizer)
+    step(model, optimizer)
+    gated.remove()
+    step(model, optimizer, asks=False)
+
+
+def test_evaluation_is_no_training() -> None:
+    model = build("llama").train()
+    use_linear_gated_ce(model)
+    optimizer = SGD(model.parameters(), lr=1e-3)
+    step(model, optimizer)
+    with torch.no_grad():
+        model(*batch()[:1], labels=batch()[1])
+    refused(model, optimizer)
+
+
+def test_several_optimizers() -> None:
+    model = build("llama").train()
+    use_linear_gated_ce(model)
+    parameters = list(model.parameters())
+    optimizers = [SGD(parameters[:5], lr=1e-3), AdamW(parameters[5:], lr=1e-3)]
+    tokens, labels = batch()
+    for _ in range(3):
+        model.zero_grad()
+        model(tokens, labels=labels).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_accumulated_gradients() -> None:
+    model = build("llama").train()
+    use_linear_gated_ce(model)
+    optimizer = SGD(model.parameters(), lr=1e-3)
+    tokens, labels = batch()
+    for _ in range(2):
+        losses = [model(tokens, labels=labels, num_items_in_batch=30).loss for _ in range(2)]
+        for loss in losses:
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # Nothing to learn from, and no step of a model that computed nothing.
+    optimizer.step()
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_closures(asks: bool) -> None:
+    model = build("llama").train()
+    use_linear_gated_ce(model)
+    optimizer = LBFGS(model.parameters(), lr=1e-3, max_iter=2)
+    tokens, labels = batch()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(tokens, labels=labels).loss if asks else unfused(model, tokens, labels)
+        loss.backward()
+        return loss
+
+    if asks:
+        for _ in range(2):
+            optimizer.step(closure)
+    else:
+        with pytest.raises(RuntimeError, match=START):
+            optimizer.step(closure)
+
+
+def test_models_that_are_not_trained() -> None:
+    """A reference model; another that shares the output layer; one that nobody has called."""
+    model, other = build("llama").train(), build("llama", seed=1).train()
+    other.lm_head = model.lm_head
+    for one in (model, other, build("llama")):
+        use_linear_gated_ce(one)
+    optimizer = SGD(model.parameters(), lr=1e-3)
+    with torch.no_grad():
+        other(*batch()[:1])
+    for _ in range(2):
+        step(model, optimizer)
+
+
+def test_an_output_layer_that_is_all_that_is_trained() -> None:
+    model = build("llama").train()
+    model.model.requires_grad_(False)
+    use_linear_gated_ce(model)
+    optimizer = SGD(model.lm_head.parameters(), lr=1e-3)
+    refused(model, optimizer)
+    step(model, optimizer)
+
+
+def test_a_forward_that_is_replaced() -> None:
+    """TRL #5823, #5846: SFTTrainer replaces the forward, and multiplies by the weight itself."""
+
+    def fused_forward(self: Any, input_ids: Tensor, labels: Any = None) -> Any:
+        logits = self.model(input_ids).last_hidden_state @ self.lm_head.weight.t()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), shifted(labels).flatten())
+        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss)
+
+    model = build("llama").train()
+    use_linear_gated_ce(model)
+    model.forward = MethodType(fused_forward, model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError) as error:
+        step(model, SGD(model.parameters(), lr=1e-3))
+    assert ".fused_forward, which has replaced its forward; take the loss" in str(error.value)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_nothing_is_kept_alive() -> None:
+    gc.collect()
+    before = len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)
+    model = build("llama")
+    use_linear_gated_ce(model)
+    removed = use_linear_gated_ce(build("llama"))
+    removed.remove()
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    assert (len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)) == before
+
+
+# The Trainer of transformers
+
+
+def run_trainer(model: Any, folder: Path, **options: Any) -> Any:
+    pytest.importorskip("accelerate", reason=MISSING)
+    own = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
+    given = {name: options.pop(name) for name in own if name in options}
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    tokens, labels = batch(rows=8)
+    data = [{"input_ids": x, "labels": y} for x, y in zip(tokens, labels, strict=True)]
+    return transformers.Trainer(
+        model, arguments, train_dataset=data, eval_dataset=data[:4], **given
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing_factor": 0.1},
+        {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
+        {"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.mean()},
+    ],
+)
+def test_a_trainer_that_computes_its_own_loss(options: dict[str, Any], tmp_path: Path) -> None:
+    """TRL #5823, #5846: nothing but stats that stayed None showed it."""
+    model = build("llama")
+    use_linear_gated_ce(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError) as error:
+        run_trainer(model, tmp_path, **options).train()
+    assert str(error.value).startswith(START)
+    assert "Trainer.compute_loss, which gave it no labels, as with label_sm" in str(error.value)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def test_metrics(tmp_path: Path) -> None:
+    """unsloth #3126, TRL #6224: metrics were given no logits."""
+    model = build("llama")
+    tokens, labels = (part[:4] for part in batch(rows=8))
+    logits = model(tokens).logits
+    right = float((logits.argmax(-1) == labels).float().mean())
+    use_linear_gated_ce(model)
+    run = run_trainer(model, tmp_path, compute_metrics=accuracy)
+    assert run.evaluate()["eval_accuracy"] == pytest.approx(right)
+    found = run.predict(run.eval_dataset).predictions
+    np.testing.assert_allclose(found, logits.detach().numpy(), rtol=1e-5, atol=1e-6)
+    run = run_trainer(
+        model,
+        tmp_path,
+        compute_metrics=lambda prediction: {"sum": int(prediction.predictions.sum())},
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )
+    assert run.evaluate()["eval_sum"] == int(logits.argmax(-1).sum())
+    run.train()
+
+
+def test_logits_in_evaluation() -> None:
+    model = build("llama")
+    tokens, labels = batch()
+    expected, logits = in_float64(model, tokens, labels), model(tokens).logits
+    for keeps in (True, False):
+        gated = use_linear_gated_ce(model, logits_in_evaluation=keeps)
+        for is_training in (True, False):
+            model.train(is_training)
+            outputs = model(tokens, labels=labels)
+            close(outputs.loss, expected)
+            assert outputs.logits is None
+            with torch.no_grad():
+                outputs = model(tokens, labels=labels)
+                named = model(input_ids=tokens, labels=labels, return_dict=False)
+            close(outputs.loss, expected)
+            close(named[0], expected)
+            assert gated.stats is not None and gated.stats.nll.shape == (2, 9)
+            if keeps and not is_training:
+                close(outputs.logits, logits)
+                close(named[1], logits)
+            else:
+                assert outputs.logits is None
+                assert all(getattr(output, "shape", ()) != (2, 9, V) for output in named)
+    with pytest.raises(TypeError, match=r"logits_in_evaluation must be True or False, got None"):
+        use_linear_gated_ce(model, logits_in_evaluation=None)  # type: ignore[arg-type]
