@@ -45,6 +45,21 @@ def test_fsdp2(results: list[dict[str, Any]], groups: str, order: str, gate: str
         torch.testing.assert_close(found["logits"], logits, rtol=1e-5, atol=1e-6)
 
 
+def test_outputs_that_fsdp2_rounds(results: list[dict[str, Any]]) -> None:
+    """The loss is that of the logits, in float32 still."""
+    losses, _ = expected("built-in")
+    for rank, of_process in enumerate(results):
+        found = of_process["rounded outputs"]["loss"]
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, losses[rank], rtol=1e-5, atol=1e-6)
+
+
+def test_steps_that_do_not_ask(results: list[dict[str, Any]]) -> None:
+    sentence = "use_linear_gated_ce: this step trains FSDPLlamaForCausalLM on another loss"
+    for of_process in results:
+        assert of_process["another loss"].startswith(sentence)
+
+
 def test_ddp(results: list[dict[str, Any]]) -> None:
     losses, its_gradients = expected("built-in")
     for rank, of_process in enumerate(results):

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from spawned import mean_of_ones, work
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from transformers_models import batch, build
+from transformers_models import batch, build, unfused
 
 from eaft_ext.integrations.transformers import use_linear_gated_ce
 
@@ -62,6 +62,35 @@ def run_fsdp(rank: int, world_size: int, groups: list[str], order: str, gate: An
     return found
 
 
+def run_fsdp_with_rounded_outputs(rank: int, world_size: int) -> Any:
+    """FSDP2 then rounds what the output layer returns."""
+    model = build("llama")
+    mesh = init_device_mesh("cpu", (world_size,))
+    rounded = MixedPrecisionPolicy(output_dtype=torch.bfloat16)
+    fully_shard(model.lm_head, mesh=mesh, mp_policy=rounded)
+    fully_shard(model, mesh=mesh)
+    use_linear_gated_ce(model)
+    return run(model, rank, model)
+
+
+def error_of_a_step_that_does_not_ask(rank: int, world_size: int) -> str:
+    """After one that does, of weights that FSDP2 has sharded."""
+    model = build("llama").train()
+    fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    use_linear_gated_ce(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens, labels = batch(seed=rank)
+    model(tokens, labels=labels).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    unfused(model, tokens, labels).backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
 def run_ddp(rank: int, world_size: int) -> Any:
     model = build("llama")
     wrapper = DistributedDataParallel(model)
@@ -89,6 +118,8 @@ def function(rank: int, world_size: int) -> dict[str, Any]:
         for order in ORDERS
         for gate in GATES
     }
+    found["rounded outputs"] = run_fsdp_with_rounded_outputs(rank, world_size)
+    found["another loss"] = error_of_a_step_that_does_not_ask(rank, world_size)
     found["ddp"] = run_ddp(rank, world_size)
     found["tensor parallelism"] = error_under_tensor_parallelism(world_size)
     return found
