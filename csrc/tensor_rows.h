@@ -10,9 +10,10 @@
 namespace eaft_ext {
 
 // Dimensions that follow each other in memory without a gap count as one. Returns false where more
-// than kMaxRowDims remain.
+// than kMaxRowDims remain. Where there are no rows, there are no dimensions.
 inline bool make_row_layout(const at::Tensor& tensor, RowLayout* layout) {
   *layout = {};
+  if (tensor.numel() == 0) return true;
   for (int64_t d = 0; d < tensor.dim() - 1; ++d) {
     const int64_t size = tensor.size(d);
     const int64_t stride = tensor.stride(d);
@@ -31,10 +32,12 @@ inline bool make_row_layout(const at::Tensor& tensor, RowLayout* layout) {
   return true;
 }
 
-// Whether the rows of a (..., V) tensor are contiguous and can be addressed as they lie.
+// Whether the rows of a (..., V) tensor are contiguous and can be addressed as they lie. No rows
+// are: contiguous() keeps the strides of a tensor without elements, whatever they are.
 inline bool has_readable_rows(const at::Tensor& tensor) {
   RowLayout layout;
-  return (tensor.stride(-1) == 1 || tensor.size(-1) == 1) && make_row_layout(tensor, &layout);
+  const bool contiguous = tensor.stride(-1) == 1 || tensor.size(-1) == 1 || tensor.numel() == 0;
+  return contiguous && make_row_layout(tensor, &layout);
 }
 
 // The layout of a tensor that has readable rows.

@@ -32,14 +32,28 @@ def takes_kernel(op: str, logits: Tensor) -> bool:
     return not is_transformed(logits)
 
 
+def _are_transforms_active() -> bool:
+    """Whether the call is within a transform of ``torch.func``, eager or compiled."""
+    return torch._C._are_functorch_transforms_active()
+
+
+# Dynamo enters the transforms that it traces, and compiles anew where others are active: it may ask
+# while it traces, and leave the question out of the graph, which could not be cached with it. This
+# is all that torch.compiler.assume_constant_result does, but that imports the compiler.
+_are_transforms_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_transformed(*inputs: Tensor | None) -> bool:
     """Whether function transforms (``torch.func``) or forward mode are at work.
 
     They need formulas that autograd can see through.
     """
+    if _are_transforms_active():
+        return True
     if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or any(
+        # Dynamo compiles anew for another level, but does not know which tensors are dual.
+        return forward_ad._current_level >= 0
+    return any(
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
         for tensor in inputs
     )

@@ -36,7 +36,8 @@ class ScalarLoss(torch.autograd.Function):
         ignore_index: int,
         inplace: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        upstream = torch.ones((), device=logits.device).div(divisor).expand(labels.shape)
+        one = torch.ones((), dtype=torch.float32, device=logits.device)
+        upstream = one.div(divisor).expand(labels.shape)
         source = logits.detach()
         arguments = (upstream, source, labels, k, gate, gate_parameters, ignore_index)
         if inplace:

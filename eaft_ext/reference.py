@@ -68,7 +68,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> T
     # The log-sum stays apart from the maximum: shift-invariant in float32.
     nll = (row_max - target) + (x - row_max.unsqueeze(-1)).exp().sum(-1).log()
     # A product: the gradient of a label outside [0, V) is NaN too.
-    return torch.where(valid, nll * torch.where(in_range, 1.0, math.nan), 0.0)
+    factor = torch.where(in_range, torch.ones_like(nll), math.nan)
+    return torch.where(valid, nll * factor, 0.0)
 
 
 def gate_weights(gate: Any, k: int, nll: Tensor, entropy: Tensor, valid: Tensor) -> Tensor:

@@ -29,8 +29,21 @@ from eaft_ext.linear import _reduced_loss
 from eaft_ext.parallel import _shard
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that are marked slow, too")
+    parser.addoption("--sweep-table", metavar="PATH", help="what became of each model, as markdown")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "operator(name): the kernel that a test on CUDA is about")
+    config.addinivalue_line("markers", "slow: runs with --slow only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow; pytest --slow runs it"))
 
 
 def _why_not(device: str, operator: str) -> str | None:
@@ -83,6 +96,16 @@ def _same_start() -> None:
     """The same random numbers, and two threads: from 8 rows on, a row is then a thread's own."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def group_of_one() -> Iterator[None]:
+    """This process alone, as the group of all."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from inputs import agree, bits, same_bits, upstream_of
+from inputs import DTYPES, agree, bits, same_bits, upstream_of
 from parity import Outcome, outcome
 from torch import Tensor
 
@@ -59,6 +60,23 @@ OVERLAPPING: dict[str, Layout] = {
 }
 
 ALL = READ_IN_PLACE | COPIED | OVERLAPPING
+
+WORDS = 7
+
+# Without elements: contiguous, as PyTorch has it, whatever their strides are.
+NO_ROWS: dict[str, Layout] = {
+    "matrix": ((0, WORDS), lambda buffer: buffer),
+    "every_other_logit": ((0, 2 * WORDS), lambda buffer: buffer[:, ::2]),
+    "vocabulary_first": ((WORDS, 0), lambda buffer: buffer.t()),
+    "expanded_logits": ((0, 1), lambda buffer: buffer.expand(0, WORDS)),
+    "none_of_expanded_rows": ((1, 1), lambda buffer: buffer.expand(5, WORDS)[:0]),
+    "empty_sequences": ((1, 0, 5, 2 * WORDS), lambda buffer: buffer[..., ::2]),
+    "empty_batch": ((WORDS, 5, 0), lambda buffer: buffer.permute(2, 1, 0)),
+    "seven_dimensions": (
+        (2, 2, 2, 2, 2, WORDS + 2, 0),
+        lambda buffer: buffer.permute(4, 3, 2, 1, 0, 6, 5)[..., :WORDS],
+    ),
+}
 
 
 def build(name: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,3 +263,76 @@ def test_inplace_backward_is_refused_in_the_forward(
     with pytest.raises(ValueError, match=r"in place.*sizes \[.*strides \["):
         eaft_ext.gated_ce(ALL[name][1](buffer.requires_grad_()), labels, inplace_backward=True)
     assert same_bits(eaft_ext.gated_ce(logits, labels, inplace_backward=True), expected)
+
+
+def _no_rows(name: str, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits in every dtype, and labels."""
+    shape, view = NO_ROWS[name]
+    for dtype in DTYPES:
+        if dtype != torch.float64 or device == "cpu":
+            logits = view(torch.empty(shape, dtype=dtype, device=device))
+            yield logits, torch.empty(logits.shape[:-1], dtype=torch.int64, device=device)
+
+
+def _assert_nothing_to_learn(loss: Tensor, labels: Tensor, *leaves: Tensor) -> None:
+    assert loss.shape in (torch.Size(), labels.shape) and not loss.any()
+    gradients = torch.autograd.grad(loss.sum(), leaves)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        assert gradient.shape == leaf.shape and gradient.dtype == leaf.dtype
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["out_of_place", "in_place"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "none"}, {"num_items_in_batch": 3}, {"gradient_in_forward": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("name", NO_ROWS)
+def test_no_rows(
+    device: str, name: str, options: dict[str, Any], inplace: bool, route: str
+) -> None:
+    for logits, labels in _no_rows(name, device):
+        leaf = logits.requires_grad_()
+        loss, stats = eaft_ext.gated_ce(
+            leaf, labels, inplace_backward=inplace, return_stats=True, **options
+        )
+        assert all(stat.shape == labels.shape for stat in stats)
+        _assert_nothing_to_learn(loss, labels, leaf)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"chunk_size": 2}], ids=str)
+@pytest.mark.parametrize("name", NO_ROWS)
+def test_no_rows_of_hidden(device: str, name: str, options: dict[str, Any], route: str) -> None:
+    for hidden, labels in _no_rows(name, device):
+        weight = torch.ones(11, WORDS, dtype=hidden.dtype, device=device)
+        leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+        loss = eaft_ext.linear_gated_ce(*leaves, labels, **options)
+        _assert_nothing_to_learn(loss, labels, *leaves)
+
+
+@pytest.mark.parametrize("name", NO_ROWS)
+def test_operators_on_no_rows(device: str, name: str) -> None:
+    """The whole vocabulary, a shard with padding, and one of nothing but padding."""
+    entropy = ("entropy", [1.0], -100)
+    for logits, labels in _no_rows(name, device):
+        shape = labels.shape
+        *_, row_max, _ = forward = ops.gated_ce_forward(logits, labels, 20, *entropy, True)
+        fused = ops.gated_ce_forward_with_grad(row_max, logits, labels, 20, *entropy)
+        in_place = ops.gated_ce_forward_with_grad_(row_max, logits, labels, 20, *entropy)
+        assert {stat.shape for stat in (*forward, *fused[:-1], *in_place)} == {shape}
+        assert fused[-1].shape == logits.shape
+        for shard in ((), (3, None), (3, 3 + WORDS - 2), (3, 2)):
+            arguments = (row_max, logits, labels, row_max, row_max, -100, *shard)
+            assert ops.gated_ce_backward(*arguments).shape == logits.shape
+            ops.gated_ce_backward_(*arguments)
+            if shard:
+                partial = ops.gated_ce_partial(logits, labels, 20, *shard, -100)
+                assert partial.shape == (*shape, 23)
+                merged = ops.gated_ce_merge(
+                    logits, labels, partial.unsqueeze(0), *entropy, *shard, True
+                )
+                assert {stat.shape for stat in merged} == {shape}
+        ops.scale_gradient_(logits, torch.ones((), dtype=torch.float32, device=device))
+        values, indices = eaft_ext.topk(logits, 3)
+        assert values.shape == indices.shape == (*shape, 3) and values.dtype == logits.dtype

@@ -17,6 +17,7 @@ from eaft_ext._checks import (
     check_placement,
     check_same_dtype,
 )
+from eaft_ext._dispatch import is_transformed
 from eaft_ext._registration import stats_dtype
 from eaft_ext.gates import Gate, GateFunction
 from eaft_ext.linear._reduced_loss import Product, WeightShard, autocast_dtype, reduced_loss
@@ -148,6 +149,8 @@ def linear_gated_ce_of_dtensor(
         check_num_items(op, num_items_in_batch, reduction, hidden, "hidden")
         check_chunks(op, chunk_size, accumulate_in_float32)
         product, labels, rows, columns = _local_call(op, hidden, weight, labels, bias, dim)
+    if is_transformed(*product):
+        raise RuntimeError(f"{op}: torch.func and forward mode cannot look into DTensors")
     shard = None
     if member is not None:
         compare_calls(

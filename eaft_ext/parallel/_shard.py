@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eaft_ext import reference
-from eaft_ext._dispatch import is_built_in, takes_kernel
+from eaft_ext._dispatch import is_built_in, is_transformed, takes_kernel
 from eaft_ext._registration import ops
 from eaft_ext.gates import Gate, GateFunction, NoGate
 from eaft_ext.reference import TokenStats
@@ -119,15 +119,16 @@ def token_losses(
 
     The gradient of a process is that of its own columns: nothing is exchanged for it.
     """
+    if is_transformed(logits):
+        raise RuntimeError(
+            "eaft_ext: torch.func and forward mode cannot look into the loss of a vocabulary in "
+            "shards"
+        )
     valid = labels != ignore_index
     inside = gate if is_built_in(gate) else NoGate()
     by_kernel = takes_kernel("gated_ce_merge", logits)
     # Here the loss is the nll, with its gradient, and any weight can be put on it.
     weighed_here = inside is not gate or not by_kernel
-    if not by_kernel and torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "eaft_ext: torch.func cannot look into the loss of a vocabulary in shards"
-        )
     if by_kernel:
         partial = ops.gated_ce_partial(
             logits.detach(), labels, k, shard.start, shard.vocab_size, ignore_index
