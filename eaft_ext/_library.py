@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,6 +15,22 @@ def _release(version: str) -> tuple[str, ...]:
     return tuple(version.split("+")[0].split(".")[:2])
 
 
+def _check_no_other_copy() -> None:
+    """Registered twice, by the compiled parts of two copies, operators would end the process."""
+    spec = find_spec("eaft_ext._C")
+    if spec is None or not spec.origin or not torch._C._dispatch_has_kernel("eaft_ext::topk"):
+        return
+    if sys.platform != "win32":  # which cannot tell
+        try:
+            ctypes.CDLL(spec.origin, os.RTLD_NOLOAD | os.RTLD_NOW)
+        except OSError:
+            raise ImportError(
+                "eaft_ext: another copy of the compiled part is in this process already, and "
+                f"{spec.origin} cannot be loaded beside it; start a new process."
+            ) from None
+
+
+_check_no_other_copy()
 try:
     from eaft_ext import _C
 except ImportError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -12,6 +12,34 @@ from eaft_ext import _library as _library  # loads the operators
 from eaft_ext.reference import PARTIAL_HEAD
 
 ops = torch.ops.eaft_ext
+
+
+def _once(register: Callable[..., Any], key: str) -> Callable[..., Any]:
+    """``register``, unless the dispatcher has such a kernel of the operator.
+
+    The dispatcher lives as long as the process, and graphs hold its operators, compiled ones and
+    those of autograd: they can neither be defined twice nor be taken away. So a later import, after
+    ``del sys.modules["eaft_ext"]`` or by ``importlib.reload``, finds the operators of the first
+    one, those in Python as those in C++. Without ``lib=`` torch.library keeps them alive.
+    """
+
+    def registered(op: str, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(op, key):
+            return lambda function: function
+        return register(op, *args, **kwargs)
+
+    return registered
+
+
+def define(op: str, schema: str) -> None:
+    """Define an operator that is written in Python, unless an earlier import has."""
+    if not torch._C._dispatch_has_kernel(op):
+        torch.library.define(op, schema)
+
+
+impl = _once(torch.library.impl, "CompositeExplicitAutograd")
+register_fake = _once(torch.library.register_fake, "Meta")
+register_autograd = _once(torch.library.register_autograd, "Autograd")
 
 
 def stats_dtype(tensor: Tensor) -> torch.dtype:
@@ -25,7 +53,7 @@ def fake_stats(logits: Tensor, count: int) -> tuple[Tensor, ...]:
     return tuple(logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(count))
 
 
-@torch.library.register_fake("eaft_ext::gated_ce_forward")
+@register_fake("eaft_ext::gated_ce_forward")
 def _(
     logits: Tensor,
     labels: Tensor,
@@ -38,7 +66,7 @@ def _(
     return fake_stats(logits, 6)
 
 
-@torch.library.register_fake("eaft_ext::gated_ce_backward")
+@register_fake("eaft_ext::gated_ce_backward")
 def _(
     weight: Tensor,
     logits: Tensor,
@@ -52,7 +80,7 @@ def _(
     return torch.empty_like(logits)
 
 
-@torch.library.register_fake("eaft_ext::gated_ce_backward_")
+@register_fake("eaft_ext::gated_ce_backward_")
 def _(
     weight: Tensor,
     logits: Tensor,
@@ -66,7 +94,7 @@ def _(
     return None
 
 
-@torch.library.register_fake("eaft_ext::gated_ce_partial")
+@register_fake("eaft_ext::gated_ce_partial")
 def _(
     logits: Tensor,
     labels: Tensor,
@@ -79,7 +107,7 @@ def _(
     return stat.new_empty((*stat.shape, PARTIAL_HEAD + k))
 
 
-@torch.library.register_fake("eaft_ext::gated_ce_merge")
+@register_fake("eaft_ext::gated_ce_merge")
 def _(
     logits: Tensor,
     labels: Tensor,
@@ -94,7 +122,7 @@ def _(
     return fake_stats(logits, 6)
 
 
-@torch.library.register_fake("eaft_ext::gated_ce_forward_with_grad")
+@register_fake("eaft_ext::gated_ce_forward_with_grad")
 def _(
     upstream: Tensor,
     logits: Tensor,
@@ -107,7 +135,7 @@ def _(
     return (*fake_stats(logits, 4), torch.empty_like(logits))
 
 
-@torch.library.register_fake("eaft_ext::gated_ce_forward_with_grad_")
+@register_fake("eaft_ext::gated_ce_forward_with_grad_")
 def _(
     upstream: Tensor,
     logits: Tensor,
@@ -120,12 +148,12 @@ def _(
     return fake_stats(logits, 4)
 
 
-@torch.library.register_fake("eaft_ext::scale_gradient_")
+@register_fake("eaft_ext::scale_gradient_")
 def _(gradient: Tensor, factor: Tensor) -> None:
     return None
 
 
-@torch.library.register_fake("eaft_ext::topk")
+@register_fake("eaft_ext::topk")
 def _(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (*logits.shape[:-1], k)
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
@@ -182,12 +210,8 @@ def _backward_merge(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tenso
     return _gradient(ctx, grad_loss), *(None,) * 8
 
 
-torch.library.register_autograd(
-    "eaft_ext::gated_ce_forward", _backward, setup_context=_save_forward
-)
-torch.library.register_autograd(
-    "eaft_ext::gated_ce_merge", _backward_merge, setup_context=_save_merge
-)
+register_autograd("eaft_ext::gated_ce_forward", _backward, setup_context=_save_forward)
+register_autograd("eaft_ext::gated_ce_merge", _backward_merge, setup_context=_save_merge)
 
 
 def _no_double_backward(ctx: Any, *_: Tensor) -> NoReturn:
@@ -196,7 +220,7 @@ def _no_double_backward(ctx: Any, *_: Tensor) -> NoReturn:
     )
 
 
-torch.library.register_autograd("eaft_ext::gated_ce_backward", _no_double_backward)
+register_autograd("eaft_ext::gated_ce_backward", _no_double_backward)
 
 
 def _save_topk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -211,4 +235,4 @@ def _topk_backward(ctx: Any, grad_values: Tensor, _: None) -> tuple[Tensor, None
     return zeros.scatter(-1, indices, grad_values), None
 
 
-torch.library.register_autograd("eaft_ext::topk", _topk_backward, setup_context=_save_topk)
+register_autograd("eaft_ext::topk", _topk_backward, setup_context=_save_topk)

@@ -169,7 +169,8 @@ def _differing(rank: int, world_size: int, what: str) -> None:
     """A call in which this process does not mean what the others mean."""
     hidden, weight, _, labels = linear_inputs()
     rows = V // world_size
-    weight = weight[:rows]
+    whole = weight
+    weight = weight[rank * rows : (rank + 1) * rows]
     labels %= rows
     options: dict[str, Any] = {}
     odd = rank == world_size - 1
@@ -191,6 +192,8 @@ def _differing(rank: int, world_size: int, what: str) -> None:
         weight = weight.clone().requires_grad_()
     elif what == "bad_weight" and odd:
         weight = weight[:, 1:]
+    elif what == "whole_weight":
+        weight = whole
     elif what == "no_size":
         options["vocab_start"] = rank * rows
     elif what == "dtensor":
@@ -329,6 +332,7 @@ ERRORS = (
     "chunk_size",
     "gradient",
     "bad_weight",
+    "whole_weight",
     "no_size",
     "dtensor",
     "placement",

@@ -39,6 +39,32 @@ def test_info_as_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(line.endswith(words[-1].rstrip()) for line, words in zip(plain, stated, strict=True))
 
 
+def test_info_says_where_every_operator_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["info", "--json"])
+    operators = json.loads(capsys.readouterr().out)["operators"]
+    written_in_pytorch = {name for name in operators if name.startswith("linear_")}
+    assert len(written_in_pytorch) == 3
+    for name, places in operators.items():
+        if name in written_in_pytorch:
+            assert places == "any device, in PyTorch"
+        else:
+            assert places.split(", ")[0] == "CPU"
+
+
+def test_info_names_other_accelerators(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps")
+    )
+    main(["info", "--json"])
+    section = json.loads(capsys.readouterr().out)["torch"]
+    assert (section["gpus"], section["hip"]) == ("mps", "7.1")
+
+
 def test_info_lists_gpus(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -187,11 +187,27 @@ class TestBatches:
                 [Record("x")], tokenizer, steps=1, batch_size=1, length=8, seed=0
             )
 
-    def test_evaluation_reads_about_as_much_as_asked(self, tokenizer: Any) -> None:
+    @pytest.mark.parametrize("max_tokens", [2, 250, 320, 10**6])
+    def test_evaluation_reads_as_much_as_asked(self, tokenizer: Any, max_tokens: int) -> None:
         records = [Record(f"record {i} of the order") for i in range(200)]
-        made = batches.evaluation_batches(
-            records, tokenizer, batch_size=4, length=16, max_tokens=320
-        )
-        assert 300 <= sum(batch.input_ids.numel() for batch in made) <= 320
-        spread = tokenizer.decode(made[-1].input_ids[-1])
-        assert "19" in spread  # not only the beginning
+        rows = batches.evaluation_rows(records, tokenizer, length=16, max_tokens=max_tokens)
+        whole = sum(len(row.tokens) for row in batches.examples(records, tokenizer, 16))
+        assert batches.count_tokens(rows) == min(max_tokens, whole)
+        if max_tokens == 320:
+            assert "19" in tokenizer.decode(rows[-1].tokens)  # not only the beginning
+
+    def test_evaluation_cuts_the_last_conversation_at_its_end(self, tokenizer: Any) -> None:
+        """A token that is predicted has all of its prompt before it."""
+        question = {"role": "user", "content": "which is the order ?"}
+        records = [Record("the order of the class", (question,)) for _ in range(9)]
+        (whole, *_) = batches.examples(records, tokenizer, 64)
+        num_tokens = len(whole.tokens)
+        for rest in range(1, num_tokens + 1):
+            *rows, last = batches.evaluation_rows(
+                records, tokenizer, length=64, max_tokens=2 * num_tokens + rest
+            )
+            assert rows == [whole, whole]
+            assert last.tokens == whole.tokens[:rest]
+            assert last.prompt_length == min(rest, whole.prompt_length)
+            learned = (batches.collate([last]).labels >= 0).sum()
+            assert learned == max(0, rest - whole.prompt_length)

@@ -172,12 +172,12 @@ def test_options_change_what_they_name(
 ) -> None:
     sizes = []
 
-    def recorded(*arguments: Any, **options: Any) -> Any:
-        sizes.append(options["batch_size"])
-        return original(*arguments, **options)
+    def recorded(rows: Any, batch_size: int) -> Any:
+        sizes.append(batch_size)
+        return original(rows, batch_size)
 
-    original = inspect.evaluation_batches
-    monkeypatch.setattr(inspect, "evaluation_batches", recorded)
+    original = inspect.batched
+    monkeypatch.setattr(inspect, "batched", recorded)
     output = tmp_path / "tokens.jsonl"
     run = partial(_written, tiny_folder, texts, output)
     plain = run()
@@ -189,8 +189,54 @@ def test_options_change_what_they_name(
         assert two["gate"] == pytest.approx(one["gate"] ** 2, rel=1e-5)
         assert three["gate"] == pytest.approx(one["entropy"] / 3, rel=1e-5)
     assert len(plain) > 10
-    for most in (1, 5, 10):  # whole rows, of which the last may be cut off
-        assert 0 < len(run("--tokens", str(most))) <= most
+    assert len(run("--tokens", "1")) == 1
+    for most in (2, 5, 10):  # the first token of a row is read, and not predicted
+        assert 0 < len(run("--tokens", str(most))) < most
+
+
+@pytest.mark.parametrize("asked", [7, 100, 333, 5000])
+def test_as_many_tokens_are_read_as_asked_for(
+    tiny_folder: Path,
+    tokenizer: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    asked: int,
+) -> None:
+    """Of conversations as of text; and the report says why fewer of them are predicted."""
+    path = tmp_path / "data.jsonl"
+    records = [
+        {"question": f"which of the {i} ?" * (i % 5 + 1), "answer": "the order " * (i % 7 + 1)}
+        for i in range(30)
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    read: list[torch.Tensor] = []
+
+    def recorded(model: Any, batch: Any) -> torch.Tensor:
+        read.append(batch.input_ids)
+        return original(model, batch)
+
+    original = inspect.forward
+    monkeypatch.setattr(inspect, "forward", recorded)
+    # A row at a time: without padding.
+    options = ("--tokens", str(asked), "--batch-size", "1", "--sequence-length", "48")
+    rows = [
+        [record["question"] + "\n", record["answer"] + tokenizer.eos_token] for record in records
+    ]
+    whole = sum(min(48, sum(len(tokenizer(part).input_ids) for part in row)) for row in rows)
+    assert 1000 < whole < 5000
+    if asked < 10:
+        usual = ["--model", str(tiny_folder), "--data", str(path), "--device", "cpu"]
+        assert main(["inspect", *usual, *options]) == 1
+        assert "the 7 tokens that were read are all of a prompt" in capsys.readouterr().err
+        return
+    predicted = len(_written(tiny_folder, path, tmp_path / "tokens.jsonl", *options))
+    found = sum(ids.numel() for ids in read)
+    assert found == min(asked, whole)
+    told = " ".join(capsys.readouterr().out.split())
+    reason = ", all that rows of 48 have" if asked > whole else ""
+    assert f"{predicted} tokens of {path}" in told
+    assert f"{found} tokens were read{reason}; {found - predicted} are of prompts" in told
 
 
 def test_a_small_vocabulary_and_what_cannot_be(tmp_path: Path) -> None:

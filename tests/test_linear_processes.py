@@ -135,6 +135,10 @@ SENTENCES = {
     "chunk_size": "differ in chunk_size: None in process 0, 4 in process 1",
     "gradient": "differ in whether the hidden has a gradient: True in process 0, False",
     "bad_weight": "weight must be (V, H) with V of at least 0 and H = 16",
+    # That of Megatron #7452, of a weight.
+    "whole_weight": f"ValueError: vocab_parallel_linear_gated_ce: processes [0, 1] have the same "
+    f"numbers for {V} words, and all labels are below {V}: these are no shards of {2 * V} words; "
+    "a whole weight is for eaft_ext.linear_gated_ce",
     "no_size": "vocab_start goes with vocab_size",
     "reduce": "differ in reduce_hidden_gradient: True in process 0, False in process 1",
     "forward_mode": "RuntimeError: vocab_parallel_linear_gated_ce: torch.func and forward mode",

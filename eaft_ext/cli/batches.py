@@ -52,17 +52,41 @@ def training_batches(
     chosen: list[Example] = []
     while len(chosen) < needed:
         chosen += order.sample(rows, len(rows))
-    return _batched(chosen[:needed], batch_size)
+    return batched(chosen[:needed], batch_size)
 
 
 def evaluation_batches(
     records: list[Record], tokenizer: Any, *, batch_size: int, length: int, max_tokens: int
 ) -> list[Batch]:
-    """Return batches of ``max_tokens`` tokens at most, spread evenly over the records."""
-    pool = _spread(records, max_tokens)
-    rows = _rows(pool, tokenizer, length)
-    tokens = sum(len(row.tokens) for row in rows)
-    return _batched(_spread(rows, max(1, len(rows) * max_tokens // tokens)), batch_size)
+    """Return the batches of :func:`evaluation_rows`."""
+    rows = evaluation_rows(records, tokenizer, length=length, max_tokens=max_tokens)
+    return batched(rows, batch_size)
+
+
+def evaluation_rows(
+    records: list[Record], tokenizer: Any, *, length: int, max_tokens: int
+) -> list[Example]:
+    """Return rows of ``max_tokens`` tokens in all, prompts among them, or all that there are.
+
+    They are spread evenly over the records, and two tokens are the least. The last row is cut off
+    at its end: what is left has the context that it had.
+    """
+    rows = _rows(_spread(records, max_tokens), tokenizer, length)
+    room = max(2, max_tokens)
+    count = min(len(rows), max(1, len(rows) * room // count_tokens(rows)))
+    while count < len(rows) and count_tokens(_spread(rows, count)) < room:
+        count += 1
+    chosen: list[Example] = []
+    for row in _spread(rows, count):
+        if room > 0:
+            chosen.append(Example(row.tokens[:room], min(row.prompt_length, room)))
+            room -= len(chosen[-1].tokens)
+    return chosen
+
+
+def count_tokens(rows: list[Example]) -> int:
+    """Return how many tokens a model reads."""
+    return sum(len(row.tokens) for row in rows)
 
 
 def examples(records: Iterable[Record], tokenizer: Any, length: int) -> Iterator[Example]:
@@ -81,6 +105,11 @@ def examples(records: Iterable[Record], tokenizer: Any, length: int) -> Iterator
             del packed[:length]
     if len(packed) > 1:
         yield Example(packed)
+
+
+def batched(rows: list[Example], batch_size: int) -> list[Batch]:
+    """Return the rows in batches, the last of which may be smaller."""
+    return [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
 
 
 def collate(rows: list[Example]) -> Batch:
@@ -122,10 +151,6 @@ def _rows(records: list[Record], tokenizer: Any, length: int) -> list[Example]:
     if not rows:
         raise CommandError("the text is too short: it gives fewer than 2 tokens")
     return rows
-
-
-def _batched(rows: list[Example], batch_size: int) -> list[Batch]:
-    return [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
 
 
 def _spread(items: list[Item], count: int) -> list[Item]:

@@ -14,7 +14,11 @@ from pathlib import Path
 import torch
 
 Section = dict[str, str]
-DISPATCH_KEYS = {"CPU": "CPU", "CUDA": "CUDA"}
+DISPATCH_KEYS = {
+    "CPU": "CPU",
+    "CUDA": "CUDA",
+    "any device, in PyTorch": "CompositeExplicitAutograd",
+}
 NAMESPACE = "eaft_ext::"
 
 
@@ -88,12 +92,14 @@ def _usable_cpus() -> int:
 def _torch() -> Section:
     section = {
         "version": str(torch.__version__),
-        "cuda": torch.version.cuda or "none (CPU-only build)",
+        "cuda": torch.version.cuda or "none",
+        "hip": torch.version.hip or "none",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
     }
-    if not torch.cuda.is_available():
-        section["gpus"] = "none visible"
+    if not torch.cuda.is_available():  # which is true of ROCm as well
+        other = torch.accelerator.current_accelerator(check_available=True)
+        section["gpus"] = other.type if other else "none visible"
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         section[f"gpu {index}"] = (
@@ -116,10 +122,10 @@ def _operators() -> Section:
     section = {}
     for name in sorted(torch._C._dispatch_get_all_op_names()):
         if name.startswith(NAMESPACE):
-            devices = [
-                device
-                for device, key in DISPATCH_KEYS.items()
+            places = [
+                place
+                for place, key in DISPATCH_KEYS.items()
                 if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
             ]
-            section[name.removeprefix(NAMESPACE)] = ", ".join(devices) or "no kernel"
+            section[name.removeprefix(NAMESPACE)] = ", ".join(places) or "no kernel"
     return section or {"registered": "none"}

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 import eaft_ext
 
-from .batches import Batch, evaluation_batches
+from .batches import Batch, batched, count_tokens, evaluation_rows
 from .conflicts import CONFLICT_ENTROPY, CONFLICT_PROBABILITY, confident_conflicts
 from .console import make_console
 from .demo.corpus import language_reference
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=4096,
         metavar="N",
-        help="read so many tokens at most, spread evenly over the data" + default,
+        help="tokens to read, with those of prompts, spread evenly over the data" + default,
     )
     add("--show", type=positive_int, default=12, metavar="N", help="muted tokens shown" + default)
     add("--output", type=Path, metavar="FILE", help="write every token to this JSONL file")
@@ -95,24 +95,29 @@ def run(arguments: argparse.Namespace) -> int:
     on = arguments.device or default_device()
     model.to(on).eval()
     check_length(arguments.sequence_length, model)
-    batches = evaluation_batches(
-        records,
-        tokenizer,
-        batch_size=arguments.batch_size,
-        length=arguments.sequence_length,
-        max_tokens=arguments.tokens,
+    rows = evaluation_rows(
+        records, tokenizer, length=arguments.sequence_length, max_tokens=arguments.tokens
     )
+    batches = [batch.to(on) for batch in batched(rows, arguments.batch_size)]
     gate = eaft_ext.EntropyGate(arguments.alpha, arguments.normalizer)
     with console.status("reading"):
-        found = inspect(model, tokenizer, (batch.to(on) for batch in batches), arguments.k, gate)
-        tokens = list(islice(found, arguments.tokens))
+        tokens = list(inspect(model, tokenizer, batches, arguments.k, gate))
+    read = count_tokens(rows)
     if not tokens:
-        raise CommandError("the text has no token to be predicted")
+        raise CommandError(
+            f"the {read} tokens that were read are all of a prompt: pass more --tokens"
+        )
     if output is not None:
         write_jsonl(tokens, output)
     name = shown_name(arguments.model)
     source = arguments.data or "the Python language reference"
-    print_report(console, f"{name}, {len(tokens)} tokens of {source}, {gate}", tokens, arguments)
+    all_of_it = f", all that rows of {arguments.sequence_length} have"
+    title = (
+        f"{name}, {len(tokens)} tokens of {source}, {gate}\n"
+        f"{read} tokens were read{all_of_it if read < arguments.tokens else ''}; "
+        f"{read - len(tokens)} are of prompts, or begin a row, and are not predicted."
+    )
+    print_report(console, title, tokens, arguments)
     return 0
 
 

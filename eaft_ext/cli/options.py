@@ -63,7 +63,7 @@ def add_reading(parser: argparse.ArgumentParser, data: str, rows: str) -> None:
         type=sequence_length,
         default=256,
         metavar="N",
-        help="tokens in a row, at most" + default,
+        help="tokens in a row, at most, to which conversations are cut" + default,
     )
     add_k_and_device(parser)
 

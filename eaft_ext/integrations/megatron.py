@@ -58,7 +58,8 @@ def vocab_parallel_cross_entropy(
         [s, b], float32, in nats, the same in all processes of the group.
 
     Raises:
-        ValueError: for label smoothing; else as :func:`eaft_ext.vocab_parallel_gated_ce`.
+        ValueError: for label smoothing; else as :func:`eaft_ext.vocab_parallel_gated_ce`, so for
+            logits that were gathered, where processes compare what they have.
     """
     if label_smoothing != 0:
         raise ValueError(
@@ -277,7 +278,10 @@ def _group_of(module: nn.Module) -> ProcessGroup:
 
 
 def _check_not_gathered(module: nn.Module, logits: Tensor, group: ProcessGroup) -> None:
-    """Whole rows would be taken for shards of a vocabulary as many times as large."""
+    """Raise for whole rows at every call, on any device and for any labels.
+
+    The function that they are given to knows no width of the vocabulary, and must compare values.
+    """
     if group.size() > 1 and logits.size(-1) == getattr(module, "vocab_size", None):
         raise ValueError(
             f"use_gated_ce: got logits of all {logits.size(-1)} words, gathered from the "

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from eaft_ext._checks import check_label_values
-from eaft_ext._registration import fake_stats, ops, stats_dtype
+from eaft_ext._registration import (
+    define,
+    fake_stats,
+    impl,
+    ops,
+    register_autograd,
+    register_fake,
+    stats_dtype,
+)
 from eaft_ext._scalar_loss import scaled
 from eaft_ext.gates import BUILT_IN
 from eaft_ext.linear._chunks import VECTOR, BiasSum, Chunk, WeightSum, chunks_of, put
@@ -24,8 +32,6 @@ from eaft_ext.linear._rows import Rows
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._group import all_gather, all_reduce
 from eaft_ext.parallel._shard import Gather, VocabShard, num_words
-
-_LIBRARY = torch.library.Library("eaft_ext", "FRAGMENT")
 
 # by_kernel: not in plain PyTorch. accumulate_in_float32: the weight's gradient; None: if it is
 # small. total: words of all shards. reduce_hidden: add up the hidden's gradients of the group.
@@ -36,19 +42,21 @@ _OPTIONS = (
 )
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 # -> loss, nll, entropy, gate, row_max, log_sum
-_LIBRARY.define(
-    f"linear_gated_ce_forward({_INPUTS}, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+define(
+    "eaft_ext::linear_gated_ce_forward",
+    f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 # -> the gradients of hidden, weight and bias for those that are wanted, else tensors of no elements
-_LIBRARY.define(
-    "linear_gated_ce_backward(Tensor row_weight, Tensor row_max, Tensor log_sum, bool[] wanted, "
-    f"{_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+define(
+    "eaft_ext::linear_gated_ce_backward",
+    "(Tensor row_weight, Tensor row_max, Tensor log_sum, bool[] wanted, "
+    f"{_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 # -> sum(loss) / divisor, nll, entropy, gate, and the gradients of the first as above
-_LIBRARY.define(
-    f"linear_gated_ce_forward_with_grad({_INPUTS}, Tensor divisor, bool[] wanted, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+define(
+    "eaft_ext::linear_gated_ce_forward_with_grad",
+    f"({_INPUTS}, Tensor divisor, bool[] wanted, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -130,7 +138,8 @@ class _Call:
         assert self._now is not None, "a chunk is being computed"
         where = self._now.where
         token = where.start + row if isinstance(where, slice) else int(where[row])
-        return [int(i) for i in torch.unravel_index(torch.tensor(token), self.shape)]
+        place = torch.tensor(token, device="cpu")
+        return [int(i) for i in torch.unravel_index(place, self.shape)]
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Hidden (rows, H) of a chunk, and its logits (rows, V), over those of the last one."""
@@ -205,7 +214,7 @@ def _autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
-@torch.library.impl(_LIBRARY, "linear_gated_ce_forward", "CompositeExplicitAutograd")
+@impl("eaft_ext::linear_gated_ce_forward", "CompositeExplicitAutograd")
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
@@ -220,7 +229,7 @@ def _(
         return call.shaped(stats)
 
 
-@torch.library.impl(_LIBRARY, "linear_gated_ce_backward", "CompositeExplicitAutograd")
+@impl("eaft_ext::linear_gated_ce_backward", "CompositeExplicitAutograd")
 def _(
     row_weight: Tensor,
     row_max: Tensor,
@@ -245,7 +254,7 @@ def _(
         return gradients.results(hidden.shape)
 
 
-@torch.library.impl(_LIBRARY, "linear_gated_ce_forward_with_grad", "CompositeExplicitAutograd")
+@impl("eaft_ext::linear_gated_ce_forward_with_grad", "CompositeExplicitAutograd")
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -284,14 +293,14 @@ def _fake_gradients(
     )
 
 
-@torch.library.register_fake("eaft_ext::linear_gated_ce_forward", lib=_LIBRARY)
+@register_fake("eaft_ext::linear_gated_ce_forward")
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     return fake_stats(hidden, 6)
 
 
-@torch.library.register_fake("eaft_ext::linear_gated_ce_backward", lib=_LIBRARY)
+@register_fake("eaft_ext::linear_gated_ce_backward")
 def _(
     row_weight: Tensor,
     row_max: Tensor,
@@ -305,7 +314,7 @@ def _(
     return _fake_gradients(wanted, hidden, weight, bias)
 
 
-@torch.library.register_fake("eaft_ext::linear_gated_ce_forward_with_grad", lib=_LIBRARY)
+@register_fake("eaft_ext::linear_gated_ce_forward_with_grad")
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -373,6 +382,4 @@ for _name, _formula, _setup in (
     ("linear_gated_ce_forward_with_grad", _backward_with_grad, _save_forward_with_grad),
     ("linear_gated_ce_backward", _no_double_backward, None),
 ):
-    torch.library.register_autograd(
-        f"eaft_ext::{_name}", _formula, setup_context=_setup, lib=_LIBRARY
-    )
+    register_autograd(f"eaft_ext::{_name}", _formula, setup_context=_setup)

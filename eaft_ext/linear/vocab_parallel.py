@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from eaft_ext._checks import (
     check_chunks,
@@ -26,6 +28,7 @@ from eaft_ext.parallel._group import (
     can_check,
     check_group,
     check_shard,
+    fingerprint,
     note_of_options,
 )
 from eaft_ext.parallel._shard import VocabShard
@@ -50,11 +53,15 @@ def compare_calls(
     shard: VocabShard,
     chunk_size: int | None,
     reduce_hidden: bool,
+    is_assumed: bool = False,
 ) -> None:
-    """Raise where the processes do not mean the same: then their exchanges would not fit."""
+    """Raise where the processes do not mean the same: then their exchanges would not fit.
+
+    ``is_assumed``: nobody said which shard of the weight each has.
+    """
     if not can_check(member.group):
         return
-    hidden, weight, _ = product
+    hidden, weight, bias = product
     note = {
         "the shape of the tokens": list(labels.shape),
         "the dtype of the hidden": str(hidden.dtype),
@@ -66,7 +73,14 @@ def compare_calls(
     if labels.device.type == "cpu" or wants_value_checks():
         note["the number of tokens not ignored"] = int((labels != ignore_index).sum())
     note |= note_of_options(k, gate, ignore_index, reduction, shard, weight.size(0))
-    _agreement.check(op, member.group, hidden.device, note)
+
+    @torch.no_grad()
+    def row(token: tuple[int, ...], words: slice) -> Tensor:
+        some_bias = None if bias is None else bias[words]
+        return linear(hidden[token][None], weight[words], some_bias)[0]
+
+    evidence = partial(fingerprint, labels, ignore_index, weight.size(0), row)
+    _agreement.check(op, member.group, hidden.device, note, evidence if is_assumed else None)
 
 
 @overload
@@ -162,7 +176,7 @@ def vocab_parallel_linear_gated_ce(
 
     Raises:
         TypeError, ValueError: as :func:`eaft_ext.linear_gated_ce` does, and in all processes where
-            :func:`eaft_ext.vocab_parallel_gated_ce` does that.
+            :func:`eaft_ext.vocab_parallel_gated_ce` does that, also for the whole weight in each.
         RuntimeError: under ``torch.func`` and in forward mode; from a second derivative.
     """
     with _agreement.told_to_others() as others:
@@ -201,6 +215,7 @@ def vocab_parallel_linear_gated_ce(
         shard,
         chunk_size,
         reduce_hidden_gradient,
+        is_assumed=vocab_start is None and vocab_size is None,
     )
     loss, stats = reduced_loss(
         product,

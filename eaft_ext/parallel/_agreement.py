@@ -22,6 +22,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from eaft_ext._checks import wants_value_checks
+from eaft_ext._registration import ops
 from eaft_ext.reference import PARTIAL_HEAD
 
 if TYPE_CHECKING:
@@ -71,7 +72,11 @@ class _Call(NamedTuple):
         return f"{self.folder}/{self.number}/{process}"
 
 
-_notebooks: weakref.WeakKeyDictionary[Any, _Notebook] = weakref.WeakKeyDictionary()
+# Kept where the operators are: a second import of this module, in one process of a group alone,
+# shall go on with the numbers of the first.
+_notebooks: weakref.WeakKeyDictionary[Any, _Notebook] = vars(ops).setdefault(
+    "notebooks", weakref.WeakKeyDictionary()
+)
 
 
 def _open() -> tuple[Any, _Notebook]:
@@ -136,10 +141,18 @@ def told_to_others() -> Iterator[Others]:
         raise
 
 
-def check(op: str, group: ProcessGroup, device: torch.device, note: Note) -> None:
+def check(
+    op: str,
+    group: ProcessGroup,
+    device: torch.device,
+    note: Note,
+    fingerprint: Callable[[], int | None] | None = None,
+) -> None:
     """Raise in all processes what failed in one of them, or differs between their notes.
 
     A note has what must be the same, and ``columns``, the range of words of the shard.
+    ``fingerprint`` is called if notes are compared: what it gives is of this shard alone, unless it
+    is no shard.
     """
     if group.size() == 1:
         _compare(op, {dist.get_rank(): note})
@@ -150,6 +163,7 @@ def check(op: str, group: ProcessGroup, device: torch.device, note: Note) -> Non
     if not (over_gloo or call.number == 0 or wants_value_checks()):
         return
     own = dist.get_rank()
+    note["fingerprint"] = None if fingerprint is None else fingerprint()
     store.set(call.key(own), json.dumps(note | {"lost": notebook.lost_in_all}))
     notes = _read(op, store, notebook, group, call, _timeout_of(group, device))
     for process, its_note in notes.items():
@@ -265,7 +279,7 @@ def _compare(op: str, notes: dict[int, Note]) -> None:
     (first, its_note), *others = notes.items()
     for process, note in others:
         for name, value in note.items():
-            if name != "columns" and value != its_note[name]:
+            if name not in ("columns", "fingerprint") and value != its_note[name]:
                 raise ValueError(
                     f"{op}: processes of the group differ in {name}: {its_note[name]} in process "
                     f"{first}, {value} in process {process}"
@@ -284,3 +298,27 @@ def _compare(op: str, notes: dict[int, Note]) -> None:
     vocab_size = its_note["vocab_size"]
     if vocab_size is not None and end != vocab_size:
         raise ValueError(f"{op}: the shards have {end} words, and vocab_size is {vocab_size}")
+    _check_different(op, notes, end)
+
+
+def _check_different(op: str, notes: dict[int, Note], total: int) -> None:
+    """Whole rows would be taken for shards of a vocabulary as many times as large."""
+    holders: dict[int, list[int]] = {}
+    for process, note in notes.items():
+        if note.get("fingerprint") is not None:
+            holders.setdefault(note["fingerprint"], []).append(process)
+    for processes in holders.values():
+        if len(processes) == 1:
+            continue
+        start, stop = notes[processes[0]]["columns"]
+        whole = (
+            "a whole weight is for eaft_ext.linear_gated_ce"
+            if "linear" in op
+            else "gathered logits are for eaft_ext.gated_ce"
+        )
+        raise ValueError(
+            f"{op}: processes {processes} have the same numbers for {stop - start} words, and all "
+            f"labels are below {stop - start}: these are no shards of {total} words; {whole}, and "
+            "here each process gives its own part (parallel_output=True in Megatron-Core), or "
+            f"vocab_size={total} where they are right"
+        )

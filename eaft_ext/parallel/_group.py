@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from eaft_ext._dispatch import is_built_in
+from eaft_ext._dispatch import is_built_in, is_transformed
 from eaft_ext.gates import Gate, GateFunction
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._agreement import NotInGroupError
@@ -87,10 +90,12 @@ def group_losses(
     member: Member | None,
     shard: VocabShard,
     inplace_backward: bool,
+    is_assumed: bool = False,
 ) -> tuple[Tensor, TokenStats]:
     """Per-token losses and stats, the same in all processes of the group.
 
-    The reduction is only compared. Without a group the shard is all there is.
+    The reduction is only compared. Without a group the shard is all there is. ``is_assumed``:
+    nobody said which shard it is.
     """
     group = None if member is None else member.group
     checks = can_check(group)
@@ -101,7 +106,12 @@ def group_losses(
             "the device of the logits": logits.device.type,
         }
         note |= note_of_options(k, gate, ignore_index, reduction, shard, logits.size(-1))
-        _agreement.check(op, group, logits.device, note)
+
+        def row(token: tuple[int, ...], words: slice) -> Tensor:
+            return logits.detach()[token][words]
+
+        evidence = partial(fingerprint, labels, ignore_index, logits.size(-1), row)
+        _agreement.check(op, group, logits.device, note, evidence if is_assumed else None)
 
     def gather(partial: Tensor) -> Tensor:
         if member is None or member.size == 1:
@@ -137,6 +147,32 @@ def note_of_options(
         "vocab_size": shard.vocab_size,
         "columns": [shard.start, shard.start + num_words(num_columns, shard)],
     }
+
+
+FINGERPRINT_WORDS = 64
+
+Row = Callable[[tuple[int, ...], slice], Tensor]
+"""From the position of a token, and some words of this shard, to their logits."""
+
+
+def fingerprint(labels: Tensor, ignore_index: int, columns: int, row: Row) -> int | None:
+    """A hash of some logits, by which whole rows in every process are known; None: they are shards.
+
+    A label beyond the first shard shows that there are others, and shards may be equal; a row of
+    one number, as a weight of zeros gives it, is so in all.
+    """
+    # There may be no values to look at, or nobody may wait for them.
+    if is_transformed() or type(labels) is not Tensor or labels.is_meta or labels.numel() == 0:
+        return None
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    label = labels.masked_fill(labels == ignore_index, -1).max()
+    if not 0 <= label < columns:
+        return None
+    token = tuple((labels == label).nonzero()[0].tolist())
+    logits = row(token, slice(None, None, -(-columns // FINGERPRINT_WORDS))).tolist()
+    is_constant = len({x for x in logits if math.isfinite(x)}) < 2
+    return None if is_constant else hash(tuple(logits))
 
 
 def _name_of(gate: Gate | GateFunction) -> str:

@@ -117,7 +117,9 @@ def vocab_parallel_gated_ce(
             of torch.distributed: what is wrong in one of them, or differs between them, is then
             raised in all. A label that is in no shard, or differs between processes, raises on the
             CPU; on CUDA it gives NaN, for its token alone. Under ``torch.compile`` nothing is
-            compared and such labels give NaN.
+            compared and such labels give NaN. Where they compare, processes whose shards are equal,
+            and whose labels are all within the first shard, have whole logits: they are refused,
+            unless ``vocab_start`` or ``vocab_size`` is given.
     """
     with _agreement.told_to_others() as others:
         member = check_group(_OP, group)
@@ -144,6 +146,7 @@ def vocab_parallel_gated_ce(
         member,
         shard,
         inplace_backward,
+        is_assumed=vocab_start is None and vocab_size is None,
     )
     loss = reduce_loss(loss, stats.valid, reduction, num_items_in_batch)
     return (loss, stats) if return_stats else loss
