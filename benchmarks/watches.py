@@ -13,7 +13,7 @@ OURS = ("--kernel-name", "kernel_substring=eaft_ext")
 # Those that bring rows by bulk copies, in gated_ce_forward_with_grad.cuh.
 STAGED = "kernel_substring=_staged_"
 # In a block. The compiler cannot tell how many a loop makes, and where the tool has to guess, it is
-# said to guess too few. kMaxStagedTiles of staged_part.cuh is 19.
+# said to guess too few. kMaxStagedTiles of staged_span.cuh is 19.
 BARRIERS = ("--num-cuda-barriers", "64")
 
 

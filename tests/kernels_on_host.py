@@ -206,10 +206,10 @@ def forward(
     gate_parameters: Sequence[float],
     ignore_index: int,
     *,
-    parts: int = 1,
+    num_spans: int = 1,
     seed: int = 0,
 ) -> Stats:
-    """``gated_ce_forward``, each row cut into ``parts``."""
+    """``gated_ce_forward``, each row split into ``num_spans``."""
     call = Call("forward")
     k = min(k, logits.size(-1))
     source = call.input("logits", logits)
@@ -223,7 +223,7 @@ def forward(
         k,
         *_gate(gate, gate_parameters),
         *map(_pointer, stats),
-        parts,
+        num_spans,
         ctypes.c_uint64(seed),
     )
     return stats
@@ -236,10 +236,10 @@ def partial(
     vocab_start: int,
     ignore_index: int,
     *,
-    parts: int = 1,
+    num_spans: int = 1,
     seed: int = 0,
 ) -> Tensor:
-    """``gated_ce_partial``, each row cut into ``parts``: (..., k + 3)."""
+    """``gated_ce_partial``, each row split into ``num_spans``: (..., k + 3)."""
     call = Call("partial")
     source = call.input("logits", logits)
     labels = call.per_row("labels", labels, logits, torch.int64)
@@ -252,7 +252,7 @@ def partial(
         k,
         ctypes.c_int64(vocab_start),
         _pointer(partials),
-        parts,
+        num_spans,
         ctypes.c_uint64(seed),
     )
     return partials
@@ -387,8 +387,8 @@ def scale_gradient(gradient: Tensor, factor: float, *, seed: int = 0) -> Tensor:
     return result
 
 
-def topk(logits: Tensor, k: int, *, parts: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """``topk``, each row cut into ``parts``: values and indices (..., k)."""
+def topk(logits: Tensor, k: int, *, num_spans: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """``topk``, each row split into ``num_spans``: values and indices (..., k)."""
     call = Call("topk")
     source = call.input("logits", logits)
     values = call.output("values", (*logits.shape[:-1], k), logits.dtype)
@@ -399,7 +399,7 @@ def topk(logits: Tensor, k: int, *, parts: int = 1, seed: int = 0) -> tuple[Tens
         k,
         _pointer(values),
         _pointer(indices),
-        parts,
+        num_spans,
         ctypes.c_uint64(seed),
     )
     return values, indices

@@ -42,7 +42,7 @@ PLANS = {
     "clusters_of_2": (150, 80_004),
     "clusters_of_4": (70, 160_020),
     "clusters_of_8": (70, 303_872),
-    "clusters_of_8_with_large_slices": (40, 607_748),
+    "clusters_of_8_with_large_spans": (40, 607_748),
     "l2": (24, 880_004),
     "two_kernels_of_long_rows": (24, 2 * MB),
 }

@@ -34,12 +34,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHARED_BYTES = 200 * 1024  # for the slice of a row that a block holds
+SHARED_BYTES = 200 * 1024  # for the span of a row that a block holds
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a row is shared out: over ``count`` parts, or over a cluster of ``count`` blocks.
+    """How a row is shared out: split into ``count`` spans, or over a cluster of ``count`` blocks.
 
     A cluster of 0 is the kernel without clusters.
     """
@@ -75,7 +75,7 @@ class Way:
             options = {"cluster_size": self.count, "seed": seed, **gradient}
             fused = kernels_on_host.forward_with_grad(upstream, logits, labels, *asked, **options)
             return Outcome(*fused)
-        stats = kernels_on_host.forward(logits, labels, *asked, parts=self.count, seed=seed)
+        stats = kernels_on_host.forward(logits, labels, *asked, num_spans=self.count, seed=seed)
         saved = (stats.row_max, stats.log_sum, ignore_index)
         found = kernels_on_host.backward(
             upstream * stats.gate, logits, labels, *saved, seed=seed, **gradient
@@ -83,9 +83,9 @@ class Way:
         return Outcome(stats.loss, stats.nll, stats.entropy, stats.gate, found)
 
 
-WAYS = [Way("parts", count) for count in (1, 2, 7)]
+WAYS = [Way("split", count) for count in (1, 2, 7)]
 WAYS += [Way("cluster", count) for count in (0, 1, 2, 4, 8)]
-FEW_WAYS = [Way("parts", 1), Way("parts", 3), Way("cluster", 0), Way("cluster", 1)]
+FEW_WAYS = [Way("split", 1), Way("split", 3), Way("cluster", 0), Way("cluster", 1)]
 FEW_WAYS += [Way("cluster", 4)]
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -169,7 +169,7 @@ def test_small_terms_beside_a_large_one(dtype: torch.dtype, place: int) -> None:
     logits = torch.zeros(1, 151_936, dtype=dtype)
     logits[0, place] = -math.log(0.9 * 2.0**-24 / terms)
     labels = torch.tensor([place])
-    assert_right(logits, labels, [Way("parts", 1), Way("cluster", 0)], gate=NoGate())
+    assert_right(logits, labels, [Way("split", 1), Way("cluster", 0)], gate=NoGate())
 
 
 @each_way
@@ -260,10 +260,10 @@ def test_whole_tiles(way: Way, vocab_size: int) -> None:
 @each_dtype
 @each_way
 def test_label_at_every_place(dtype: torch.dtype, way: Way) -> None:
-    """Of a vector, of the edges of a part, of a slice and of the row."""
+    """Of a vector, of the edges of a span and of the row."""
     row, _ = make(1, 1045, dtype)
     places = {*range(20), *range(1025, 1045)}
-    # Where a part or a slice of 32 or 64 times so many elements begins.
+    # Where a span of 32 or 64 times so many elements begins.
     begins = (288, 320, 352, 384, 576, 640, 704, 768, 864, 960)
     places |= {begin + step for begin in begins for step in range(-5, 6)}
     labels = torch.tensor(sorted(places))
@@ -282,7 +282,7 @@ def test_nothing() -> None:
 
 
 def _crowds(vocab_size: int, size: int) -> dict[str, Tensor]:
-    """Rows by name, for vectors of that size: see select_row.cuh and scan_row.cuh."""
+    """Rows by name, for vectors of that size: see select_span.cuh and scan_span.cuh."""
     noise = torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
     place = torch.arange(vocab_size)
     thread, lane, tile = place // size % 256, place // size % 32, place // (1024 * size)
@@ -369,8 +369,10 @@ def test_ignore_index(way: Way, ignore_index: int) -> None:
 def test_stats_of_ignored_rows() -> None:
     logits, labels = make(3, 300)
     labels[1] = IGNORED
-    for parts in (1, 7):
-        stats = kernels_on_host.forward(logits, labels, 20, "none", [], IGNORED, parts=parts)
+    for num_spans in (1, 7):
+        stats = kernels_on_host.forward(
+            logits, labels, 20, "none", [], IGNORED, num_spans=num_spans
+        )
         assert torch.equal(stats.row_max, logits.amax(1) * torch.tensor([1, 0, 1]))
         assert stats.log_sum[1] == 0 and (stats.log_sum[::2] > 0).all()
 

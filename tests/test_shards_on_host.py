@@ -28,18 +28,18 @@ pytestmark = pytest.mark.skipif(
     kernels_on_host.why_not() is not None, reason=str(kernels_on_host.why_not())
 )
 
-WHOLE = Way("parts", 1)
+WHOLE = Way("split", 1)
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Rows divided at ``cuts``, given as shares of the vocabulary; each shard in ``parts``."""
+    """Rows divided at ``cuts``, given as shares of the vocabulary, then each shard into spans."""
 
     cuts: tuple[float, ...]
-    parts: int = 1
+    num_spans: int = 1
 
     def __str__(self) -> str:
-        return f"shards_at_{'_'.join(map(str, self.cuts))}_in_{self.parts}"
+        return f"shards_at_{'_'.join(map(str, self.cuts))}_in_{self.num_spans}"
 
     def divide(self, logits: Tensor) -> list[tuple[int, Tensor]]:
         """Every shard that has columns, and its first word."""
@@ -55,7 +55,7 @@ class Shards:
         return torch.stack(
             [
                 kernels_on_host.partial(
-                    shard, labels, k, start, ignore_index, parts=self.parts, seed=seed
+                    shard, labels, k, start, ignore_index, num_spans=self.num_spans, seed=seed
                 )
                 for start, shard in self.divide(logits)
             ]
@@ -95,7 +95,7 @@ HALVES = Shards((0.5,))
 WAYS = [
     Shards(()),
     HALVES,
-    Shards((0.1, 0.6), parts=3),
+    Shards((0.1, 0.6), num_spans=3),
     Shards((0.25, 0.5, 0.75)),
     # More shards than a warp has lanes: two rounds of the merge, and three.
     Shards(tuple(i / 40 for i in range(1, 40))),
@@ -150,12 +150,12 @@ def test_layouts(name: str) -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize("parts", [1, 3])
-def test_a_partial_is_that_of_the_reference(dtype: torch.dtype, parts: int) -> None:
+@pytest.mark.parametrize("num_spans", [1, 3])
+def test_a_partial_is_that_of_the_reference(dtype: torch.dtype, num_spans: int) -> None:
     logits, labels = make(6, 5000, dtype, ignored=0.3)
     for start, k in ((0, 20), (2000, 128), (4990, 20), (4999, 2)):
         shard = logits[:, start:]
-        found = kernels_on_host.partial(shard, labels, k, start, IGNORED, parts=parts)
+        found = kernels_on_host.partial(shard, labels, k, start, IGNORED, num_spans=num_spans)
         truth = reference.shard_partial(shard.double(), labels, k, start)
         assert torch.equal(found.isnan(), truth.isnan())
         sums = torch.arange(k + 3) == 1

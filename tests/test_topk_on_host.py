@@ -20,13 +20,13 @@ pytestmark = pytest.mark.skipif(
 
 
 def assert_topk(logits: Tensor, *ks: int, seeds: int = 1) -> None:
-    """In any number of parts, and in any order of threads."""
+    """In any number of spans, and in any order of threads."""
     # The lowest index first among equals, and NaN before every number.
     order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
     for k in ks:
-        for seed, parts in enumerate((1, 2, 7) * seeds):
-            values, indices = kernels_on_host.topk(logits, k, parts=parts, seed=seed)
-            assert torch.equal(indices, order[..., :k]), f"k {k}, {parts} parts, seed {seed}"
+        for seed, num_spans in enumerate((1, 2, 7) * seeds):
+            values, indices = kernels_on_host.topk(logits, k, num_spans=num_spans, seed=seed)
+            assert torch.equal(indices, order[..., :k]), f"k {k}, {num_spans} spans, seed {seed}"
             assert torch.equal(bits(values), bits(logits).gather(-1, indices))
 
 
@@ -69,7 +69,7 @@ def test_layouts(dtype: torch.dtype, name: str) -> None:
 
 @each_dtype
 def test_ties(dtype: torch.dtype) -> None:
-    """The lowest index first: also at the k-th place, across parts, and of zeros of both signs."""
+    """The lowest index first: also at the k-th place, across spans, and of zeros of both signs."""
     logits = torch.zeros(6, 9001, dtype=dtype)
     logits[0, 6000::1000] = 1
     logits[1, ::2] = -0.0

@@ -13,7 +13,7 @@
 
 namespace eaft_ext {
 
-// Sums over the values but the largest. Those of two parts of the values add up.
+// Sums over the values but the largest. Those of disjoint sets of values add up.
 template <typename Real>
 struct EntropySums {
   Real z = 0;         // sum_{i > 1} exp(t_i - t_1)

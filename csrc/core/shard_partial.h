@@ -1,5 +1,5 @@
-// What a shard of the vocabulary tells the others of one row x with label y: k + 3 numbers, over
-// the columns of the shard alone,
+// Vocabulary-parallel cross-entropy: what a shard of the vocabulary tells the others of one row x
+// with label y: k + 3 numbers, over the columns of the shard alone,
 //
 //     y     sum_j exp(x_j - t_1) - 1     x_y     t_1 >= t_2 >= ... >= t_k
 //

@@ -1,5 +1,6 @@
-// The hot loops of the CPU path, over one block of a row that fits the first-level cache. They are
-// plain loops which the compiler vectorises, cloned per instruction set and chosen at load time.
+// The SIMD loops of the CPU path, over one block of a row that fits the first-level cache: plain
+// loops which the compiler vectorises, with function multiversioning: cloned per instruction set
+// and chosen at load time.
 //
 // `count` is at most kBlockSize. exp(x - max) is 0 for x = -inf and NaN for x = NaN.
 #pragma once

@@ -1,6 +1,7 @@
-// Rows of logits, block by block. A block of a row is the unit of work: a thread takes whole rows
-// where there are many, and blocks of all rows where there are few. Both give the same bits, since
-// the blocks of a row are merged in their order either way.
+// Blockwise online softmax, top-k selection and cross-entropy gradient of rows of logits. A block
+// of a row is the unit of work: a thread takes whole rows where there are many, and blocks of all
+// rows where there are few. Both give the same bits, since the blocks of a row are merged in their
+// order either way.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +17,8 @@
 #include "../core/row_layout.h"
 #include "../core/token_stats.h"
 #include "block_kernels.h"
+#include "candidate_list.h"
 #include "element_types.h"
-#include "top_k.h"
 
 namespace eaft_ext::cpu {
 
@@ -140,7 +141,7 @@ template <typename Element>
 std::vector<Candidate<Compute<Element>>> select_top_k(const Rows<const Element>& rows, int64_t row,
                                                       const Compute<Element>* group_max, int k) {
   using Real = Compute<Element>;
-  TopK<Real> top(k, top_k_threshold(group_max, rows.num_groups(), k));
+  CandidateList<Real> top(k, top_k_threshold(group_max, rows.num_groups(), k));
   Real scratch[kGroupSize];
   for (int64_t group = 0; group < rows.num_groups(); ++group) {
     if (!top.accepts(group_max[group])) continue;

@@ -1,5 +1,5 @@
-// Rows whose vocabulary is divided into shards: what one shard tells of a row, and what all of them
-// make of it together (core/shard_partial.h).
+// Vocabulary-parallel cross-entropy: what one shard of the vocabulary tells of a row, and what all
+// of them make of it together (core/shard_partial.h).
 #pragma once
 
 #include <algorithm>

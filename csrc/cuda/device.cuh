@@ -1,6 +1,7 @@
-// What CUDA C++ needs assembly or a language extension for, behind names that a host can provide
-// too: tests/cuda_on_host has the other half of this file, and runs the kernels of this folder with
-// it. Kernels use these, the CUDA builtins for threads, warps and barriers, and nothing else.
+// Inline PTX and language extensions (TMA bulk copies and their mbarriers, thread-block clusters
+// and their distributed shared memory, cache hints, ex2), behind names that a host can provide too:
+// tests/cuda_on_host has the other half of this file, and runs the kernels of this folder with it.
+// Kernels use these, the CUDA builtins for threads, warps and barriers, and nothing else.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -43,9 +44,10 @@ __device__ inline uint4 load_once(const uint4* source) {
 
 __device__ inline void store_once(uint4* target, uint4 v) { __stcs(target, v); }
 
-// ---- Bulk asynchronous copies from global to shared memory, of compute capability 9.0 and up.
-// Addresses and sizes are multiples of 16 bytes. One thread makes an Arrival, starts the copies
-// whose bytes it counts, and any thread may wait for them; an Arrival is used once.
+// ---- TMA bulk copies (cp.async.bulk) from global to shared memory, of compute capability 9.0 and
+// up. Addresses and sizes are multiples of 16 bytes. One thread makes an Arrival, which is an
+// mbarrier that is used once, and starts the copy whose bytes it counts; any thread may wait for
+// it.
 
 struct alignas(8) Arrival {
   uint64_t state;
@@ -94,7 +96,8 @@ __device__ inline void wait_for(const Arrival* arrival) {
   } while (!done);
 }
 
-// ---- Clusters: blocks that see each other's shared memory. A launch without them is one of 1.
+// ---- Thread-block clusters: blocks that see each other's shared memory. A launch without them is
+// one of 1.
 
 __device__ inline int cluster_size() {
   uint32_t size;
@@ -120,7 +123,7 @@ __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Where the block of that rank has what this block has at `pointer` in its shared memory.
+// Distributed shared memory: where the block of that rank has what this block has at `pointer`.
 template <typename T>
 __device__ inline const T* of_cluster_rank(const T* pointer, int rank) {
   uint64_t address;

@@ -1,4 +1,5 @@
-// Element types on the device: 16 bytes at a time, computed in float, ordered as integers.
+// Vectorised access to the element types, 16 bytes at a time: conversions, computed in float, and
+// the order-preserving integer keys of a radix select.
 #pragma once
 
 #include <cstdint>

@@ -10,7 +10,7 @@ cudaError_t launch_gated_ce_backward(ElementType type, const BackwardArguments& 
     using Element = decltype(element);
     using Traits = BackwardTraits<Element>;
     const LogitsArguments& logits = arguments.logits;
-    const int64_t blocks = logits.num_rows * Traits::num_parts(logits.vocab_size);
+    const int64_t blocks = logits.num_rows * Traits::num_spans(logits.vocab_size);
     if (blocks == 0) return cudaSuccess;
     gated_ce_backward_kernel<Element>
         <<<static_cast<unsigned>(blocks), Traits::kThreads, 0, stream>>>(arguments);

@@ -4,12 +4,12 @@
 namespace eaft_ext::cuda {
 
 cudaError_t plan_gated_ce_forward(ElementType type, const ForwardArguments& arguments,
-                                  PartsPlan* plan) {
+                                  SplitPlan* plan) {
   return plan_forward_rows(type, arguments, plan);
 }
 
 cudaError_t launch_gated_ce_forward(ElementType type, const ForwardArguments& arguments,
-                                    const PartsPlan& plan, void* workspace, cudaStream_t stream) {
+                                    const SplitPlan& plan, void* workspace, cudaStream_t stream) {
   return launch_forward_rows(type, arguments, plan, workspace, stream);
 }
 

@@ -1,8 +1,9 @@
-// Loss and stats of each row of logits x with label y, from one read of the row:
+// Single-pass cross-entropy: online softmax and streaming top-k selection share one read of each
+// row of logits x with label y, and give its loss and stats:
 //
 //     nll = (max - x_y) + ln sum_j exp(x_j - max)     H = entropy of the k largest     loss = g nll
 //
-// Work: a block takes one row, or one part of it where rows are few (parts.h); its first warp
+// Work: a block takes one row, or one span of it where rows are few (split.h); its first warp
 // selects the k largest from what the scan found and finishes the row. The blocks that are resident
 // together are in different phases, so one's selection hides behind the others' loads. Bytes: one
 // read; rows whose label is ignored are not read.
@@ -13,8 +14,8 @@
 #include "../core/entropy.h"
 #include "../core/token_stats.h"
 #include "arguments.h"
-#include "parts.h"
-#include "scan_row.cuh"
+#include "scan_span.cuh"
+#include "split.h"
 
 namespace eaft_ext::cuda {
 
@@ -25,11 +26,11 @@ struct ForwardStorage {
   uint32_t sorted[kMaxTopK];
 };
 
-constexpr int kMergeThreads = 256;
+constexpr int kCombineThreads = 256;
 // On a multiprocessor at least: without a number the compiler takes too few registers, and spills.
-constexpr int kMergeBlocks = 2;
+constexpr int kCombineBlocks = 2;
 
-struct MergeStorage {
+struct CombineStorage {
   CandidateList<uint32_t> list;
   uint32_t scratch[kMaxTopK];
   uint32_t top[kMaxTopK];
@@ -77,7 +78,7 @@ __device__ inline double warp_entropy(int k, const Get& get) {
 // bit of a float gate shows. By one warp.
 template <typename Element>
 __device__ inline TokenStats<double> warp_token_stats(const ForwardArguments& arguments,
-                                                      const PartSum& sum, float target_logit,
+                                                      const SoftmaxSum& sum, float target_logit,
                                                       const uint32_t* top, uint32_t* sorted) {
   // Sorted first, since the order in which the keys came to the list changes from run to run, and
   // rounded sums would with it.
@@ -99,63 +100,65 @@ __device__ inline void write_ignored(const ForwardArguments& arguments, int64_t 
 
 // By one warp.
 template <typename Element>
-__device__ inline void write_row(const ForwardArguments& arguments, int64_t row, const PartSum& sum,
-                                 float target_logit, const uint32_t* top, uint32_t* sorted) {
+__device__ inline void write_row(const ForwardArguments& arguments, int64_t row,
+                                 const SoftmaxSum& sum, float target_logit, const uint32_t* top,
+                                 uint32_t* sorted) {
   const auto token = warp_token_stats<Element>(arguments, sum, target_logit, top, sorted);
   if (lane_index() == 0) write_stats(arguments.stats, row, token);
 }
 
-// A block for each part of each row.
+// A block for each span of each row.
 template <typename Element, int kThreads, typename Arguments>
 __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads)
     gated_ce_forward_kernel(const __grid_constant__ Arguments arguments,
-                            const __grid_constant__ RowParts<uint32_t> parts) {
+                            const __grid_constant__ RowSplit<uint32_t> split) {
   auto& storage = *reinterpret_cast<ForwardStorage<kThreads>*>(block_memory());
   const LogitsArguments& logits = arguments.logits;
-  const int64_t row = blockIdx.x / parts.count;
-  const int begin = static_cast<int>(blockIdx.x % parts.count) * parts.length;
+  const int64_t row = blockIdx.x / split.num_spans;
+  const int begin = static_cast<int>(blockIdx.x % split.num_spans) * split.span_length;
   if (arguments.labels[row] == arguments.ignore_index) {
     if (begin == 0) write_ignored(arguments, row);
     return;
   }
-  const int length = min(parts.length, static_cast<int>(logits.vocab_size) - begin);
-  const RowPart<Element> part(row_of<Element>(logits, row) + begin, length);
-  const PartSum sum = scan_part<kThreads>(part, arguments.k, storage.scan);
+  const int length = min(split.span_length, static_cast<int>(logits.vocab_size) - begin);
+  const RowSpan<Element> span(row_of<Element>(logits, row) + begin, length);
+  const SoftmaxSum sum = scan_span<kThreads>(span, arguments.k, storage.scan);
   if (warp_index() != 0) return;
-  if (parts.count > 1) {
-    warp_top_k(storage.scan.list, arguments.k, parts.top + int64_t{blockIdx.x} * arguments.k);
+  if (split.num_spans > 1) {
+    warp_select_top_k(storage.scan.list, arguments.k,
+                      split.top + int64_t{blockIdx.x} * arguments.k);
     if (lane_index() == 0) {
-      parts.max[blockIdx.x] = sum.max;
-      parts.sum[blockIdx.x] = sum.sum;
+      split.max[blockIdx.x] = sum.max;
+      split.sum[blockIdx.x] = sum.sum;
     }
     return;
   }
   const int64_t column = column_of(arguments, arguments.labels[row]);
   const float target_logit = target_logit_of<Element>(logits, row, column);
-  warp_top_k(storage.scan.list, arguments.k, storage.top);
+  warp_select_top_k(storage.scan.list, arguments.k, storage.top);
   write_row<Element>(arguments, row, sum, target_logit, storage.top, storage.sorted);
 }
 
-// Merges the parts of each row: a block for each row.
+// Combines the spans of each row: a block for each row.
 template <typename Element, typename Arguments>
-__global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
-    gated_ce_forward_merge_kernel(const __grid_constant__ Arguments arguments,
-                                  const __grid_constant__ RowParts<uint32_t> parts) {
-  auto& storage = *reinterpret_cast<MergeStorage*>(block_memory());
+__global__ void __launch_bounds__(kCombineThreads, kCombineBlocks)
+    gated_ce_forward_combine_kernel(const __grid_constant__ Arguments arguments,
+                                    const __grid_constant__ RowSplit<uint32_t> split) {
+  auto& storage = *reinterpret_cast<CombineStorage*>(block_memory());
   const int64_t row = blockIdx.x;
   const int64_t label = arguments.labels[row];
-  if (label == arguments.ignore_index) return;  // written by the first part's block
-  const int num_keys = parts.count * arguments.k;
-  const RowPart<uint32_t> keys(parts.top + row * num_keys, num_keys);
-  select_part<ReadyKeys<uint32_t>, kMergeThreads>(keys, 0, arguments.k, storage.list,
-                                                  storage.scratch);
+  if (label == arguments.ignore_index) return;  // written by the first span's block
+  const int num_keys = split.num_spans * arguments.k;
+  const RowSpan<uint32_t> keys(split.top + row * num_keys, num_keys);
+  select_span<ReadyKeys<uint32_t>, kCombineThreads>(keys, 0, arguments.k, storage.list,
+                                                    storage.scratch);
   if (warp_index() != 0) return;
   const float target_logit =
       target_logit_of<Element>(arguments.logits, row, column_of(arguments, label));
-  const PartSum sum = warp_merge(parts.count, [&](int i) {
-    return PartSum{parts.max[row * parts.count + i], parts.sum[row * parts.count + i]};
+  const SoftmaxSum sum = warp_merge(split.num_spans, [&](int i) {
+    return SoftmaxSum{split.max[row * split.num_spans + i], split.sum[row * split.num_spans + i]};
   });
-  warp_top_k(storage.list, arguments.k, storage.top);
+  warp_select_top_k(storage.list, arguments.k, storage.top);
   write_row<Element>(arguments, row, sum, target_logit, storage.top, storage.sorted);
 }
 

@@ -78,9 +78,9 @@ cudaError_t plan_shared_memory(const DeviceLimits& limits, const LogitsArguments
     ForwardWithGradPlan tried;
     tried.home = RowHome::kSharedMemory;
     tried.cluster_size = size;
-    const int64_t slice = (logits.vocab_size + size - 1) / size;
-    tried.slice_length = static_cast<int>((slice + kLine - 1) / kLine * kLine);
-    tried.shared_bytes = kSliceOffset<kStagedThreads> + tried.slice_length * sizeof(Element);
+    const int64_t wanted = (logits.vocab_size + size - 1) / size;
+    tried.span_length = static_cast<int>((wanted + kLine - 1) / kLine * kLine);
+    tried.shared_bytes = kStagedOffset<kStagedThreads> + tried.span_length * sizeof(Element);
     if (tried.shared_bytes > static_cast<size_t>(limits.shared_bytes)) continue;
     if (logits.num_rows > INT32_MAX / size) break;
     tried.grid = static_cast<int>(logits.num_rows) * size;
@@ -190,7 +190,7 @@ cudaError_t launch_gated_ce_forward_with_grad(ElementType type,
       ClusterLaunch launch(plan, stream);
       return cudaLaunchKernelEx(&launch.config,
                                 gated_ce_forward_with_grad_staged_kernel<Element, kStagedThreads>,
-                                arguments, plan.slice_length);
+                                arguments, plan.span_length);
     }
     gated_ce_forward_with_grad_cached_kernel<Element, kCachedThreads>
         <<<plan.grid, kCachedThreads, plan.shared_bytes, stream>>>(arguments);

@@ -1,15 +1,15 @@
-// Loss, stats and, for u the gradient of a row's loss, dL/dx = u g (softmax(x) - onehot(y)) at
-// once. Bytes: one read and one write of the row; what lies between the two stays on chip, in one
-// of two ways.
+// Fused cross-entropy forward and backward: loss, stats and, for u the gradient of a row's loss,
+// dL/dx = u g (softmax(x) - onehot(y)) at once. Bytes: one read and one write of the row; what lies
+// between the two stays on chip, in one of two ways.
 //
-// On chip in shared memory (compute capability 9.0 and up): a cluster of blocks takes a row, each
-// block a slice. Bulk copies bring all of the slice; the block scans each tile as it comes, reads
-// the sums and candidates of the other blocks through distributed shared memory and merges them,
-// every block for itself, and writes the gradient of its slice. Several clusters are resident on a
-// multiprocessor: one loads while another writes.
+// On chip in shared memory (compute capability 9.0 and up): a thread-block cluster takes a row,
+// each block a span. TMA bulk copies bring all of the span; the block scans each tile as it comes,
+// reads the sums and candidates of the other blocks through distributed shared memory and merges
+// them, every block for itself, and writes the gradient of its span. Several clusters are resident
+// on a multiprocessor: one loads while another writes.
 //
-// On chip in L2 (everywhere): a block takes one row after the other and reads each twice, and so
-// few blocks are started that all their rows fit.
+// On chip in L2 (everywhere): persistent blocks, each in a loop over rows, read each row twice, and
+// so few of them are started that all their rows fit.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@
 
 #include "gated_ce_backward.cuh"
 #include "gated_ce_forward.cuh"
-#include "staged_part.cuh"
+#include "staged_span.cuh"
 
 namespace eaft_ext::cuda {
 
@@ -32,22 +32,22 @@ constexpr int kCachedThreads = 384;
 template <int kThreads>
 struct ForwardWithGradStorage {
   ForwardStorage<kThreads> forward;
-  uint32_t slice_top[kMaxTopK];  // read by the other blocks
-  PartSum slice_sum;             // read by the other blocks
+  uint32_t block_top[kMaxTopK];  // read by the other blocks
+  SoftmaxSum block_sum;          // read by the other blocks
   float row_max;
   float log_sum;
   float weight;
   Arrival arrivals[kMaxStagedTiles<kThreads>];
 };
 
-// Where the slice lies behind the storage.
+// Where the staged vectors of the span lie behind the storage.
 template <int kThreads>
-constexpr size_t kSliceOffset = (sizeof(ForwardWithGradStorage<kThreads>) + 127) / 128 * 128;
+constexpr size_t kStagedOffset = (sizeof(ForwardWithGradStorage<kThreads>) + 127) / 128 * 128;
 
 // Finishes the row by one warp: its stats, and what the gradient needs for all threads.
 template <typename Element, int kThreads>
 __device__ inline void finish_row(const ForwardWithGradArguments& arguments, int64_t row,
-                                  float upstream, const PartSum& sum, float target_logit,
+                                  float upstream, const SoftmaxSum& sum, float target_logit,
                                   bool writes_stats, ForwardWithGradStorage<kThreads>& storage) {
   const ForwardArguments& forward = arguments.forward;
   const TokenStats<double> token = warp_token_stats<Element>(
@@ -59,22 +59,22 @@ __device__ inline void finish_row(const ForwardWithGradArguments& arguments, int
   if (writes_stats) write_stats(forward.stats, row, token);
 }
 
-// One row by one cluster; the grid has a cluster for each row. slice_length: elements of each
-// block's slice but the last, a multiple of the vector size.
+// One row by one cluster; the grid has a cluster for each row. span_length: elements of each
+// block's span but the last, a multiple of the vector size.
 template <typename Element, int kThreads>
 __global__ void __launch_bounds__(kThreads, kStagedBlocks) gated_ce_forward_with_grad_staged_kernel(
-    const __grid_constant__ ForwardWithGradArguments arguments, int slice_length) {
+    const __grid_constant__ ForwardWithGradArguments arguments, int span_length) {
   auto& storage = *reinterpret_cast<ForwardWithGradStorage<kThreads>*>(block_memory());
-  auto* slice = reinterpret_cast<Vector<Element>*>(block_memory() + kSliceOffset<kThreads>);
+  auto* staged = reinterpret_cast<Vector<Element>*>(block_memory() + kStagedOffset<kThreads>);
   const ForwardArguments& forward = arguments.forward;
   const int k = forward.k;
   const int num_blocks = cluster_size();
   const int rank = cluster_rank();
   const int64_t row = blockIdx.x / num_blocks;
   const int vocab_size = static_cast<int>(forward.logits.vocab_size);
-  const int begin = min(rank * slice_length, vocab_size);
-  const int length = min(slice_length, vocab_size - begin);
-  StagedPart<Element, kThreads> part(row_of<Element>(forward.logits, row) + begin, length, slice,
+  const int begin = min(rank * span_length, vocab_size);
+  const int length = min(span_length, vocab_size - begin);
+  StagedSpan<Element, kThreads> span(row_of<Element>(forward.logits, row) + begin, length, staged,
                                      storage.arrivals);
   const auto target = [&] {
     return static_cast<Element*>(arguments.gradient) + arguments.gradient_layout.offset(row) +
@@ -83,21 +83,21 @@ __global__ void __launch_bounds__(kThreads, kStagedBlocks) gated_ce_forward_with
   if (forward.labels[row] == forward.ignore_index) {
     // So do all blocks of the cluster: none waits for the others.
     if (threadIdx.x == 0 && rank == 0) write_stats(forward.stats, row, {});
-    write_gradient<kThreads>(part, target(), RowGradient(0, 0, 0, -1));
+    write_gradient<kThreads>(span, target(), RowGradient(0, 0, 0, -1));
     return;
   }
-  if (threadIdx.x == 0) part.start();
+  if (threadIdx.x == 0) span.start();
   __syncthreads();  // the arrivals are made
 
-  const PartSum slice_sum = scan_part<kThreads>(part, k, storage.forward.scan);
+  const SoftmaxSum block_sum = scan_span<kThreads>(span, k, storage.forward.scan);
   CandidateList<uint32_t>& list = storage.forward.scan.list;
   const int64_t label = forward.labels[row];
   float target_logit = 0;
   if (warp_index() == 0) {
     // Read now: when all have arrived, the gradient may be written over it.
     target_logit = target_logit_of<Element>(forward.logits, row, label);
-    warp_top_k(list, k, storage.slice_top);
-    if (lane_index() == 0) storage.slice_sum = slice_sum;
+    warp_select_top_k(list, k, storage.block_top);
+    if (lane_index() == 0) storage.block_sum = block_sum;
     cluster_arrive();
   } else {
     cluster_arrive_relaxed();  // these warps have written nothing that other blocks read
@@ -106,34 +106,34 @@ __global__ void __launch_bounds__(kThreads, kStagedBlocks) gated_ce_forward_with
   // The list is free, and has room for the candidates of all blocks.
   static_assert(kMaxClusterSize * kMaxTopK <= CandidateList<uint32_t>::kCapacity, "they fit");
   for (int i = static_cast<int>(threadIdx.x); i < num_blocks * k; i += kThreads) {
-    list.keys[i] = of_cluster_rank(storage.slice_top, i / k)[i % k];
+    list.keys[i] = of_cluster_rank(storage.block_top, i / k)[i % k];
   }
-  PartSum sum{};
+  SoftmaxSum sum{};
   float upstream = 0;
   if (warp_index() == 0) {
     upstream = arguments.upstream[row];
-    PartSum part{-INFINITY, 0};
-    if (lane_index() < num_blocks) part = *of_cluster_rank(&storage.slice_sum, lane_index());
-    sum = warp_merge(kWarpSize, [&](int) { return part; });
+    SoftmaxSum of_block{-INFINITY, 0};
+    if (lane_index() < num_blocks) of_block = *of_cluster_rank(&storage.block_sum, lane_index());
+    sum = warp_merge(kWarpSize, [&](int) { return of_block; });
     if (lane_index() == 0) {
       list.count = num_blocks * k;
-      list.floor = 0;
+      list.threshold = 0;
     }
   }
   __syncthreads();           // the list is there
   cluster_arrive_relaxed();  // this block has read the others
   if (warp_index() == 0) {
-    warp_top_k(list, k, storage.forward.top);
+    warp_select_top_k(list, k, storage.forward.top);
     finish_row<Element, kThreads>(arguments, row, upstream, sum, target_logit, rank == 0, storage);
   }
   __syncthreads();  // the row is finished
   const RowGradient gradient(storage.row_max, storage.log_sum, storage.weight,
-                             label_in_part(label, begin));
-  write_gradient<kThreads>(part, target(), gradient);
+                             label_in_span(label, begin));
+  write_gradient<kThreads>(span, target(), gradient);
   cluster_wait();  // and they have read this one, whose memory ends with it
 }
 
-// One row after the other by one block; the second read comes from L2.
+// A persistent block takes one row after the other; the second read comes from L2.
 template <typename Element, int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads)
     gated_ce_forward_with_grad_cached_kernel(
@@ -142,27 +142,27 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
   const ForwardArguments& forward = arguments.forward;
   for (int64_t row = blockIdx.x; row < forward.logits.num_rows; row += gridDim.x) {
     const int64_t label = forward.labels[row];
-    const RowPart<Element> part(row_of<Element>(forward.logits, row),
+    const RowSpan<Element> span(row_of<Element>(forward.logits, row),
                                 static_cast<int>(forward.logits.vocab_size));
     const bool ignored = label == forward.ignore_index;
-    PartSum sum{};
-    if (!ignored) sum = scan_part<kThreads>(part, forward.k, storage.forward.scan);
+    SoftmaxSum sum{};
+    if (!ignored) sum = scan_span<kThreads>(span, forward.k, storage.forward.scan);
     if (ignored) {
       if (threadIdx.x == 0) write_stats(forward.stats, row, {});
       if (threadIdx.x == 0) storage.weight = 0;
     } else if (warp_index() == 0) {
       const float target_logit = target_logit_of<Element>(forward.logits, row, label);
       const float upstream = arguments.upstream[row];
-      warp_top_k(storage.forward.scan.list, forward.k, storage.forward.top);
+      warp_select_top_k(storage.forward.scan.list, forward.k, storage.forward.top);
       finish_row<Element, kThreads>(arguments, row, upstream, sum, target_logit, true, storage);
     }
     __syncthreads();  // the row is finished
     const RowGradient gradient(storage.row_max, storage.log_sum, storage.weight,
-                               label_in_part(label, 0));
+                               label_in_span(label, 0));
     __syncthreads();  // and its numbers are read, before the next row's take their place
     Element* target =
         static_cast<Element*>(arguments.gradient) + arguments.gradient_layout.offset(row);
-    write_gradient<kThreads>(part, target, gradient);
+    write_gradient<kThreads>(span, target, gradient);
   }
 }
 

@@ -1,13 +1,14 @@
-// Loss and stats of each row from what all shards of its vocabulary tell of it
-// (core/shard_partial.h):
+// Vocabulary-parallel cross-entropy, second half: loss and stats of each row from the partials
+// (core/shard_partial.h) of all shards of its vocabulary, by merging their online softmax sums and
+// a k-way merge of their top-k:
 //
 //     max, sum  merged as in core/max_sum.h     x_y  of the one shard that has it
 //     t_1 >= ... >= t_k  the k largest of the shards' k largest, which come in their order
 //
 // Work: a warp takes a row, a lane a shard. Each lane holds the largest of its shard that is not
-// taken yet; k times the largest of the lanes is taken. Where there are more shards than lanes, the
-// next ones follow, and what was taken so far comes in as one of them. Bytes: one read of the
-// partials.
+// taken yet; k times a warp reduction finds the largest of the lanes, which is taken. Where there
+// are more shards than lanes, the next ones follow, and what was taken so far comes in as one of
+// them. Bytes: one read of the partials.
 #pragma once
 
 #include <cstdint>
@@ -102,9 +103,9 @@ __global__ void __launch_bounds__(kRowsPerMergeBlock* kWarpSize)
       static_cast<int>(__reduce_add_sync(kAllLanes, static_cast<unsigned>(target.count)));
   target.differs = __any_sync(kAllLanes, target.differs);
 
-  const PartSum sum = warp_merge(num_shards, [&](int shard) {
-    const MaxSum<double> part = max_sum_of_partial(partial_of(arguments, shard, row));
-    return PartSum{static_cast<float>(part.max), part.sum};
+  const SoftmaxSum sum = warp_merge(num_shards, [&](int shard) {
+    const MaxSum<double> of_shard = max_sum_of_partial(partial_of(arguments, shard, row));
+    return SoftmaxSum{static_cast<float>(of_shard.max), of_shard.sum};
   });
   const double entropy = warp_entropy(count, [&](int i) -> double { return before[i]; });
   if (lane_index() != 0) return;

@@ -5,12 +5,12 @@
 namespace eaft_ext::cuda {
 
 cudaError_t plan_gated_ce_partial(ElementType type, const PartialArguments& arguments,
-                                  PartsPlan* plan) {
+                                  SplitPlan* plan) {
   return plan_forward_rows(type, arguments, plan);
 }
 
 cudaError_t launch_gated_ce_partial(ElementType type, const PartialArguments& arguments,
-                                    const PartsPlan& plan, void* workspace, cudaStream_t stream) {
+                                    const SplitPlan& plan, void* workspace, cudaStream_t stream) {
   return launch_forward_rows(type, arguments, plan, workspace, stream);
 }
 

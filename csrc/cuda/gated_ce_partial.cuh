@@ -1,6 +1,7 @@
-// What a shard of the vocabulary tells the others of each row (core/shard_partial.h), from one read
-// of the shard: the forward's kernels (gated_ce_forward.cuh) with another end. The k largest are
-// written in their order, so that the merge need not sort.
+// Vocabulary-parallel cross-entropy, first half: what a shard of the vocabulary tells the others of
+// each row (core/shard_partial.h), from one read of the shard. These are the forward's kernels
+// (gated_ce_forward.cuh) with another end; the k largest are written in their order, so that the
+// merge need not sort.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +28,9 @@ __device__ inline void write_ignored(const PartialArguments& arguments, int64_t 
 }
 
 template <typename Element>
-__device__ inline void write_row(const PartialArguments& arguments, int64_t row, const PartSum& sum,
-                                 float target_logit, const uint32_t* top, uint32_t* sorted) {
+__device__ inline void write_row(const PartialArguments& arguments, int64_t row,
+                                 const SoftmaxSum& sum, float target_logit, const uint32_t* top,
+                                 uint32_t* sorted) {
   warp_sort(top, arguments.k, sorted);
   float* partial = partial_of(arguments, row);
   for (int i = lane_index(); i < arguments.k; i += kWarpSize) {

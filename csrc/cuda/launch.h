@@ -8,21 +8,21 @@
 #include <cstdint>
 
 #include "arguments.h"
-#include "parts.h"
+#include "split.h"
 
 namespace eaft_ext::cuda {
 
-// The parts that rows are cut into; `workspace` is then of plan.workspace_bytes, 16-byte aligned.
+// The spans that rows are split into; `workspace` is then of plan.workspace_bytes, 16-byte aligned.
 cudaError_t plan_gated_ce_forward(ElementType type, const ForwardArguments& arguments,
-                                  PartsPlan* plan);
+                                  SplitPlan* plan);
 cudaError_t launch_gated_ce_forward(ElementType type, const ForwardArguments& arguments,
-                                    const PartsPlan& plan, void* workspace, cudaStream_t stream);
+                                    const SplitPlan& plan, void* workspace, cudaStream_t stream);
 
 // Workspace and plan as for the forward.
 cudaError_t plan_gated_ce_partial(ElementType type, const PartialArguments& arguments,
-                                  PartsPlan* plan);
+                                  SplitPlan* plan);
 cudaError_t launch_gated_ce_partial(ElementType type, const PartialArguments& arguments,
-                                    const PartsPlan& plan, void* workspace, cudaStream_t stream);
+                                    const SplitPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch_gated_ce_merge(const MergeArguments& arguments, cudaStream_t stream);
 
 cudaError_t launch_gated_ce_backward(ElementType type, const BackwardArguments& arguments,
@@ -41,7 +41,7 @@ struct ForwardWithGradPlan {
   RowHome home = RowHome::kL2;
   int grid = 0;             // blocks
   int cluster_size = 1;     // kSharedMemory
-  int slice_length = 0;     // kSharedMemory: elements of a row in each block
+  int span_length = 0;      // kSharedMemory: elements of a row in each block
   size_t shared_bytes = 0;  // of a block
 };
 
@@ -56,8 +56,8 @@ cudaError_t launch_gated_ce_forward_with_grad(ElementType type,
 cudaError_t launch_scale_gradient(ElementType type, const ScaleGradientArguments& arguments,
                                   cudaStream_t stream);
 
-cudaError_t plan_topk(ElementType type, const TopKArguments& arguments, PartsPlan* plan);
-cudaError_t launch_topk(ElementType type, const TopKArguments& arguments, const PartsPlan& plan,
+cudaError_t plan_topk(ElementType type, const TopKArguments& arguments, SplitPlan* plan);
+cudaError_t launch_topk(ElementType type, const TopKArguments& arguments, const SplitPlan& plan,
                         void* workspace, cudaStream_t stream);
 
 }  // namespace eaft_ext::cuda

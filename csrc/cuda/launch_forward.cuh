@@ -1,4 +1,5 @@
-// How the kernels of gated_ce_forward.cuh are launched, for whole rows and for those of a shard.
+// How the kernels of gated_ce_forward.cuh are launched, for whole rows and for those of a shard:
+// one pass, or a split of the vocabulary and a combining kernel (split.h).
 #pragma once
 
 #include "dispatch.h"
@@ -18,12 +19,12 @@ bool is_short_row(const LogitsArguments& logits) {
 }
 
 template <typename Arguments>
-cudaError_t plan_forward_rows(ElementType type, const Arguments& arguments, PartsPlan* plan) {
+cudaError_t plan_forward_rows(ElementType type, const Arguments& arguments, SplitPlan* plan) {
   return dispatch_element(type, [&](auto element) {
     using Element = decltype(element);
     const LogitsArguments& logits = arguments.logits;
     *plan = {};
-    plan->length = static_cast<int>(logits.vocab_size);
+    plan->span_length = static_cast<int>(logits.vocab_size);
     if (is_short_row<Element>(logits)) return cudaSuccess;
     static ResidentBlocks resident;
     int resident_blocks = 0;
@@ -34,41 +35,41 @@ cudaError_t plan_forward_rows(ElementType type, const Arguments& arguments, Part
     }
     constexpr int kLine = 128 / sizeof(Element);
     constexpr int kRound = kForwardThreads * kVectorSize<Element>;  // a vector for each thread
-    *plan = choose_parts(logits.num_rows, logits.vocab_size, resident_blocks, kLine, kRound,
+    *plan = choose_split(logits.num_rows, logits.vocab_size, resident_blocks, kLine, kRound,
                          kRound * kVectorsPerThread);
-    RowParts<uint32_t> parts{plan->count, plan->length};
-    plan->workspace_bytes = lay_out_parts(&parts, logits.num_rows, arguments.k, true, nullptr);
+    RowSplit<uint32_t> split{plan->num_spans, plan->span_length};
+    plan->workspace_bytes = lay_out_split(&split, logits.num_rows, arguments.k, true, nullptr);
     return cudaSuccess;
   });
 }
 
 template <typename Element, int kThreads, typename Arguments>
-cudaError_t launch_forward_kernel(const Arguments& arguments, const RowParts<uint32_t>& parts,
+cudaError_t launch_forward_kernel(const Arguments& arguments, const RowSplit<uint32_t>& split,
                                   cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(arguments.logits.num_rows * parts.count);
+  const auto blocks = static_cast<unsigned>(arguments.logits.num_rows * split.num_spans);
   gated_ce_forward_kernel<Element, kThreads, Arguments>
-      <<<blocks, kThreads, sizeof(ForwardStorage<kThreads>), stream>>>(arguments, parts);
+      <<<blocks, kThreads, sizeof(ForwardStorage<kThreads>), stream>>>(arguments, split);
   return cudaGetLastError();
 }
 
 template <typename Arguments>
-cudaError_t launch_forward_rows(ElementType type, const Arguments& arguments, const PartsPlan& plan,
+cudaError_t launch_forward_rows(ElementType type, const Arguments& arguments, const SplitPlan& plan,
                                 void* workspace, cudaStream_t stream) {
   return dispatch_element(type, [&](auto element) {
     using Element = decltype(element);
     const int64_t num_rows = arguments.logits.num_rows;
     if (num_rows == 0) return cudaSuccess;
-    RowParts<uint32_t> parts{plan.count, plan.length};
-    lay_out_parts(&parts, num_rows, arguments.k, true, workspace);
+    RowSplit<uint32_t> split{plan.num_spans, plan.span_length};
+    lay_out_split(&split, num_rows, arguments.k, true, workspace);
     if (is_short_row<Element>(arguments.logits)) {
-      return launch_forward_kernel<Element, kForwardThreadsOfShortRow>(arguments, parts, stream);
+      return launch_forward_kernel<Element, kForwardThreadsOfShortRow>(arguments, split, stream);
     }
     const cudaError_t error =
-        launch_forward_kernel<Element, kForwardThreads>(arguments, parts, stream);
-    if (error != cudaSuccess || parts.count == 1) return error;
-    gated_ce_forward_merge_kernel<Element, Arguments>
-        <<<static_cast<unsigned>(num_rows), kMergeThreads, sizeof(MergeStorage), stream>>>(
-            arguments, parts);
+        launch_forward_kernel<Element, kForwardThreads>(arguments, split, stream);
+    if (error != cudaSuccess || split.num_spans == 1) return error;
+    gated_ce_forward_combine_kernel<Element, Arguments>
+        <<<static_cast<unsigned>(num_rows), kCombineThreads, sizeof(CombineStorage), stream>>>(
+            arguments, split);
     return cudaGetLastError();
   });
 }

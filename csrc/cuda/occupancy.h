@@ -1,5 +1,5 @@
-// How much of a kernel a device holds at once: asked of the device, once for each kernel and
-// device.
+// Occupancy: how many blocks of a kernel a device holds at once. Asked of the device, once for each
+// kernel and device.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -22,7 +22,7 @@ namespace eaft_ext::cuda {
 namespace {
 
 void run_forward(const CheckedForward& forward) {
-  PartsPlan plan;
+  SplitPlan plan;
   C10_CUDA_CHECK(plan_gated_ce_forward(forward.type, forward.arguments, &plan));
   const Tensor workspace = make_workspace(forward.logits, plan.workspace_bytes);
   C10_CUDA_CHECK(launch_gated_ce_forward(forward.type, forward.arguments, plan,
@@ -124,7 +124,7 @@ Tensor gated_ce_partial_cuda(const Tensor& logits, const Tensor& raw_labels, int
   arguments.k = static_cast<int>(k);
   arguments.vocab_start = shard.start;
   arguments.partials = partials.mutable_data_ptr<float>();
-  PartsPlan plan;
+  SplitPlan plan;
   C10_CUDA_CHECK(plan_gated_ce_partial(type, arguments, &plan));
   const Tensor workspace = make_workspace(words, plan.workspace_bytes);
   C10_CUDA_CHECK(launch_gated_ce_partial(type, arguments, plan, workspace.mutable_data_ptr(),
@@ -243,7 +243,7 @@ std::tuple<Tensor, Tensor> topk_cuda(const Tensor& raw_logits, int64_t k) {
   arguments.k = static_cast<int>(k);
   arguments.values = values.mutable_data_ptr();
   arguments.indices = indices.mutable_data_ptr<int64_t>();
-  PartsPlan plan;
+  SplitPlan plan;
   C10_CUDA_CHECK(plan_topk(type, arguments, &plan));
   const Tensor workspace = make_workspace(logits, plan.workspace_bytes);
   C10_CUDA_CHECK(launch_topk(type, arguments, plan, workspace.mutable_data_ptr(),

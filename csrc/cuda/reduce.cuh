@@ -1,5 +1,5 @@
-// What the lanes of a warp make of their values together. Every lane gets the result, and the order
-// of the additions is fixed: the same bits run after run.
+// Warp reductions, by shuffles and redux, and the online softmax sums that they merge. Every lane
+// gets the result, and the order of the additions is fixed: the same bits run after run.
 #pragma once
 
 #include <cstdint>
@@ -44,10 +44,10 @@ __device__ inline uint64_t warp_or(uint64_t bits) {
   return high << 32 | warp_or(static_cast<uint32_t>(bits));
 }
 
-// A softmax denominator in parts, as in core/max_sum.h: sum = sum_j exp(x_j - max). In double,
-// because next to the maximum's own 1 a float forgets what the others add, and close to p = 1 that
-// is the nll.
-struct PartSum {
+// The online softmax sum of some elements, as in core/max_sum.h: sum = sum_j exp(x_j - max). In
+// double, because next to the maximum's own 1 a float forgets what the others add, and close to
+// p = 1 that is the nll.
+struct SoftmaxSum {
   float max;
   double sum;
 
@@ -65,14 +65,14 @@ __device__ inline float exp_relative(float x, float reference) {
 
 // Merges get(0) ... get(n - 1).
 template <typename Get>
-__device__ inline PartSum warp_merge(int n, const Get& get) {
+__device__ inline SoftmaxSum warp_merge(int n, const Get& get) {
   float max = -INFINITY;
   for (int i = lane_index(); i < n; i += kWarpSize) max = fmaxf(max, get(i).max);
   max = warp_max(max);
   double sum = 0;
   for (int i = lane_index(); i < n; i += kWarpSize) {
-    const PartSum part = get(i);
-    sum += part.sum * static_cast<double>(exp_relative(part.max, reference_of(max)));
+    const SoftmaxSum one = get(i);
+    sum += one.sum * static_cast<double>(exp_relative(one.max, reference_of(max)));
   }
   return {max, warp_sum(sum)};
 }

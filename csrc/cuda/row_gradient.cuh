@@ -1,4 +1,5 @@
-// The gradient of a part of a row, from the max and log-sum of the row:
+// Softmax cross-entropy gradient of a span of a row; the probabilities are recomputed from the max
+// and log-sum of the row:
 //
 //     p_j = exp(x_j - max - log_sum)        dx_j = weight p_j,   dx_y = weight (p_y - 1)
 //
@@ -8,7 +9,7 @@
 #include <cstdint>
 
 #include "reduce.cuh"
-#include "row_part.cuh"
+#include "row_span.cuh"
 
 namespace eaft_ext::cuda {
 
@@ -17,18 +18,18 @@ struct RowGradient {
   float log_sum;
   float weight;
   float scale;  // weight / sum
-  int label;    // its place in the part, or outside of it
+  int label;    // its place in the span, or outside of it
 
-  __device__ RowGradient(float row_max, float row_log_sum, float row_weight, int label_in_part)
+  __device__ RowGradient(float row_max, float row_log_sum, float row_weight, int label_in_span)
       : max(row_max),
         log_sum(row_log_sum),
         weight(row_weight),
         scale(row_weight * expf(-row_log_sum)),
-        label(label_in_part) {}
+        label(label_in_span) {}
 
   __device__ bool muted() const { return weight == 0.0f; }
 
-  // Of `size` elements that begin at that place of the part.
+  // Of `size` elements that begin at that place of the span.
   template <typename Element>
   __device__ void apply(Vector<Element>& vector, int begin, int size) const {
     const auto at_label = static_cast<unsigned>(label - begin);
@@ -80,29 +81,29 @@ struct ScaledGradient {
   }
 };
 
-// Writes the gradient of the part to `target`, which may be where the part was read from. A row of
+// Writes the gradient of the span to `target`, which may be where the span was read from. A row of
 // weight 0 is written without being read. By all threads of the block; needs no barrier.
-template <int kThreads, typename Part, typename Gradient>
-__device__ inline void write_gradient(const Part& part, typename Part::Element* target,
+template <int kThreads, typename Span, typename Gradient>
+__device__ inline void write_gradient(const Span& span, typename Span::Element* target,
                                       const Gradient& gradient) {
-  using Element = typename Part::Element;
-  const RowPart<Element> to(target, part.length());
+  using Element = typename Span::Element;
+  const RowSpan<Element> to(target, span.length());
   const bool muted = gradient.muted();
   // Whole vectors come and go where both rows are aligned at the same element. Else the target's
   // are gathered one element at a time; then it is no row that is read here.
-  const bool same_alignment = to.head() == part.head();
+  const bool same_alignment = to.head() == span.head();
   for (int tile = 0; tile < num_tiles<kThreads>(to); ++tile) {
     Vector<Element> vectors[kVectorsPerThread] = {};
     if (!muted && same_alignment) {
-      load_tile<kThreads>(part, tile, Element{}, vectors);
+      load_tile<kThreads>(span, tile, Element{}, vectors);
     } else if (!muted) {
 #pragma unroll
       for (int v = 0; v < kVectorsPerThread; ++v) {
         const int vector = vector_of_tile<kThreads>(tile, v);
         if (vector >= to.num_vectors()) continue;
 #pragma unroll
-        for (int e = 0; e < Part::kSize; ++e) {
-          if (e < to.size(vector)) vectors[v].elements[e] = part.element(to.begin(vector) + e);
+        for (int e = 0; e < Span::kSize; ++e) {
+          if (e < to.size(vector)) vectors[v].elements[e] = span.element(to.begin(vector) + e);
         }
       }
     }

@@ -12,7 +12,7 @@ cudaError_t launch_scale_gradient(ElementType type, const ScaleGradientArguments
   return dispatch_element(type, [&](auto element) {
     using Element = decltype(element);
     using Traits = BackwardTraits<Element>;
-    const int64_t items = arguments.num_rows * Traits::num_parts(arguments.vocab_size);
+    const int64_t items = arguments.num_rows * Traits::num_spans(arguments.vocab_size);
     if (items == 0) return cudaSuccess;
     static ResidentBlocks resident;
     int resident_blocks = 0;

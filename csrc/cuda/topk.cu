@@ -5,7 +5,7 @@
 
 namespace eaft_ext::cuda {
 
-cudaError_t plan_topk(ElementType type, const TopKArguments& arguments, PartsPlan* plan) {
+cudaError_t plan_topk(ElementType type, const TopKArguments& arguments, SplitPlan* plan) {
   return dispatch_element(type, [&](auto element) {
     using Element = decltype(element);
     const LogitsArguments& logits = arguments.logits;
@@ -17,28 +17,28 @@ cudaError_t plan_topk(ElementType type, const TopKArguments& arguments, PartsPla
     }
     constexpr int kLine = 128 / sizeof(Element);
     constexpr int kRound = kTopKThreads * kVectorSize<Element>;  // a vector for each thread
-    *plan = choose_parts(logits.num_rows, logits.vocab_size, resident_blocks, kLine, kRound,
+    *plan = choose_split(logits.num_rows, logits.vocab_size, resident_blocks, kLine, kRound,
                          kRound * kVectorsPerThread);
-    RowParts<uint64_t> parts{plan->count, plan->length};
-    plan->workspace_bytes = lay_out_parts(&parts, logits.num_rows, arguments.k, false, nullptr);
+    RowSplit<uint64_t> split{plan->num_spans, plan->span_length};
+    plan->workspace_bytes = lay_out_split(&split, logits.num_rows, arguments.k, false, nullptr);
     return cudaSuccess;
   });
 }
 
-cudaError_t launch_topk(ElementType type, const TopKArguments& arguments, const PartsPlan& plan,
+cudaError_t launch_topk(ElementType type, const TopKArguments& arguments, const SplitPlan& plan,
                         void* workspace, cudaStream_t stream) {
   return dispatch_element(type, [&](auto element) {
     using Element = decltype(element);
     const auto num_rows = static_cast<unsigned>(arguments.logits.num_rows);
     if (num_rows == 0) return cudaSuccess;
-    RowParts<uint64_t> parts{plan.count, plan.length};
-    lay_out_parts(&parts, num_rows, arguments.k, false, workspace);
-    topk_kernel<Element>
-        <<<num_rows * parts.count, kTopKThreads, sizeof(TopKStorage), stream>>>(arguments, parts);
+    RowSplit<uint64_t> split{plan.num_spans, plan.span_length};
+    lay_out_split(&split, num_rows, arguments.k, false, workspace);
+    topk_kernel<Element><<<num_rows * split.num_spans, kTopKThreads, sizeof(TopKStorage), stream>>>(
+        arguments, split);
     const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess || parts.count == 1) return error;
-    topk_merge_kernel<Element>
-        <<<num_rows, kTopKThreads, sizeof(TopKStorage), stream>>>(arguments, parts);
+    if (error != cudaSuccess || split.num_spans == 1) return error;
+    topk_combine_kernel<Element>
+        <<<num_rows, kTopKThreads, sizeof(TopKStorage), stream>>>(arguments, split);
     return cudaGetLastError();
   });
 }

@@ -16,9 +16,9 @@
 
 namespace eaft_ext::cuda {
 
-std::string run_forward(ElementType type, const ForwardArguments& arguments, int parts,
+std::string run_forward(ElementType type, const ForwardArguments& arguments, int num_spans,
                         uint64_t seed);
-std::string run_partial(ElementType type, const PartialArguments& arguments, int parts,
+std::string run_partial(ElementType type, const PartialArguments& arguments, int num_spans,
                         uint64_t seed);
 std::string run_merge(const MergeArguments& arguments, uint64_t seed);
 std::string run_backward(ElementType type, const BackwardArguments& arguments, uint64_t seed);
@@ -26,7 +26,8 @@ std::string run_forward_with_grad(ElementType type, const ForwardWithGradArgumen
                                   int cluster_size, uint64_t seed);
 std::string run_scale_gradient(ElementType type, const ScaleGradientArguments& arguments,
                                uint64_t seed);
-std::string run_topk(ElementType type, const TopKArguments& arguments, int parts, uint64_t seed);
+std::string run_topk(ElementType type, const TopKArguments& arguments, int num_spans,
+                     uint64_t seed);
 
 inline RowLayout layout_from(const int64_t* numbers) {
   RowLayout layout;
@@ -60,7 +61,8 @@ EXPORT forward_on_host(int type, const void* logits, const int64_t* logits_layou
                        int64_t vocab_size, const int64_t* labels, int64_t ignore_index, int k,
                        int gate_kind, double gate_first, double gate_second, double gate_normalizer,
                        float* loss, float* nll, float* entropy, float* gate, float* row_max,
-                       float* log_sum, int parts, uint64_t seed, char* error, int64_t error_size) {
+                       float* log_sum, int num_spans, uint64_t seed, char* error,
+                       int64_t error_size) {
   using namespace eaft_ext::cuda;
   ForwardArguments arguments{};
   arguments.logits = {logits, layout_from(logits_layout), num_rows, vocab_size};
@@ -69,14 +71,14 @@ EXPORT forward_on_host(int type, const void* logits, const int64_t* logits_layou
   arguments.k = k;
   arguments.gate = gate_from(gate_kind, gate_first, gate_second, gate_normalizer, k);
   arguments.stats = {loss, nll, entropy, gate, row_max, log_sum};
-  leave(run_forward(static_cast<ElementType>(type), arguments, parts, seed), error, error_size);
+  leave(run_forward(static_cast<ElementType>(type), arguments, num_spans, seed), error, error_size);
 }
 
 // partials: (num_rows, k + 3). labels: [num_rows].
 EXPORT partial_on_host(int type, const void* logits, const int64_t* logits_layout, int64_t num_rows,
                        int64_t vocab_size, const int64_t* labels, int64_t ignore_index, int k,
-                       int64_t vocab_start, float* partials, int parts, uint64_t seed, char* error,
-                       int64_t error_size) {
+                       int64_t vocab_start, float* partials, int num_spans, uint64_t seed,
+                       char* error, int64_t error_size) {
   using namespace eaft_ext::cuda;
   const PartialArguments arguments{{logits, layout_from(logits_layout), num_rows, vocab_size},
                                    labels,
@@ -84,7 +86,7 @@ EXPORT partial_on_host(int type, const void* logits, const int64_t* logits_layou
                                    k,
                                    vocab_start,
                                    partials};
-  leave(run_partial(static_cast<ElementType>(type), arguments, parts, seed), error, error_size);
+  leave(run_partial(static_cast<ElementType>(type), arguments, num_spans, seed), error, error_size);
 }
 
 // partials: (num_shards, num_rows, k + 3). labels and the stats: [num_rows].
@@ -163,7 +165,7 @@ EXPORT scale_gradient_on_host(int type, void* gradient, const int64_t* gradient_
 
 // values, of the logits' type, and indices: (num_rows, k), contiguous.
 EXPORT topk_on_host(int type, const void* logits, const int64_t* logits_layout, int64_t num_rows,
-                    int64_t vocab_size, int k, void* values, int64_t* indices, int parts,
+                    int64_t vocab_size, int k, void* values, int64_t* indices, int num_spans,
                     uint64_t seed, char* error, int64_t error_size) {
   using namespace eaft_ext::cuda;
   TopKArguments arguments{};
@@ -171,7 +173,7 @@ EXPORT topk_on_host(int type, const void* logits, const int64_t* logits_layout, 
   arguments.k = k;
   arguments.values = values;
   arguments.indices = indices;
-  leave(run_topk(static_cast<ElementType>(type), arguments, parts, seed), error, error_size);
+  leave(run_topk(static_cast<ElementType>(type), arguments, num_spans, seed), error, error_size);
 }
 
 #undef EXPORT

@@ -1,6 +1,7 @@
-// A stretch of one row as the threads of a block share it out: vectors of 16 aligned bytes, and two
-// more for what lies before the first aligned address and behind the last. Thread t takes vectors
-// t, t + kThreads, ..., kVectorsPerThread of them at a time, which is a tile of the part.
+// Vectorised, coalesced loads of a span, a contiguous range of one row, by the threads of a block:
+// vectors of 16 aligned bytes, and two more for what lies before the first aligned address and
+// behind the last. Thread t takes vectors t, t + kThreads, ..., kVectorsPerThread of them at a
+// time, which is a tile of the span.
 #pragma once
 
 #include <cstdint>
@@ -15,13 +16,13 @@ constexpr int kVectorsPerThread = 4;  // loads in flight
 constexpr int kThreadsPerMultiprocessor = 768;
 
 template <typename Element_>
-class RowPart {
+class RowSpan {
  public:
   using Element = Element_;
   static constexpr int kSize = kVectorSize<Element>;
 
   // `length` elements at x, in global memory.
-  __device__ RowPart(const Element* x, int length)
+  __device__ RowSpan(const Element* x, int length)
       : x_(x), length_(length), head_(min(elements_to_alignment(x), length)) {
     num_aligned_ = (length - head_) / kSize;
     tail_ = head_ + num_aligned_ * kSize;
@@ -51,7 +52,7 @@ class RowPart {
     return bit_cast<Vector<Element>>(
         load_once(reinterpret_cast<const uint4*>(x_ + head_) + vector));
   }
-  // Where the part is brought on chip: makes sure that a tile has come.
+  // Where the span is brought on chip: makes sure that a tile has come.
   __device__ void await_tile(int) const {}
 
  protected:
@@ -70,17 +71,17 @@ __device__ inline Vector<Element> filled_with(Element value) {
   return result;
 }
 
-// Any vector of a part, filled up with `filler` where it has fewer elements or there is none.
-template <typename Part>
-__device__ inline Vector<typename Part::Element> load_vector(const Part& part, int vector,
-                                                             typename Part::Element filler) {
-  if (vector < part.num_aligned()) return part.load_aligned(vector);
-  Vector<typename Part::Element> result;
-  const bool exists = vector < part.num_vectors();
+// Any vector of a span, filled up with `filler` where it has fewer elements or there is none.
+template <typename Span>
+__device__ inline Vector<typename Span::Element> load_vector(const Span& span, int vector,
+                                                             typename Span::Element filler) {
+  if (vector < span.num_aligned()) return span.load_aligned(vector);
+  Vector<typename Span::Element> result;
+  const bool exists = vector < span.num_vectors();
 #pragma unroll
-  for (int e = 0; e < Part::kSize; ++e) {
-    const bool inside = exists && e < part.size(vector);
-    result.elements[e] = inside ? part.element(part.begin(vector) + e) : filler;
+  for (int e = 0; e < Span::kSize; ++e) {
+    const bool inside = exists && e < span.size(vector);
+    result.elements[e] = inside ? span.element(span.begin(vector) + e) : filler;
   }
   return result;
 }
@@ -91,21 +92,21 @@ __device__ inline int vector_of_tile(int tile, int v) {
   return (tile * kVectorsPerThread + v) * kThreads + static_cast<int>(threadIdx.x);
 }
 
-template <int kThreads, typename Part>
-__device__ inline int num_tiles(const Part& part) {
+template <int kThreads, typename Span>
+__device__ inline int num_tiles(const Span& span) {
   constexpr int kTile = kThreads * kVectorsPerThread;
-  return (part.num_vectors() + kTile - 1) / kTile;
+  return (span.num_vectors() + kTile - 1) / kTile;
 }
 
-template <int kThreads, typename Part>
-__device__ inline void load_tile(const Part& part, int tile, typename Part::Element filler,
-                                 Vector<typename Part::Element> (&vectors)[kVectorsPerThread]) {
-  part.await_tile(tile);
+template <int kThreads, typename Span>
+__device__ inline void load_tile(const Span& span, int tile, typename Span::Element filler,
+                                 Vector<typename Span::Element> (&vectors)[kVectorsPerThread]) {
+  span.await_tile(tile);
   // A tile of aligned vectors alone, as most are, loads without a question in between.
-  if ((tile + 1) * kVectorsPerThread * kThreads <= part.num_aligned()) {
+  if ((tile + 1) * kVectorsPerThread * kThreads <= span.num_aligned()) {
 #pragma unroll
     for (int v = 0; v < kVectorsPerThread; ++v) {
-      vectors[v] = part.load_aligned(vector_of_tile<kThreads>(tile, v));
+      vectors[v] = span.load_aligned(vector_of_tile<kThreads>(tile, v));
     }
     return;
   }
@@ -113,15 +114,15 @@ __device__ inline void load_tile(const Part& part, int tile, typename Part::Elem
 #pragma unroll
   for (int v = 0; v < kVectorsPerThread; ++v) {
     const int vector = vector_of_tile<kThreads>(tile, v);
-    if (vector < part.num_aligned()) {
-      vectors[v] = part.load_aligned(vector);
+    if (vector < span.num_aligned()) {
+      vectors[v] = span.load_aligned(vector);
     } else {
       vectors[v] = filled_with(filler);
-      if (vector < part.num_vectors()) edge = vector;
+      if (vector < span.num_vectors()) edge = vector;
     }
   }
   if (edge < 0) return;
-  const auto loaded = load_vector(part, edge, filler);
+  const auto loaded = load_vector(span, edge, filler);
 #pragma unroll
   for (int v = 0; v < kVectorsPerThread; ++v) {
     if (vector_of_tile<kThreads>(tile, v) == edge) vectors[v] = loaded;

@@ -1,11 +1,12 @@
-// A part of a row that bulk asynchronous copies bring to shared memory, tile by tile, so that it
-// can be read twice for one read of global memory. Only aligned vectors travel: the few elements
-// beside them are read where they are. Compute capability 9.0 and up.
+// A span of a row that TMA bulk copies (cp.async.bulk) bring to shared memory, all tiles at once
+// and an mbarrier for each, so that it can be read twice for one read of global memory. Only
+// aligned vectors travel: the few elements beside them are read where they are. Compute
+// capability 9.0 and up.
 #pragma once
 
 #include <cstdint>
 
-#include "row_part.cuh"
+#include "row_span.cuh"
 
 namespace eaft_ext::cuda {
 
@@ -14,11 +15,11 @@ template <int kThreads>
 constexpr int kMaxStagedTiles = 227 * 1024 / (kThreads * kVectorsPerThread * kVectorBytes) + 1;
 
 template <typename Element, int kThreads>
-class StagedPart : public RowPart<Element> {
+class StagedSpan : public RowSpan<Element> {
  public:
   // vectors: room for all aligned vectors; arrivals: one for each tile, both in shared memory.
-  __device__ StagedPart(const Element* x, int length, Vector<Element>* vectors, Arrival* arrivals)
-      : RowPart<Element>(x, length), vectors_(vectors), arrivals_(arrivals) {}
+  __device__ StagedSpan(const Element* x, int length, Vector<Element>* vectors, Arrival* arrivals)
+      : RowSpan<Element>(x, length), vectors_(vectors), arrivals_(arrivals) {}
 
   // By one thread, once; a barrier follows before the others wait for a tile.
   __device__ void start() {

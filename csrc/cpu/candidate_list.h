@@ -1,4 +1,5 @@
-// The k largest elements of a row, without sorting it and without reading it twice.
+// Top-k selection with a threshold: the k largest elements of a row, without sorting it and without
+// reading it twice.
 //
 // The scan of the row leaves the maximum of every group of kGroupSize elements. The k-th largest of
 // any k or more disjoint maxima is a threshold: k elements are at least as large. So the selection
@@ -34,9 +35,11 @@ struct ComesFirst {
 
 // The k best of the candidates offered, which come in the order of their indices.
 template <typename Real>
-class TopK {
+class CandidateList {
  public:
-  TopK(int k, Real threshold) : k_(k), threshold_(threshold) { candidates_.reserve(kSlack * k); }
+  CandidateList(int k, Real threshold) : k_(k), threshold_(threshold) {
+    candidates_.reserve(kSlack * k);
+  }
 
   // Whether a candidate of this value, with a higher index than all before, can be among the k
   // best: once k of them are known, one that equals the last comes too late.

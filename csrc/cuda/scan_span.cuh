@@ -1,21 +1,22 @@
-// One read of a part of a row for all that the forward needs of it:
+// Online softmax and streaming top-k selection in one read of a span of a row:
 //
 //     max = max_j x_j       sum = sum_j exp(x_j - max)       the k largest x_j
 //
 // Work: a thread takes kVectorsPerThread vectors of 16 bytes at a time and keeps a maximum and a
 // sum of its own, rescaled when the maximum rises. After the first tile the threads' maxima give
-// the floor of top_k.cuh; from then on an element is compared with it, and the few above it go to
-// the list. After 2, 4, 8, ... tiles, as many as there were before, the floor is raised if that
-// pays. Between these barriers the warps drift apart, and the memory is never idle. A row in rising
-// order overflows the list all the same: then the finished maxima give a floor, and the part is
-// read once more (select_row.cuh).
+// the threshold of candidate_list.cuh; from then on an element is compared with it, and the few
+// above it go to the list. After 2, 4, 8, ... tiles, as many as there were before, the threshold is
+// raised if that pays. Between these barriers the warps drift apart, and the memory is never idle.
+// At last the sums are merged, by shuffles within each warp and then by the first warp. A row in
+// rising order overflows the list all the same: then the finished maxima give a threshold, and the
+// span is read once more (select_span.cuh).
 #pragma once
 
 #include <cstdint>
 
-#include "row_part.cuh"
-#include "select_row.cuh"
-#include "top_k.cuh"
+#include "candidate_list.cuh"
+#include "row_span.cuh"
+#include "select_span.cuh"
 
 namespace eaft_ext::cuda {
 
@@ -23,11 +24,11 @@ template <int kThreads>
 struct ScanStorage {
   CandidateList<uint32_t> list;
   uint32_t scratch[kMaxTopK];
-  PartSum warp_sums[kThreads / kWarpSize];
+  SoftmaxSum warp_sums[kThreads / kWarpSize];
 };
 
-// A thread's softmax denominator. A tile's sum joins the others with its rounding error kept apart,
-// so that thousands of small terms are not lost beside the maximum's 1.
+// A thread's online softmax. A tile's sum joins the others by compensated summation, the rounding
+// error kept apart, so that thousands of small terms are not lost beside the maximum's 1.
 struct ThreadSum {
   float max = -INFINITY;
   float sum = 0;
@@ -57,46 +58,46 @@ struct ThreadSum {
     sum = total;
   }
 
-  __device__ PartSum get() const {
+  __device__ SoftmaxSum get() const {
     return {max, static_cast<double>(sum) + static_cast<double>(error)};
   }
 };
 
 // By all threads of the block, between two barriers. The first warp gets the maximum and the sum,
-// and finds what the k largest can be in the list. k may exceed the part's length: fillers are
+// and finds what the k largest can be in the list. k may exceed the span's length: fillers are
 // -inf.
-template <int kThreads, typename Part>
-__device__ inline PartSum scan_part(const Part& part, int k, ScanStorage<kThreads>& storage) {
-  using Element = typename Part::Element;
+template <int kThreads, typename Span>
+__device__ inline SoftmaxSum scan_span(const Span& span, int k, ScanStorage<kThreads>& storage) {
+  using Element = typename Span::Element;
   using Keys = ValueKeys<Element>;
-  const int many = max(2 * k, kWarpSize);  // candidates, which make raising the floor worth it
+  const int many = max(2 * k, kWarpSize);  // candidates, which make raising the threshold worth it
   const uint32_t lowest = key_of<Element>(-INFINITY);
   CandidateList<uint32_t>& list = storage.list;
 
   ThreadSum sum;
-  float floor = 0;
+  float threshold = 0;
   bool crowded = false;  // this thread met a list of many
   // At least one, which may be empty.
-  for (int tile = 0; tile == 0 || tile < num_tiles<kThreads>(part); ++tile) {
+  for (int tile = 0; tile == 0 || tile < num_tiles<kThreads>(span); ++tile) {
     Vector<Element> vectors[kVectorsPerThread];
-    load_tile<kThreads>(part, tile, Keys::filler(), vectors);
+    load_tile<kThreads>(span, tile, Keys::filler(), vectors);
     float tile_max = -INFINITY;
 #pragma unroll
     for (int v = 0; v < kVectorsPerThread; ++v) tile_max = fmaxf(tile_max, largest_of(vectors[v]));
     sum.add(vectors, tile_max);
     if (tile == 0) {
       const uint32_t own = key_of<Element>(sum.max);
-      floor = value_of<Element>(floor_of_threads<kThreads>(own, lowest, k, list));
+      threshold = value_of<Element>(threshold_of_threads<kThreads>(own, lowest, k, list));
     }
-    if (tile_max > floor) {
+    if (tile_max > threshold) {
 #pragma unroll
       for (int v = 0; v < kVectorsPerThread; ++v) {
         recompute_from(vectors[v]);
-        if (!(largest_of(vectors[v]) > floor)) continue;
+        if (!(largest_of(vectors[v]) > threshold)) continue;
         unsigned above = 0;
 #pragma unroll
-        for (int e = 0; e < Part::kSize; ++e) {
-          above |= (to_float(vectors[v].elements[e]) > floor) << e;
+        for (int e = 0; e < Span::kSize; ++e) {
+          above |= (to_float(vectors[v].elements[e]) > threshold) << e;
         }
         for (; above != 0; above &= above - 1) {
           const Element x = element_at(vectors[v], __ffs(static_cast<int>(above)) - 1);
@@ -104,21 +105,21 @@ __device__ inline PartSum scan_part(const Part& part, int k, ScanStorage<kThread
         }
       }
     }
-    // After 2, 4, 8, ... tiles: what is above the floor gets ever rarer.
+    // After 2, 4, 8, ... tiles: what is above the threshold gets ever rarer.
     const bool ask = tile > 0 && (tile & (tile + 1)) == 0;
     if (ask && __syncthreads_or(crowded)) {
-      floor = value_of<Element>(shrink(list, k, storage.scratch));
+      threshold = value_of<Element>(shrink(list, k, storage.scratch));
       crowded = false;
     }
   }
 
   __syncthreads();  // all have pushed
   if (list.overflew) {
-    floor_of_threads<kThreads>(key_of<Element>(sum.max), lowest, k, list);
-    offer_part<Keys, kThreads>(part, 0, k, list, storage.scratch);
+    threshold_of_threads<kThreads>(key_of<Element>(sum.max), lowest, k, list);
+    offer_span<Keys, kThreads>(span, 0, k, list, storage.scratch);
   }
-  const PartSum own = sum.get();
-  const PartSum of_warp = warp_merge(kWarpSize, [&](int) { return own; });
+  const SoftmaxSum own = sum.get();
+  const SoftmaxSum of_warp = warp_merge(kWarpSize, [&](int) { return own; });
   if (lane_index() == 0) storage.warp_sums[warp_index()] = of_warp;
   __syncthreads();  // sums and candidates of all warps are there
   if (warp_index() != 0) return of_warp;
