@@ -1,5 +1,5 @@
-// Bulk asynchronous copies. The bytes come when somebody first waits for them, or already at the
-// start where the order is random; until then there is poison.
+// TMA bulk copies, and the mbarriers that tell of their end. The bytes come when somebody first
+// waits for them, or already at the start where the order is random; until then there is poison.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Clusters: the cluster's barrier, and the shared memory of its other blocks.
+// Thread-block clusters: the cluster's barrier, and distributed shared memory.
 #pragma once
 
 #include "scheduler.h"
