@@ -176,7 +176,7 @@ def chunk_table(result: Result) -> str:
 
 
 def summary(result: Result) -> str:
-    """The tables for the README."""
+    """The tables for the page of benchmarks."""
     return "\n\n".join([machine_line(result), *summary_parts(result)])
 
 

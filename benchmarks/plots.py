@@ -1,4 +1,4 @@
-"""Draws the newest results of scaling.py for the README; no point is set by hand.
+"""Draws the newest results of scaling.py for docs/benchmarks.md; no point is set by hand.
 
     python benchmarks/plots.py            writes docs/scaling-<device>.png
     python benchmarks/plots.py --check    exits with 1 if one is not of the newest result

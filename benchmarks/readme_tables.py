@@ -1,12 +1,13 @@
-"""Puts the figures of the newest result files into the README; no figure is typed by hand.
+"""Puts the figures of the newest result files into the pages; no figure is typed by hand.
 
-    python benchmarks/readme_tables.py            writes README.md
-    python benchmarks/readme_tables.py --check    exits with 1 if that would change it
+    python benchmarks/readme_tables.py            writes README.md and docs/benchmarks.md
+    python benchmarks/readme_tables.py --check    exits with 1 if that would change one
 
 What stands between ``<!-- benchmark:cpu -->`` and ``<!-- /benchmark:cpu -->`` is replaced, and the
 same for ``cuda`` once there is a result file of a GPU, for ``vocab_parallel`` once there is one of
 vocab_parallel.py, for ``linear`` and ``linear_cuda`` once there are some of linear_loss.py, and for
-``scaling`` and ``scaling_cuda`` once there are some of scaling.py, which plots.py draws.
+``scaling`` and ``scaling_cuda`` once there are some of scaling.py, which plots.py draws. All of it
+is in docs/benchmarks.md; the README has ``cpu`` and ``cuda`` in short.
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ from results import FOLDER, Result
 
 @dataclass(frozen=True)
 class Block:
-    """A block of the README: whose files it shows, by how their names begin and end, and how."""
+    """A block of a page: whose files it shows, by how their names begin and end, and how."""
 
     prefix: str
     suffix: str
     read: Callable[[dict[str, Any]], Result]
     summary: Callable[[Result], str]
+    in_short: Callable[[Result], str] | None = None
 
 
 BLOCKS = {
-    "cpu": Block("cpu-", "", Result, report.summary),
-    "cuda": Block("cuda-", "", Result, report.summary),
+    "cpu": Block("cpu-", "", Result, report.summary, report.in_short),
+    "cuda": Block("cuda-", "", Result, report.summary, report.in_short),
     vocab_parallel.BLOCK: Block(
         "cpu-", vocab_parallel.SUFFIX, vocab_parallel.read, vocab_parallel.summary
     ),
@@ -50,10 +52,15 @@ BLOCKS = {
     "scaling_cuda": Block("cuda-", scaling.SUFFIX, Result, scaling.summary),
 }
 SUFFIXES = sorted({block.suffix for block in BLOCKS.values()}, key=len, reverse=True)
+PAGES: dict[str, Callable[[Block], Callable[[Result], str] | None]] = {
+    "docs/benchmarks.md": lambda block: block.summary,
+    "README.md": lambda block: block.in_short,
+}
+"""What each page shows of a block; nothing, where that is None."""
 
 
 def newest(folder: Path) -> dict[str, Result]:
-    """The result with the latest date for each block of the README."""
+    """The result with the latest date for each block."""
     found: dict[str, Result] = {}
     for name, block in BLOCKS.items():
         for path in folder.glob(f"{block.prefix}*.json"):
@@ -65,36 +72,43 @@ def newest(folder: Path) -> dict[str, Result]:
     return found
 
 
-def fill(text: str, name: str, block: str) -> str:
-    """The text with its block of a name replaced."""
+def fill(text: str, name: str, block: str, page: str) -> str:
+    """The text of a page with its block of a name replaced."""
     begin, end = f"<!-- benchmark:{name} -->", f"<!-- /benchmark:{name} -->"
     before, found_begin, rest = text.partition(begin)
     _, found_end, after = rest.partition(end)
     if not (found_begin and found_end):
-        sys.exit(f"the README has no block from {begin} to {end}")
+        sys.exit(f"{page} has no block from {begin} to {end}")
     return f"{before}{begin}\n{block}\n{end}{after}"
 
 
 def main() -> None:
-    """Write or check the README."""
+    """Write or check the pages."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="exit with 1 if it would change")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if one would change")
     parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="where README.md is")
     arguments = parser.parse_args()
     results = newest(arguments.results)
     if not results:
         sys.exit(f"no result file in {arguments.results}: run benchmarks/run.py first")
-    new = text = arguments.readme.read_text()
     for name, result in results.items():
         if BLOCKS[name].suffix != scaling.SUFFIX:  # which promises nothing
             print(bounds_table(result))
-        new = fill(new, name, BLOCKS[name].summary(result))
-    if arguments.check:
-        if new != text:
-            sys.exit(f"{arguments.readme} does not show the newest result file")
-    elif new != text:
-        arguments.readme.write_text(new)
+    for page, form in PAGES.items():
+        shown = {name: form(BLOCKS[name]) for name in results}
+        texts = {name: show(results[name]) for name, show in shown.items() if show is not None}
+        if not texts:
+            continue
+        path = arguments.root / page
+        new = text = path.read_text()
+        for name, block in texts.items():
+            new = fill(new, name, block, page)
+        if new == text:
+            continue
+        if arguments.check:
+            sys.exit(f"{path} does not show the newest result file")
+        path.write_text(new)
 
 
 if __name__ == "__main__":

@@ -218,8 +218,34 @@ def by_case(
     return table(head, rows)
 
 
+def in_short(result: Result) -> str:
+    """The largest vocabulary alone, for the README: a row for each loss."""
+    unit, _, scale = UNITS[result.machine["device"]]
+    in_order = sorted(result.cases, key=lambda case: (case.case.vocab_size, case.case.num_rows))
+    largest = {case.case.dtype: case for case in in_order}
+    names = {name for case in largest.values() for name in case.seconds}
+    losses = [c for c in CONTENDERS if c.name in names and c.is_loss and c.shape is None]
+    head = [f"{case.case}, {what}" for case in largest.values() for what in (unit, "MiB")]
+    rows = [
+        [
+            contender.title,
+            *(
+                cell
+                for case in largest.values()
+                for cell in (
+                    median(case, contender.name, scale),
+                    mebibytes(case, contender.name),
+                )
+            ),
+        ]
+        for contender in losses
+    ]
+    what = "Forward and backward together: median time, and measured peak memory beyond the inputs:"
+    return "\n\n".join([machine_line(result), what, table(["", *head], rows)])
+
+
 def summary(result: Result) -> str:
-    """The short form for the README."""
+    """Tables over all cases, for the page of benchmarks."""
     return "\n\n".join([machine_line(result), *summary_parts(result)])
 
 

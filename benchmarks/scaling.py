@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from cases import TIMES
 from contenders import CONTENDERS, Contender
@@ -114,13 +115,13 @@ def picture(result: Result) -> str:
 
 
 def summary(result: Result) -> str:
-    """The picture, for the README."""
+    """The picture, for the page of benchmarks, which is beside it."""
     sizes = {number(of_case.case.logits_bytes / 2**20) for of_case in by_vocabulary(result)}
     return "\n\n".join(
         [
             machine_line(result),
             f"![Bandwidth against the vocabulary, time and memory against the rows]"
-            f"({picture(result)})",
+            f"({Path(picture(result)).name})",
             f"*Above: logits of {' or '.join(sorted(sizes))} MiB with ever larger vocabularies; "
             "GB/s is what two passes must move (one read forward; one read and one write backward) "
             f"over the time; dashed, that of a copy. Below: {VOCABULARY:,} words, and ever more "

@@ -217,7 +217,7 @@ def read(raw: dict[str, Any]) -> Result:
 
 
 def summary(result: Result) -> str:
-    """The tables for the README."""
+    """The tables for the page of benchmarks."""
     names = {name for case in result.cases for name in case.seconds}
     contenders = [c for c in CONTENDERS if c.name in names]
     kept = {Case(**raw["case"]): raw["ranks"][0].get("kept", {}) for raw in result.raw["cases"]}

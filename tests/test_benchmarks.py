@@ -33,7 +33,7 @@ import run
 import sanitize
 import timing
 from bounds import BOUNDS, evaluate, unmeasured
-from cases import IGNORED, SHAPES, Case, Rotation
+from cases import IGNORED, SHAPES, TIMES, Case, Rotation
 from contenders import CONTENDERS, SWEEP_SHAPE, Contender
 from device import Cpu
 from schedule import Schedule
@@ -301,20 +301,42 @@ def test_bounds_of_a_gpu() -> None:
     assert "liger-kernel 0.8" in report.machine_line(_synthetic())
 
 
-def test_the_readme_takes_in_a_gpu_once_there_is_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("stale", readme_tables.PAGES)
+def test_the_pages_take_in_a_gpu_once_there_is_one(
+    stale: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- benchmark:cuda -->\n<!-- /benchmark:cuda -->\nb\n")
+    empty = "a\n<!-- benchmark:cuda -->\n<!-- /benchmark:cuda -->\nb\n"
+    pages = {page: tmp_path / page for page in readme_tables.PAGES}
+    for path in pages.values():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(empty)
     (tmp_path / "cuda-a-gpu.json").write_text(json.dumps(_synthetic().raw))
-    options = ["--results", str(tmp_path), "--readme", str(readme)]
-    monkeypatch.setattr(sys, "argv", ["readme_tables.py", *options, "--check"])
-    with pytest.raises(SystemExit, match="does not show"):
-        readme_tables.main()
-    monkeypatch.setattr(sys, "argv", ["readme_tables.py", *options])
+    command = ["readme_tables.py", "--results", str(tmp_path), "--root", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
     readme_tables.main()
-    text = readme.read_text()
-    assert "A GPU, driver 1" in text and text.startswith("a\n") and text.endswith("-->\nb\n")
+    for path in pages.values():
+        text = path.read_text()
+        assert "A GPU, driver 1" in text and text.startswith("a\n") and text.endswith("-->\nb\n")
+    monkeypatch.setattr(sys, "argv", [*command, "--check"])
+    readme_tables.main()
+    pages[stale].write_text(empty)
+    with pytest.raises(SystemExit, match=f"{stale} does not show"):
+        readme_tables.main()
+    pages[stale].write_text("no block")
+    with pytest.raises(SystemExit, match=f"{stale} has no block from <!-- benchmark:cuda -->"):
+        readme_tables.main()
+
+
+def test_in_short_it_is_about_the_largest_vocabulary() -> None:
+    raw = _synthetic().raw
+    (case,) = raw["cases"]
+    smaller = {"num_rows": 10**6, "vocab_size": 50_257, "dtype": "bfloat16"}
+    fewer = case["case"] | {"num_rows": 4}
+    raw["cases"] = [case | {"case": smaller}, case, case | {"case": fewer}]
+    text = report.in_short(results.Result(raw))
+    assert f"| 8,192 {TIMES} 151,936 bfloat16, microseconds |" in text
+    assert "| `gated_ce` | 3,000 | 2,374 |" in text and "50,257" not in text
+    assert "copy" not in text and "K = " not in text
 
 
 class CalledOperators(TorchDispatchMode):

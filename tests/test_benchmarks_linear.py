@@ -304,23 +304,24 @@ def test_the_promises_are_about_what_is_measured() -> None:
                 assert bound.case is None
 
 
-def test_the_readme_takes_it_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
+def test_the_page_takes_it_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
     begin, end = "<!-- benchmark:linear -->", "<!-- /benchmark:linear -->"
     on_gpu = "<!-- benchmark:linear_cuda -->\n<!-- /benchmark:linear_cuda -->\n"
-    readme.write_text(f"a\n{begin}\n{end}\nb\n{on_gpu}c\n")
+    page.write_text(f"a\n{begin}\n{end}\nb\n{on_gpu}c\n")
     raw = _raw(HEAD, **{OURS: 1.1, UNFUSED: 1.0})
     older = _raw(HEAD, **{OURS: 1.1})
     older["machine"].update(date="2025-01-01T00", model="An older machine")
     (tmp_path / "cpu-a-machine-linear.json").write_text(json.dumps(raw))
     (tmp_path / "cpu-an-older-machine-linear.json").write_text(json.dumps(older))
-    options = ["--results", str(tmp_path), "--readme", str(readme)]
+    options = ["--results", str(tmp_path), "--root", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["readme_tables.py", *options, "--check"])
     with pytest.raises(SystemExit, match="does not show"):
         readme_tables.main()
     monkeypatch.setattr(sys, "argv", ["readme_tables.py", *options])
     readme_tables.main()
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith(f"a\n{begin}\nA machine, 2 threads")
     assert text.endswith(f"{end}\nb\n{on_gpu}c\n")
     for line in (

@@ -111,19 +111,20 @@ def test_other_shapes_are_no_error() -> None:
     assert "A CPU" in scaling.summary(result) and "A CPU" in scaling.markdown(result)
 
 
-def test_the_readme_takes_it_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
+def test_the_page_takes_it_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
     blocks = [f"<!-- benchmark:{name} -->\n<!-- /benchmark:{name} -->" for name in (
         "scaling", "scaling_cuda")]  # fmt: skip
-    readme.write_text("\n".join(blocks))
+    page.write_text("\n".join(blocks))
     _write(tmp_path, _raw(_all_cases()))
     _write(tmp_path, _raw(_all_cases("cuda"), ON_A_GPU), "cuda-a-scaling")
-    options = ["--results", str(tmp_path), "--readme", str(readme)]
+    options = ["--results", str(tmp_path), "--root", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["readme_tables.py", *options])
     readme_tables.main()
-    text = readme.read_text()
-    assert "A CPU, 2 threads" in text and "(docs/scaling-cpu.png)" in text
-    assert "A GPU, driver 1" in text and "(docs/scaling-cuda.png)" in text
+    text = page.read_text()
+    assert "A CPU, 2 threads" in text and "(scaling-cpu.png)" in text
+    assert "A GPU, driver 1" in text and "(scaling-cuda.png)" in text
     assert "logits of 128 MiB" in text and "logits of 4,096 MiB" in text
 
 

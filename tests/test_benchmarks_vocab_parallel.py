@@ -192,21 +192,22 @@ def test_promises_without_megatron() -> None:
     assert "Megatron-Core did not take part" in vocab_parallel.summary(result)
 
 
-def test_the_readme_takes_it_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
+def test_the_page_takes_it_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
     begin, end = "<!-- benchmark:vocab_parallel -->", "<!-- /benchmark:vocab_parallel -->"
-    readme.write_text(f"a\n{begin}\n{end}\nb\n")
+    page.write_text(f"a\n{begin}\n{end}\nb\n")
     (tmp_path / NAME).write_text(json.dumps(_raw()))
     older = _raw()
     older["machine"].update(date="2025-01-01T00", model="An older CPU")
     (tmp_path / "cpu-an-older-cpu-vocab-parallel.json").write_text(json.dumps(older))
-    options = ["--results", str(tmp_path), "--readme", str(readme)]
+    options = ["--results", str(tmp_path), "--root", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["readme_tables.py", *options, "--check"])
     with pytest.raises(SystemExit, match="does not show"):
         readme_tables.main()
     monkeypatch.setattr(sys, "argv", ["readme_tables.py", *options])
     readme_tables.main()
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith(f"a\n{begin}\nA CPU, 2 threads") and text.endswith(f"{end}\nb\n")
     case = Case(**CASE)
     for line in (
