@@ -7,8 +7,8 @@
 A shape is tokens x hidden x vocabulary. Before anything is timed, losses and gradients are compared
 with those of another contender that computes the same; one that is off is left out. Writes
 <machine>-linear.json with every single time, and <machine>-linear.md made from it; readme_tables.py
-puts the figures into the README. Ends as run.py does: with 1 if one of our own contenders failed,
-and with 3 if the device was lost.
+puts the figures into docs/benchmarks.md. Ends as run.py does: with 1 if one of our own contenders
+failed, and with 3 if the device was lost.
 """
 
 from __future__ import annotations

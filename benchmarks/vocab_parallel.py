@@ -5,7 +5,7 @@
 
 Processes of one thread share the vocabulary over gloo, on this machine. Writes
 <machine>-vocab-parallel.json with every single time of every process; readme_tables.py puts the
-figures into the README. Megatron-Core, which has no gate, takes part where it is installed:
+figures into docs/benchmarks.md. Megatron-Core, which has no gate, takes part where it is installed:
 pip install 'megatron-core'. Ends with 1 if a process fails, or is not done in time.
 """
 
@@ -40,7 +40,7 @@ SHAPES = ((512, 151_936), (2048, 50_304))
 QUICK_SHAPES = ((64, 8_192),)
 SECONDS = 1800
 SUFFIX = "-vocab-parallel"
-# Its name in the README.
+# Its name in docs/benchmarks.md.
 BLOCK = "vocab_parallel"
 WORKER = Path(__file__).with_name("vocab_parallel_rank.py")
 DISTRIBUTION = "megatron-core"
