@@ -170,7 +170,8 @@ def _names_in(code: str) -> set[str]:
     "block", BLOCKS, ids=[f"{block.page.stem}-{block.line}" for block in BLOCKS]
 )
 def test_a_block_runs(block: Block, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    code = compile("\n" * block.line + block.code, str(block.page), "exec")
+    source = "\n" * block.line + block.code
+    code = compile(source, str(block.page), "exec", dont_inherit=True)
     if block.reason:
         return
     used = _names_in(block.code)

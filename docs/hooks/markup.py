@@ -27,9 +27,8 @@ def _mathml(found: re.Match[str]) -> str:
 
 def _link(found: re.Match[str]) -> str:
     name = found["name"]
-    shown = name.removeprefix("eaft_ext.")
     target = name if name.startswith("eaft_ext") else f"eaft_ext.{name}"
-    return f'<autoref identifier="{target}" optional><code>{shown}</code></autoref>'
+    return f'<autoref identifier="{target}" optional><code>{name}</code></autoref>'
 
 
 def on_page_content(content: str, **_: Any) -> str:
