@@ -215,6 +215,16 @@ def test_links_of_the_readme_lead_somewhere() -> None:
             assert heading in slugs, link
 
 
+def test_files_that_the_pages_name_exist() -> None:
+    files = {path.name for folder in ("csrc", "eaft_ext", "tests", "benchmarks", "examples", "docs")
+             for path in (ROOT / folder).rglob("*.*")}  # fmt: skip
+    files |= {path.name for path in ROOT.iterdir()}
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        named = re.findall(r"([\w-]+\.(?:cuh?|cpp|h|py|sh|md))\b", text)
+        assert set(named) - files <= {"script.py", "pretrain_gpt.py"}, page
+
+
 def test_the_page_of_the_command_line_has_all_options() -> None:
     text = (DOCS / "command-line.md").read_text("utf-8")
     (commands,) = (
