@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 MISSING = "needs transformers: pip install '.[test]'"
-pytest.importorskip("transformers", reason=MISSING)
+transformers = pytest.importorskip("transformers", reason=MISSING)
 
 from transformers_models import (
+    SIZES,
     V,
     assert_same,
     batch,
@@ -212,6 +213,39 @@ def test_models_that_share_an_output_layer() -> None:
         assert outputs.logits is None
         handles[other].remove()
         assert "forward" not in vars(models[0].lm_head)
+
+
+class Outer(transformers.PreTrainedModel):
+    """Computes the loss of the logits that a model within it gives."""
+
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.language_model = build("llama")
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        logits = self.language_model(input_ids).logits
+        loss = None if labels is None else self.loss_function(logits, labels, V, **kwargs)
+        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def test_a_model_whose_logits_are_those_of_one_within() -> None:
+    model = Outer(transformers.LlamaConfig(**SIZES)).eval()
+    tokens, labels = batch()
+    expected = in_float64(model, tokens, labels)
+    its_gradients = gradients(model, unfused(model, tokens, labels))
+    with use_linear_gated_ce(model):
+        outputs = model(tokens, labels=labels)
+        close(outputs.loss, expected)
+        assert outputs.logits is None
+        assert_same(gradients(model, outputs.loss), its_gradients)
+        with torch.no_grad():
+            outputs = model(tokens, labels=labels)
+        close(outputs.loss, expected)
+        close(outputs.logits, model(tokens).logits)
+    assert model(tokens, labels=labels).logits is not None
 
 
 def test_data_parallel_replicas() -> None:

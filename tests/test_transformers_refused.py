@@ -41,6 +41,15 @@ def test_models_that_change_their_logits(name: str, sentence: str) -> None:
     refused(build(name), sentence)
 
 
+def test_options_that_a_model_does_not_heed() -> None:
+    """Its configuration has one, and its forward leaves the logits as they are."""
+    model = build("mpt", logit_scale=0.25, d_model=16, n_heads=2, n_layers=1, max_seq_len=64)
+    tokens, labels = batch()
+    expected = unfused(model, tokens, labels)
+    use_linear_gated_ce(model)
+    torch.testing.assert_close(model(tokens, labels=labels).loss, expected)
+
+
 def test_models_that_show_it_in_their_forward() -> None:
     """With labels; as it is named, the option might be for what the output layer is given."""
     model = build("granite", logits_scaling=8.0)

@@ -54,9 +54,20 @@ _forward = update_wrapper(_forward, nn.Linear.forward)
 _users: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 
 
+def of_model(model: nn.Module) -> nn.Module | None:
+    """The output layer of a model, or of the one within it that has one."""
+    layer: nn.Module | None = cast("Any", model).get_output_embeddings()
+    if layer is not None:
+        return layer
+    within = (m for m in model.modules() if hasattr(type(m), "get_output_embeddings"))
+    layers = (cast("Any", module).get_output_embeddings() for module in within)
+    return next((layer for layer in layers if layer is not None), None)
+
+
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The output layer; several, where PEFT trains copies of it and one is called at a time."""
-    layer: nn.Module = cast("Any", model).get_output_embeddings()
+    layer = of_model(model)
+    assert layer is not None, "a model without one is none to be patched"
     if type(layer).__name__ == "ModulesToSaveWrapper":
         copies = cast("nn.ModuleDict", layer.modules_to_save)
         return [cast("nn.Module", layer.original_module), *copies.values()]

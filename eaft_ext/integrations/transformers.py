@@ -439,10 +439,19 @@ def _with_loss_and_head(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module
     for module in model.modules():
         # Of its own: some wrappers pass on the attributes of what they wrap.
         of_class = type(module)
-        if hasattr(of_class, "loss_function") and hasattr(of_class, "get_output_embeddings"):
-            head = cast("Any", module).get_output_embeddings()
-            if head is not None:
-                yield module, head
+        if not (hasattr(of_class, "loss_function") and hasattr(of_class, "get_output_embeddings")):
+            continue
+        head = _output_layer.of_model(module)
+        # One that has the head in a model within may leave the loss to that.
+        is_own = cast("Any", module).get_output_embeddings() is not None
+        if head is not None and (is_own or _uses(module, "loss_function")):
+            yield module, head
+
+
+def _uses(module: nn.Module, name: str) -> bool:
+    """Whether the forward of its class uses an attribute of that name, as far as can be seen."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is None or name in code.co_names
 
 
 def _check_loss(causal: nn.Module) -> None:
@@ -462,7 +471,8 @@ def _check_loss(causal: nn.Module) -> None:
         config = config.get_text_config()
     for option in LOGIT_OPTIONS:
         value = getattr(config, option, None)
-        if value is not None:
+        # Not all models heed all options of their configurations.
+        if value is not None and _uses(causal, option):
             raise TypeError(
                 f"{_OP}: {name} changes its logits before its loss ({option}={value}); give "
                 "eaft_ext.gated_ce the logits that it returns without labels"
