@@ -16,13 +16,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import (
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_pre_hook,
+)
 
 MISSING = "needs transformers: pip install '.[test]'"
 transformers = pytest.importorskip("transformers", reason=MISSING)
 
 from transformers_models import V, batch, build, close, in_float64, shifted, unfused
 
+from eaft_ext.integrations import _training_steps
 from eaft_ext.integrations.transformers import use_linear_gated_ce
 
 START = "use_linear_gated_ce: this step trains LlamaForCausalLM on another loss than its gated one"
@@ -160,16 +164,35 @@ def test_a_forward_that_is_replaced() -> None:
 
 def test_nothing_is_kept_alive() -> None:
     gc.collect()
-    before = len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)
+    hooks, watches = len(_global_optimizer_pre_hooks), len(_training_steps._watches)
     model = build("llama")
     use_linear_gated_ce(model)
     removed = use_linear_gated_ce(build("llama"))
+    assert len(_training_steps._watches) == watches + 2
     removed.remove()
     alive = weakref.ref(model)
     del model
     gc.collect()
     assert alive() is None
-    assert (len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)) == before
+    assert len(_training_steps._watches) == watches
+    assert len(_global_optimizer_pre_hooks) == max(hooks, 1)
+
+
+def test_models_that_are_collected_within_a_step() -> None:
+    """Which is then a step like any other."""
+    model, parameter = build("llama"), nn.Parameter(torch.zeros(3))
+    use_linear_gated_ce(model)
+    alive = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    collects = register_optimizer_step_pre_hook(lambda *_: gc.collect() and None)
+    try:
+        del model
+        SGD([parameter], lr=1e-3).step()
+        assert alive() is None
+    finally:
+        collects.remove()
+        gc.enable()
 
 
 # The Trainer of transformers

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,31 +30,12 @@ class TrainingSteps:
     def __init__(self, model: nn.Module, refuse: Callable[[], None]) -> None:
         """``refuse`` raises, for a step of the model in which its loss was not asked for."""
         self.latest: Any = None
+        # Whoever is watched by all optimizers must not live as long as they do.
         self._model = weakref.ref(model)
         self._refuse = weakref.WeakMethod(refuse)
         self._seen: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
-        # The hooks of all optimizers must not keep a model alive.
-        watch = weakref.WeakMethod(self._before_or_after)
-
-        def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # A compiled step is one graph, with no place to look in.
-            if torch.compiler.is_compiling() or _has_closure(args, kwargs):
-                return
-            if (step := watch()) is not None:
-                step(optimizer)
-
-        def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # The forward is in the closure.
-            if torch.compiler.is_compiling() or not _has_closure(args, kwargs):
-                return
-            if (step := watch()) is not None:
-                step(optimizer)
-
-        handles = (
-            register_optimizer_step_pre_hook(before),
-            register_optimizer_step_post_hook(after),
-        )
-        self._stop = weakref.finalize(self, _remove, handles)
+        _watches.add(self)
+        _hook_all_optimizers()
 
     def asked(self) -> None:
         """Say that the loss was asked for."""
@@ -64,9 +46,10 @@ class TrainingSteps:
 
     def stop(self) -> None:
         """Watch no more."""
-        self._stop()
+        _watches.discard(self)
 
-    def _before_or_after(self, optimizer: Optimizer) -> None:
+    def look_at(self, optimizer: Optimizer) -> None:
+        """Raise if this step trains the model on another loss."""
         if self.latest is not None and self._seen.get(optimizer) is not self.latest:
             self._seen[optimizer] = self.latest
             return
@@ -75,9 +58,28 @@ class TrainingSteps:
             refuse()
 
 
-def _remove(handles: Iterable[Any]) -> None:
-    for handle in handles:
-        handle.remove()
+_watches: weakref.WeakSet[TrainingSteps] = weakref.WeakSet()
+
+
+@cache
+def _hook_all_optimizers() -> None:
+    """Once, and for good: a hook that goes while a step calls its hooks would break the step."""
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # A compiled step is one graph, with no place to look in.
+    if not (torch.compiler.is_compiling() or _has_closure(args, kwargs)):
+        for watch in list(_watches):
+            watch.look_at(optimizer)
+
+
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # The forward is in the closure.
+    if not torch.compiler.is_compiling() and _has_closure(args, kwargs):
+        for watch in list(_watches):
+            watch.look_at(optimizer)
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
