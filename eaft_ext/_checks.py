@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import os
-from numbers import Real
-from typing import get_args
 
 import torch
 from torch import Tensor
-
-from eaft_ext._library import MAX_TOP_K, MIN_TOP_K
-from eaft_ext.gates import EntropyGate, Gate, GateFunction
-from eaft_ext.reference import Reduction
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -35,13 +29,11 @@ def check_logits(op: str, logits: Tensor, smallest_vocab: int = 1) -> None:
         )
 
 
-def check_labels(op: str, labels: Tensor, ignore_index: int) -> None:
+def check_labels(op: str, labels: Tensor) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"{op}: labels must be a tensor, got {type(labels).__name__}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: labels must be int64 or int32, got {labels.dtype}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{op}: ignore_index must be an int, got {ignore_index!r}")
 
 
 def check_placement(op: str, labels: Tensor, logits: Tensor, name: str = "logits") -> None:
@@ -123,77 +115,3 @@ def check_label_values(
             f"{op}: the label at position {position} is {labels[tuple(position)].item()}, outside "
             f"[0, {vocab_size}) and not ignore_index {ignore_index}"
         )
-
-
-def check_k(op: str, k: int, smallest: int, largest: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"{op}: k must be an int, got {k!r}")
-    if not smallest <= k <= largest:
-        raise ValueError(f"{op}: k must be from {smallest} to {largest}, got {k}")
-
-
-def check_num_items(
-    op: str,
-    num_items_in_batch: float | Tensor | None,
-    reduction: str,
-    logits: Tensor,
-    name: str = "logits",
-) -> None:
-    """What "mean" may divide by; ``logits``, or what ``name`` says, are where the loss will be."""
-    if num_items_in_batch is None:
-        return
-    if reduction != "mean":
-        raise ValueError(
-            f"{op}: num_items_in_batch goes with reduction='mean', got reduction={reduction!r}"
-        )
-    if isinstance(num_items_in_batch, Tensor):
-        if num_items_in_batch.numel() != 1:
-            raise ValueError(
-                f"{op}: num_items_in_batch must be one number, got a tensor of shape "
-                f"{tuple(num_items_in_batch.shape)}"
-            )
-        if num_items_in_batch.device not in (logits.device, torch.device("cpu")):
-            raise ValueError(
-                f"{op}: num_items_in_batch is on {num_items_in_batch.device} and {name} on "
-                f"{logits.device}"
-            )
-    elif not isinstance(num_items_in_batch, Real):
-        raise TypeError(
-            f"{op}: num_items_in_batch must be a number or a tensor, got {num_items_in_batch!r}"
-        )
-    elif not num_items_in_batch >= 0:
-        raise ValueError(f"{op}: num_items_in_batch must be at least 0, got {num_items_in_batch}")
-
-
-def check_gradient_in_forward(op: str, gradient_in_forward: bool, reduction: str) -> None:
-    if gradient_in_forward and reduction == "none":
-        raise ValueError(
-            f"{op}: gradient_in_forward needs reduction 'mean' or 'sum', got {reduction!r}"
-        )
-
-
-def check_options(
-    op: str,
-    k: int,
-    alpha: float,
-    normalizer: float | None,
-    gate: Gate | GateFunction | None,
-    reduction: str,
-) -> Gate | GateFunction:
-    """Options that need no tensors to be checked; gives the gate that they ask for."""
-    check_k(op, k, MIN_TOP_K, MAX_TOP_K)
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if gate is None:
-        return EntropyGate(alpha, normalizer)
-    if alpha != 1.0 or normalizer is not None:
-        raise TypeError(
-            f"{op}: alpha and normalizer are shorthand for gate=EntropyGate(alpha, normalizer) and "
-            f"cannot go with gate={gate!r}"
-        )
-    if isinstance(gate, type) or not (isinstance(gate, Gate) or callable(gate)):
-        raise TypeError(
-            f"{op}: gate must be a gate such as EntropyGate() or a function of (nll, entropy), got "
-            f"{gate!r}"
-        )
-    return gate

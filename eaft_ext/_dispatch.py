@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from eaft_ext._library import has_kernel
-from eaft_ext.gates import BUILT_IN, Gate, GateFunction
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -57,11 +56,6 @@ def is_transformed(*inputs: Tensor | None) -> bool:
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
         for tensor in inputs
     )
-
-
-def is_built_in(gate: Gate | GateFunction) -> TypeGuard[Gate]:
-    """Whether the kernels know the gate; a subclass may be another function."""
-    return isinstance(gate, BUILT_IN) and type(gate) in BUILT_IN
 
 
 def is_dtensor(tensor: Tensor | None) -> TypeGuard[DTensor]:

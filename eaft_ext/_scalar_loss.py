@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eaft_ext._library import has_kernel
+from eaft_ext._options import TokenLoss
 from eaft_ext._registration import ops
 
 _NO_DOUBLE_BACKWARD = (
@@ -30,16 +31,13 @@ class ScalarLoss(torch.autograd.Function):
         logits: Tensor,
         labels: Tensor,
         divisor: float | Tensor,
-        k: int,
-        gate: str,
-        gate_parameters: Sequence[float],
-        ignore_index: int,
+        of_token: TokenLoss,
         inplace: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         one = torch.ones((), dtype=torch.float32, device=logits.device)
         upstream = one.div(divisor).expand(labels.shape)
         source = logits.detach()
-        arguments = (upstream, source, labels, k, gate, gate_parameters, ignore_index)
+        arguments = (upstream, source, labels, *of_token.kernel_arguments())
         if inplace:
             loss, nll, entropy, weight = ops.gated_ce_forward_with_grad_(*arguments)
             gradient = source
@@ -53,9 +51,9 @@ class ScalarLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_total is None:
-            return (None,) * 8
+            return (None,) * 5
         (gradient,) = scaled(ctx.saved_tensors, grad_total, _NO_DOUBLE_BACKWARD)
-        return gradient, *(None,) * 7
+        return gradient, *(None,) * 4
 
 
 def scaled(gradients: Sequence[Tensor], factor: Tensor, refusal: str) -> list[Tensor]:

@@ -2,50 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from eaft_ext import reference
-from eaft_ext._checks import (
+from eaft_ext._checks import check_label_values, check_labels, check_logits, check_placement
+from eaft_ext._dispatch import is_dtensor, takes_kernel
+from eaft_ext._library import MAX_TOP_K
+from eaft_ext._options import (
+    Keywords,
+    TokenLoss,
     check_gradient_in_forward,
     check_k,
-    check_label_values,
-    check_labels,
-    check_logits,
-    check_num_items,
-    check_options,
-    check_placement,
+    checked,
+    with_keywords,
 )
-from eaft_ext._dispatch import is_built_in, is_dtensor, takes_kernel
-from eaft_ext._library import MAX_TOP_K
 from eaft_ext._registration import ops
 from eaft_ext._scalar_loss import ScalarLoss
-from eaft_ext.gates import Gate, GateFunction, NoGate
-from eaft_ext.reference import Reduction, TokenStats
+from eaft_ext.reference import TokenStats
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def _kernel_token_losses(
-    logits: Tensor,
-    labels: Tensor,
-    k: int,
-    gate: Gate | GateFunction,
-    ignore_index: int,
-    inplace_backward: bool,
+    logits: Tensor, labels: Tensor, of_token: TokenLoss, inplace_backward: bool
 ) -> tuple[Tensor, TokenStats]:
     """Per-token loss and stats by the compiled operators."""
-    valid = labels != ignore_index
-    inside = gate if is_built_in(gate) else NoGate()
+    valid = labels != of_token.ignore_index
     # In a compiled graph the compiler decides about memory.
     has_backward = torch.is_grad_enabled() and logits.requires_grad
     inplace_backward = inplace_backward and has_backward and not torch.compiler.is_compiling()
     loss, nll, entropy, weight, _, _ = ops.gated_ce_forward(
-        logits, labels, k, inside.name, inside.parameters(), ignore_index, inplace_backward
+        logits, labels, *of_token.kernel_arguments(), inplace_backward
     )
-    if inside is not gate:
+    if not of_token.is_known_to_kernels:
         # The loss of NoGate is the nll, with its gradient: any weight can be put on it.
-        weight = reference.gate_weights(gate, min(k, logits.size(-1)), nll, entropy, valid)
+        weight = of_token.gate_weights(logits.size(-1), nll, entropy, valid)
         loss = reference.weigh(loss, weight)
     return loss, TokenStats(nll, entropy, weight, valid)
 
@@ -65,19 +60,11 @@ def _can_fuse(logits: Tensor) -> bool:
 
 
 def _fused_loss(
-    logits: Tensor,
-    labels: Tensor,
-    k: int,
-    gate: Gate,
-    ignore_index: int,
-    divisor: float | Tensor,
-    inplace: bool,
+    logits: Tensor, labels: Tensor, of_token: TokenLoss, divisor: float | Tensor, inplace: bool
 ) -> tuple[Tensor, TokenStats]:
     """A scalar loss and stats, the gradient being computed at once."""
-    loss, nll, entropy, weight = ScalarLoss.apply(
-        logits, labels, divisor, k, gate.name, gate.parameters(), ignore_index, inplace
-    )
-    return loss, TokenStats(nll, entropy, weight, labels != ignore_index)
+    loss, nll, entropy, weight = ScalarLoss.apply(logits, labels, divisor, of_token, inplace)
+    return loss, TokenStats(nll, entropy, weight, labels != of_token.ignore_index)
 
 
 @overload
@@ -86,15 +73,10 @@ def gated_ce(
     labels: Tensor,
     k: int = ...,
     *,
-    alpha: float = ...,
-    normalizer: float | None = ...,
-    gate: Gate | GateFunction | None = ...,
-    ignore_index: int = ...,
-    reduction: Reduction = ...,
-    num_items_in_batch: float | Tensor | None = ...,
     inplace_backward: bool = ...,
     gradient_in_forward: bool = ...,
     return_stats: Literal[False] = ...,
+    **options: Unpack[Keywords],
 ) -> Tensor: ...
 @overload
 def gated_ce(
@@ -102,30 +84,21 @@ def gated_ce(
     labels: Tensor,
     k: int = ...,
     *,
-    alpha: float = ...,
-    normalizer: float | None = ...,
-    gate: Gate | GateFunction | None = ...,
-    ignore_index: int = ...,
-    reduction: Reduction = ...,
-    num_items_in_batch: float | Tensor | None = ...,
     inplace_backward: bool = ...,
     gradient_in_forward: bool = ...,
     return_stats: Literal[True],
+    **options: Unpack[Keywords],
 ) -> tuple[Tensor, TokenStats]: ...
+@with_keywords
 def gated_ce(
     logits: Tensor,
     labels: Tensor,
     k: int = 20,
     *,
-    alpha: float = 1.0,
-    normalizer: float | None = None,
-    gate: Gate | GateFunction | None = None,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
-    num_items_in_batch: float | Tensor | None = None,
     inplace_backward: bool = False,
     gradient_in_forward: bool = False,
     return_stats: bool = False,
+    **options: Unpack[Keywords],
 ) -> Tensor | tuple[Tensor, TokenStats]:
     r"""Token-gated cross-entropy: EAFT's loss (arXiv 2601.02151), and its family.
 
@@ -185,43 +158,26 @@ def gated_ce(
         from eaft_ext.parallel.dtensor import gated_ce_of_dtensor
 
         loss, stats = gated_ce_of_dtensor(
-            op,
-            logits,
-            labels,
-            k,
-            alpha,
-            normalizer,
-            gate,
-            ignore_index,
-            reduction,
-            num_items_in_batch,
-            inplace_backward,
-            gradient_in_forward,
+            op, logits, labels, k, options, inplace_backward, gradient_in_forward
         )
         return (loss, stats) if return_stats else loss
     check_logits(op, logits)
-    check_labels(op, labels, ignore_index)
-    chosen = check_options(op, k, alpha, normalizer, gate, reduction)
-    check_num_items(op, num_items_in_batch, reduction, logits)
-    check_gradient_in_forward(op, gradient_in_forward, reduction)
+    check_labels(op, labels)
+    of_token, reduce = checked(op, k, logits, **options)
+    check_gradient_in_forward(op, gradient_in_forward, reduce.reduction)
     check_placement(op, labels, logits)
-    check_label_values(op, labels, logits.size(-1), ignore_index)
-    if gradient_in_forward and is_built_in(chosen) and _can_fuse(logits):
-        divisor: float | Tensor = 1.0
-        if reduction == "mean":
-            valid = labels != ignore_index
-            divisor = reference.mean_divisor(valid, num_items_in_batch, torch.float32)
-        loss, stats = _fused_loss(
-            logits, labels, k, chosen, ignore_index, divisor, inplace_backward
-        )
+    check_label_values(op, labels, logits.size(-1), of_token.ignore_index)
+    if gradient_in_forward and of_token.is_known_to_kernels and _can_fuse(logits):
+        divisor = reduce.divisor(labels != of_token.ignore_index, torch.float32)
+        loss, stats = _fused_loss(logits, labels, of_token, divisor, inplace_backward)
         return (loss, stats) if return_stats else loss
     if takes_kernel("gated_ce_forward", logits):
-        loss, stats = _kernel_token_losses(
-            logits, labels, k, chosen, ignore_index, inplace_backward
-        )
+        loss, stats = _kernel_token_losses(logits, labels, of_token, inplace_backward)
     else:
-        loss, stats = reference.token_losses(logits, labels, k, chosen, ignore_index)
-    loss = reference.reduce_loss(loss, stats.valid, reduction, num_items_in_batch)
+        loss, stats = reference.token_losses(
+            logits, labels, of_token.k, of_token.gate, of_token.ignore_index
+        )
+    loss = reduce(loss, stats.valid)
     return (loss, stats) if return_stats else loss
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -176,3 +176,8 @@ class NoGate(Gate):
 
 BUILT_IN = (EntropyGate, SigmoidGate, HardGate, ProbabilityGate, FocalGate, NoGate)
 """The gates that the kernels know. What derives from one of them is another function."""
+
+
+def is_built_in(gate: Gate | GateFunction) -> TypeGuard[Gate]:
+    """Whether the kernels know the gate; a subclass may be another function."""
+    return isinstance(gate, BUILT_IN) and type(gate) in BUILT_IN

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+import torch
 from torch import Tensor, nn
 
-from eaft_ext._checks import check_gradient_in_forward, check_options
+from eaft_ext._options import (
+    LOSS_DEFAULTS,
+    LossKeywords,
+    check_gradient_in_forward,
+    checked,
+    token_loss,
+    with_keywords,
+)
 from eaft_ext.functional import gated_ce
-from eaft_ext.gates import EntropyGate, Gate, GateFunction
 from eaft_ext.reference import Reduction
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class GatedCrossEntropyLoss(nn.Module):
@@ -17,53 +29,51 @@ class GatedCrossEntropyLoss(nn.Module):
     (N, V) and (N). Arguments, formula and errors are those of :func:`eaft_ext.gated_ce`.
     """
 
+    @with_keywords
     def __init__(
         self,
         k: int = 20,
         *,
-        alpha: float = 1.0,
-        normalizer: float | None = None,
-        gate: Gate | GateFunction | None = None,
-        ignore_index: int = -100,
         reduction: Reduction = "mean",
         inplace_backward: bool = False,
         gradient_in_forward: bool = False,
+        **options: Unpack[LossKeywords],
     ) -> None:
         super().__init__()
-        check_options(type(self).__name__, k, alpha, normalizer, gate, reduction)
-        check_gradient_in_forward(type(self).__name__, gradient_in_forward, reduction)
+        op = type(self).__name__
+        checked(op, k, torch.empty(0), reduction=reduction, **options)
+        check_gradient_in_forward(op, gradient_in_forward, reduction)
         self.k = k
-        self.alpha = alpha
-        self.normalizer = normalizer
-        self.gate = gate
-        self.ignore_index = ignore_index
+        for name, default in LOSS_DEFAULTS.items():
+            setattr(self, name, options.get(name, default))
         self.reduction: Reduction = reduction
         self.inplace_backward = inplace_backward
         self.gradient_in_forward = gradient_in_forward
+
+    def _of_token(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in LOSS_DEFAULTS}
 
     def forward(
         self, logits: Tensor, labels: Tensor, num_items_in_batch: float | Tensor | None = None
     ) -> Tensor:
         """The loss of ``logits`` (..., V) against ``labels`` (...)."""
-        return gated_ce(
+        loss: Tensor = gated_ce(
             logits,
             labels,
             self.k,
-            alpha=self.alpha,
-            normalizer=self.normalizer,
-            gate=self.gate,
-            ignore_index=self.ignore_index,
             reduction=self.reduction,
             num_items_in_batch=num_items_in_batch,
             inplace_backward=self.inplace_backward,
             gradient_in_forward=self.gradient_in_forward,
+            **self._of_token(),
         )
+        return loss
 
     def extra_repr(self) -> str:
         """The options, for ``print(module)``."""
-        gate = EntropyGate(self.alpha, self.normalizer) if self.gate is None else self.gate
+        of_token = token_loss(type(self).__name__, self.k, **self._of_token())
         return (
-            f"k={self.k}, gate={gate}, ignore_index={self.ignore_index}, "
+            f"k={of_token.k}, gate={of_token.gate}, ignore_index={of_token.ignore_index}, "
             f"reduction={self.reduction!r}, inplace_backward={self.inplace_backward}, "
             f"gradient_in_forward={self.gradient_in_forward}"
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import eaft_ext
+from eaft_ext._options import TokenLoss
 from eaft_ext.parallel._shard import VocabShard, token_losses
 
 MB = 1 << 20
@@ -94,9 +95,9 @@ def _shard_losses(
     def gather(partial: Tensor) -> Tensor:
         return torch.stack([torch.full_like(partial, float("nan")), partial])
 
-    chosen = eaft_ext.EntropyGate() if gate is None else gate
+    of_token = TokenLoss(20, eaft_ext.EntropyGate() if gate is None else gate, -100)
     here = labels % (VOCAB_SIZE - 100) + VOCAB_SIZE
-    return token_losses(logits, here, 20, chosen, -100, shard, gather, inplace)[0]
+    return token_losses(logits, here, of_token, shard, gather, inplace)[0]
 
 
 def _shard_forward(logits: Tensor, labels: Tensor) -> None:

@@ -53,6 +53,7 @@ BOTTOM = {
     "_registration",
     "_scalar_loss",
     "_checks",
+    "_options",
     "_dispatch",
 }
 IMPORTS = {
@@ -60,15 +61,16 @@ IMPORTS = {
     "gates": set[str](),
     "_library": {"_C"},
     "_registration": {"_library", "reference"},
-    "_scalar_loss": {"_library", "_registration"},
-    "_checks": {"_library", "gates", "reference"},
-    "_dispatch": {"_library", "gates"},
+    "_scalar_loss": {"_library", "_options", "_registration"},
+    "_checks": set[str](),
+    "_options": {"_library", "gates", "reference"},
+    "_dispatch": {"_library"},
     "parallel": BOTTOM,
     "functional": BOTTOM | {"parallel"},
     "linear": BOTTOM | {"parallel"},
-    "nn": {"_checks", "reference", "gates", "functional", "linear", "parallel"},
+    "nn": {"_options", "reference", "functional"},
     "": BOTTOM | {"functional", "linear", "parallel", "nn"},
-    "integrations": {"", "_checks", "reference", "gates", "functional", "linear", "parallel", "nn"},
+    "integrations": {"", "_checks", "_options", "reference"},
     "cli": {"", "reference", "gates", "_library", "integrations"},
 }
 

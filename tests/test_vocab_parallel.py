@@ -15,6 +15,7 @@ from torch import Tensor
 from vocab_shards import NUM_SHARDS, assert_shards_match, divide, outcome_of_shards, shards_at
 
 from eaft_ext import EntropyGate, Gate, NoGate, SigmoidGate, gated_ce, reference
+from eaft_ext._options import TokenLoss
 from eaft_ext.gates import GateFunction
 from eaft_ext.parallel import _shard
 from eaft_ext.parallel._shard import VocabShard, token_losses
@@ -132,7 +133,8 @@ def test_built_in_gates_find_out_how_many_words_there_are(device: str, gate: Any
         [reference.shard_partial(x, labels, 20, shard.start) for x, shard in places]
     )
     for x, shard in places:
-        loss, stats = token_losses(x, labels, 20, gate, IGNORED, shard, lambda _: partials)
+        of_token = TokenLoss(20, gate, IGNORED)
+        loss, stats = token_losses(x, labels, of_token, shard, lambda _: partials)
         torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(stats.gate, expected.gate, rtol=1e-5, atol=1e-6)
 
@@ -296,8 +298,9 @@ def test_the_route_without_kernels_calls_none(
     monkeypatch.undo()
     monkeypatch.setattr(_shard, "ops", None)
     with pytest.raises(AttributeError):
+        of_token = TokenLoss(4, NoGate(), IGNORED)
         _shard.token_losses(
-            logits, labels, 4, NoGate(), IGNORED, VocabShard(0, None, 8), lambda partial: partial
+            logits, labels, of_token, VocabShard(0, None, 8), lambda partial: partial
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import eaft_ext
 from eaft_ext import EntropyGate, reference
+from eaft_ext._options import TokenLoss
 from eaft_ext.parallel import _shard
 from eaft_ext.parallel._shard import VocabShard, num_words
 
@@ -81,10 +82,8 @@ def losses_of_shards(
             told.append(partial)
             return torch.stack(partials)
 
-        chosen = EntropyGate() if gate is None else gate
-        loss, stats = _shard.token_losses(
-            logits, labels, k, chosen, ignore_index, shard, gather, inplace_backward
-        )
+        of_token = TokenLoss(k, EntropyGate() if gate is None else gate, ignore_index)
+        loss, stats = _shard.token_losses(logits, labels, of_token, shard, gather, inplace_backward)
         assert len(told) == 1, "one exchange a call"
         assert told[0].shape == (*labels.shape, k + 3) and same_bits(told[0], own)
         found.append(Losses(logits, loss, stats))

@@ -13,31 +13,29 @@ import torch
 from torch import Tensor, nn
 
 import eaft_ext
-from eaft_ext._checks import check_options
-from eaft_ext.gates import Gate, GateFunction
+from eaft_ext._options import LOSS_DEFAULTS, LossKeywords, token_loss, with_keywords
 from eaft_ext.reference import TokenStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 __all__ = ["GatedLoss", "use_gated_ce", "vocab_parallel_cross_entropy"]
 
 _METHOD = "compute_language_model_loss"
 
 
+@with_keywords
 def vocab_parallel_cross_entropy(
     vocab_parallel_logits: Tensor,
     target: Tensor,
     label_smoothing: float = 0.0,
     *,
     k: int = 20,
-    alpha: float = 1.0,
-    normalizer: float | None = None,
-    gate: Gate | GateFunction | None = None,
-    ignore_index: int = -100,
     vocab_size: int | None = None,
     inplace_backward: bool = False,
     tp_group: ProcessGroup | None = None,
+    **options: Unpack[LossKeywords],
 ) -> Tensor:
     r"""Gated losses in place of ``megatron.core.tensor_parallel.vocab_parallel_cross_entropy``.
 
@@ -66,31 +64,27 @@ def vocab_parallel_cross_entropy(
             "vocab_parallel_cross_entropy: the gated loss has no label smoothing, got "
             f"label_smoothing={label_smoothing}"
         )
+    ignore_index = token_loss("vocab_parallel_cross_entropy", k, **options).ignore_index
     return eaft_ext.vocab_parallel_gated_ce(
         vocab_parallel_logits,
         _ignoring_negative(target, ignore_index),
         k,
         group=_megatron_group() if tp_group is None else tp_group,
         vocab_size=vocab_size,
-        alpha=alpha,
-        normalizer=normalizer,
-        gate=gate,
-        ignore_index=ignore_index,
         reduction="none",
         inplace_backward=inplace_backward,
+        **options,
     )
 
 
+@with_keywords
 def use_gated_ce(
     model: nn.Module | Iterable[nn.Module],
     k: int = 20,
     *,
-    alpha: float = 1.0,
-    normalizer: float | None = None,
-    gate: Gate | GateFunction | None = None,
-    ignore_index: int = -100,
     vocab_size: int | None = None,
     inplace_backward: bool = False,
+    **options: Unpack[LossKeywords],
 ) -> GatedLoss:
     r"""Make Megatron-Core models return gated losses for each token.
 
@@ -123,7 +117,7 @@ def use_gated_ce(
             ``compute_language_model_loss`` or one whose loss never sees logits; in the forward, for
             logits that were gathered.
     """
-    check_options("use_gated_ce", k, alpha, normalizer, gate, "none")
+    token_loss("use_gated_ce", k, **options)
     chunks = [model] if isinstance(model, nn.Module) else list(model)
     modules = [module for chunk in chunks for module in chunk.modules() if _has_loss(module)]
     if not modules:
@@ -134,12 +128,9 @@ def use_gated_ce(
     return GatedLoss(
         modules,
         k=k,
-        alpha=alpha,
-        normalizer=normalizer,
-        gate=gate,
-        ignore_index=ignore_index,
         vocab_size=vocab_size,
         inplace_backward=inplace_backward,
+        **(LOSS_DEFAULTS | dict(options)),
     )
 
 

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 import eaft_ext
-from eaft_ext._checks import check_chunks, check_labels, check_options
-from eaft_ext.gates import Gate, GateFunction
+from eaft_ext._checks import check_chunks
+from eaft_ext._options import LOSS_DEFAULTS, LossKeywords, token_loss, with_keywords
 from eaft_ext.integrations import _output_layer
 from eaft_ext.integrations._absent_logits import AbsentLogits
 from eaft_ext.integrations._output_layer import active
 from eaft_ext.integrations._patches import Patch, forward_slot, patch_of, restore
 from eaft_ext.integrations._training_steps import TrainingSteps, calling_function, defined_as
 from eaft_ext.reference import TokenStats
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["LinearGatedLoss", "use_linear_gated_ce"]
 
@@ -37,17 +40,15 @@ is given in MiniCPM3.
 """
 
 
+@with_keywords
 def use_linear_gated_ce(
     model: nn.Module,
     k: int = 20,
     *,
-    alpha: float = 1.0,
-    normalizer: float | None = None,
-    gate: Gate | GateFunction | None = None,
-    ignore_index: int = -100,
     chunk_size: int | None = None,
     accumulate_in_float32: bool | None = None,
     logits_in_evaluation: bool = True,
+    **options: Unpack[LossKeywords],
 ) -> LinearGatedLoss:
     r"""Make a causal language model of transformers return the gated loss, and no logits.
 
@@ -97,10 +98,8 @@ def use_linear_gated_ce(
 
     ``torch.compile`` traces through it, before or after this call.
     """
-    check_options(_OP, k, alpha, normalizer, gate, "mean")
+    token_loss(_OP, k, **options)
     check_chunks(_OP, chunk_size, accumulate_in_float32)
-    # A tensor for the labels is all that this looks at, besides the index.
-    check_labels(_OP, torch.empty(0, dtype=torch.int64), ignore_index)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_OP}: model must be a module, got {type(model).__name__}")
     if not isinstance(logits_in_evaluation, bool):
@@ -114,12 +113,9 @@ def use_linear_gated_ce(
         causal,
         logits_in_evaluation,
         k=k,
-        alpha=alpha,
-        normalizer=normalizer,
-        gate=gate,
-        ignore_index=ignore_index,
         chunk_size=chunk_size,
         accumulate_in_float32=accumulate_in_float32,
+        **(LOSS_DEFAULTS | dict(options)),
     )
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from eaft_ext import reference
-from eaft_ext._dispatch import is_built_in, takes_kernel
+from eaft_ext._dispatch import takes_kernel
+from eaft_ext._options import Reduce, TokenLoss
 from eaft_ext._registration import ops, stats_dtype
-from eaft_ext.gates import Gate, GateFunction, NoGate
 from eaft_ext.linear import _operators as _operators  # defines them
-from eaft_ext.reference import Reduction, TokenStats
+from eaft_ext.parallel._group import Member
+from eaft_ext.parallel._shard import VocabShard
+from eaft_ext.reference import TokenStats
 
 
 class Product(NamedTuple):
@@ -57,55 +59,54 @@ class WeightShard(NamedTuple):
     group_size: int
     reduce_hidden: bool
 
+    @classmethod
+    def of(cls, shard: VocabShard, member: Member, reduce_hidden: bool) -> WeightShard:
+        """The shard of a member of a group, of words whose number is known."""
+        assert shard.total is not None, "the chunks depend on it"
+        group = (member.group.group_name, member.size)
+        return cls(shard.start, shard.vocab_size, shard.total, *group, reduce_hidden)
+
+
+class Chunking(NamedTuple):
+    """How the tokens are divided, and the gradients of their chunks added up."""
+
+    chunk_size: int | None
+    accumulate_in_float32: bool | None
+
 
 def reduced_loss(
     product: Product,
     labels: Tensor,
-    k: int,
-    gate: Gate | GateFunction,
-    ignore_index: int,
-    reduction: Reduction,
-    num_items_in_batch: float | Tensor | None,
-    chunk_size: int | None,
-    accumulate_in_float32: bool | None,
+    of_token: TokenLoss,
+    reduce: Reduce,
+    chunking: Chunking,
     shard: WeightShard | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """The loss and the stats."""
     hidden, weight, bias = product
-    inside = gate if is_built_in(gate) else NoGate()
-    options: tuple[Any, ...] = (
-        k,
-        inside.name,
-        inside.parameters(),
-        ignore_index,
-        takes_kernel("gated_ce_forward_with_grad", hidden),
-        chunk_size,
-        accumulate_in_float32,
-    )
     total = weight.size(0)
     if shard is None:
-        options += (0, None, total, None, 1, False)
-    else:
-        total = shard.total
+        shard = WeightShard(0, None, total, None, 1, False)
+    elif shard.group_size == 1 and shard.start == 0:
         # The only process needs no partial.
-        alone = shard.group_size == 1 and shard.start == 0
-        options += shard._replace(group=None) if alone else shard
-    valid = labels != ignore_index
+        shard = shard._replace(group=None)
+    total = shard.total
+    by_kernel = takes_kernel("gated_ce_forward_with_grad", hidden)
+    options = (*of_token.kernel_arguments(), by_kernel, *chunking, *shard)
+    valid = labels != of_token.ignore_index
     wanted = [t is not None and t.requires_grad for t in product]
     # Where the gradient is a number times one that is known already, it is computed at once. Not
     # in float16, in which it would be rounded before a loss scale lifts it.
     at_once = (
-        reduction != "none"
-        and inside is gate
+        reduce.reduction != "none"
+        and of_token.is_known_to_kernels
         and hidden.dtype != torch.float16
         and torch.is_grad_enabled()
         and any(wanted)
     )
     if at_once:
         dtype = stats_dtype(hidden)
-        divisor = torch.ones((), dtype=dtype, device=hidden.device)
-        if reduction == "mean":
-            divisor = divisor * reference.mean_divisor(valid, num_items_in_batch, dtype)
+        divisor = torch.ones((), dtype=dtype, device=hidden.device) * reduce.divisor(valid, dtype)
         loss, nll, entropy, given, _, _, _ = ops.linear_gated_ce_forward_with_grad(
             hidden, weight, bias, labels, divisor, wanted, *options
         )
@@ -113,9 +114,8 @@ def reduced_loss(
     loss, nll, entropy, given, _, _ = ops.linear_gated_ce_forward(
         hidden, weight, bias, labels, *options
     )
-    if inside is not gate:
+    if not of_token.is_known_to_kernels:
         # The loss of NoGate is the nll, with its gradient: any weight can be put on it.
-        given = reference.gate_weights(gate, min(k, total), nll, entropy, valid)
+        given = of_token.gate_weights(total, nll, entropy, valid)
         loss = reference.weigh(loss, given)
-    loss = reference.reduce_loss(loss, valid, reduction, num_items_in_batch)
-    return loss, TokenStats(nll, entropy, given, valid)
+    return reduce(loss, valid), TokenStats(nll, entropy, given, valid)

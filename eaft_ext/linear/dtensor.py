@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -12,20 +13,25 @@ from eaft_ext._checks import (
     check_chunks,
     check_labels,
     check_linear,
-    check_num_items,
-    check_options,
     check_placement,
     check_same_dtype,
 )
 from eaft_ext._dispatch import is_transformed
+from eaft_ext._options import Keywords, checked
 from eaft_ext._registration import stats_dtype
-from eaft_ext.gates import Gate, GateFunction
-from eaft_ext.linear._reduced_loss import Product, WeightShard, autocast_dtype, reduced_loss
+from eaft_ext.linear._reduced_loss import (
+    Chunking,
+    Product,
+    WeightShard,
+    autocast_dtype,
+    reduced_loss,
+)
 from eaft_ext.linear.vocab_parallel import compare_calls
 from eaft_ext.parallel import _agreement
+from eaft_ext.parallel._group import Words
 from eaft_ext.parallel._shard import VocabShard
 from eaft_ext.parallel.dtensor import PlacedRows, member_of, shard_of
-from eaft_ext.reference import Reduction, TokenStats
+from eaft_ext.reference import TokenStats
 
 
 def gathered(hidden: Tensor, parameter: Tensor) -> Tensor:
@@ -109,25 +115,14 @@ def _local_call(
 
 
 def linear_gated_ce_of_dtensor(
-    op: str,
-    hidden: DTensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    k: int,
-    alpha: float,
-    normalizer: float | None,
-    gate: Gate | GateFunction | None,
-    ignore_index: int,
-    reduction: Reduction,
-    num_items_in_batch: float | Tensor | None,
-    chunk_size: int | None,
-    accumulate_in_float32: bool | None,
+    op: str, product: Product, labels: Tensor, k: int, options: Keywords, chunking: Chunking
 ) -> tuple[Tensor, TokenStats]:
     """Loss and stats as DTensors on the mesh, of a hidden and a weight that are on it.
 
     A loss per token is placed as the rows are; a mean or sum is replicated.
     """
+    hidden, weight, bias = product
+    assert isinstance(hidden, DTensor), "this is for those"
     with _agreement.told_to_others() as others:
         others.are(None)
         mesh = hidden.device_mesh
@@ -144,10 +139,9 @@ def linear_gated_ce_of_dtensor(
                 f"{bias.placements}"
             )
         check_linear(op, hidden, weight, bias)
-        check_labels(op, labels, ignore_index)
-        chosen = check_options(op, k, alpha, normalizer, gate, reduction)
-        check_num_items(op, num_items_in_batch, reduction, hidden, "hidden")
-        check_chunks(op, chunk_size, accumulate_in_float32)
+        check_labels(op, labels)
+        of_token, reduce = checked(op, k, hidden, "hidden", **options)
+        check_chunks(op, *chunking)
         product, labels, rows, columns = _local_call(op, hidden, weight, labels, bias, dim)
     if is_transformed(*product):
         raise RuntimeError(f"{op}: torch.func and forward mode cannot look into DTensors")
@@ -155,35 +149,20 @@ def linear_gated_ce_of_dtensor(
     if member is not None:
         compare_calls(
             op,
-            member,
+            Words(columns, member),
             product,
             labels,
-            k,
-            chosen,
-            ignore_index,
-            reduction,
-            columns,
-            chunk_size,
+            of_token,
+            reduce.reduction,
+            chunking.chunk_size,
             reduce_hidden=False,
         )
-        group = member.group.group_name
-        shard = WeightShard(columns.start, None, weight.size(0), group, member.size, False)
-    divisor = None
-    if reduction == "mean":
+        shard = WeightShard.of(columns, member, reduce_hidden=False)
+    if reduce.reduction == "mean":
         # Of all rows.
-        dtype = stats_dtype(product.hidden)
-        divisor = rows.mean_divisor(labels != ignore_index, num_items_in_batch, dtype)
-    loss, stats = reduced_loss(
-        product,
-        labels,
-        k,
-        chosen,
-        ignore_index,
-        reduction,
-        divisor,
-        chunk_size,
-        accumulate_in_float32,
-        shard,
-    )
+        valid = labels != of_token.ignore_index
+        divisor = rows.divisor(reduce, valid, stats_dtype(product.hidden))
+        reduce = replace(reduce, num_items_in_batch=divisor)
+    loss, stats = reduced_loss(product, labels, of_token, reduce, chunking, shard)
     placed = TokenStats(*(rows.per_token(stat) for stat in stats))
-    return (rows.per_token(loss) if reduction == "none" else rows.summed(loss)), placed
+    return (rows.per_token(loss) if reduce.reduction == "none" else rows.summed(loss)), placed

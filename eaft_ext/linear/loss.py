@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
@@ -11,15 +11,16 @@ from eaft_ext._checks import (
     check_chunks,
     check_labels,
     check_linear,
-    check_num_items,
-    check_options,
     check_placement,
     check_same_dtype,
 )
 from eaft_ext._dispatch import is_dtensor, is_transformed
-from eaft_ext.gates import Gate, GateFunction
-from eaft_ext.linear._reduced_loss import Product, reduced_loss
-from eaft_ext.reference import Reduction, TokenStats
+from eaft_ext._options import Keywords, checked, with_keywords
+from eaft_ext.linear._reduced_loss import Chunking, Product, reduced_loss
+from eaft_ext.reference import TokenStats
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @overload
@@ -30,15 +31,10 @@ def linear_gated_ce(
     bias: Tensor | None = ...,
     k: int = ...,
     *,
-    alpha: float = ...,
-    normalizer: float | None = ...,
-    gate: Gate | GateFunction | None = ...,
-    ignore_index: int = ...,
-    reduction: Reduction = ...,
-    num_items_in_batch: float | Tensor | None = ...,
     chunk_size: int | None = ...,
     accumulate_in_float32: bool | None = ...,
     return_stats: Literal[False] = ...,
+    **options: Unpack[Keywords],
 ) -> Tensor: ...
 @overload
 def linear_gated_ce(
@@ -48,16 +44,12 @@ def linear_gated_ce(
     bias: Tensor | None = ...,
     k: int = ...,
     *,
-    alpha: float = ...,
-    normalizer: float | None = ...,
-    gate: Gate | GateFunction | None = ...,
-    ignore_index: int = ...,
-    reduction: Reduction = ...,
-    num_items_in_batch: float | Tensor | None = ...,
     chunk_size: int | None = ...,
     accumulate_in_float32: bool | None = ...,
     return_stats: Literal[True],
+    **options: Unpack[Keywords],
 ) -> tuple[Tensor, TokenStats]: ...
+@with_keywords
 def linear_gated_ce(
     hidden: Tensor,
     weight: Tensor,
@@ -65,15 +57,10 @@ def linear_gated_ce(
     bias: Tensor | None = None,
     k: int = 20,
     *,
-    alpha: float = 1.0,
-    normalizer: float | None = None,
-    gate: Gate | GateFunction | None = None,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
-    num_items_in_batch: float | Tensor | None = None,
     chunk_size: int | None = None,
     accumulate_in_float32: bool | None = None,
     return_stats: bool = False,
+    **options: Unpack[Keywords],
 ) -> Tensor | tuple[Tensor, TokenStats]:
     r"""Token-gated cross-entropy of ``hidden @ weight.T + bias``, a chunk of tokens at a time.
 
@@ -129,32 +116,19 @@ def linear_gated_ce(
     :func:`eaft_ext.vocab_parallel_linear_gated_ce`.
     """
     op = "linear_gated_ce"
+    chunking = Chunking(chunk_size, accumulate_in_float32)
     if is_dtensor(hidden):
         from eaft_ext.linear.dtensor import linear_gated_ce_of_dtensor
 
         loss, stats = linear_gated_ce_of_dtensor(
-            op,
-            hidden,
-            weight,
-            labels,
-            bias,
-            k,
-            alpha,
-            normalizer,
-            gate,
-            ignore_index,
-            reduction,
-            num_items_in_batch,
-            chunk_size,
-            accumulate_in_float32,
+            op, Product(hidden, weight, bias), labels, k, options, chunking
         )
         return (loss, stats) if return_stats else loss
     check_linear(op, hidden, weight, bias)
-    check_labels(op, labels, ignore_index)
-    chosen = check_options(op, k, alpha, normalizer, gate, reduction)
-    check_num_items(op, num_items_in_batch, reduction, hidden, "hidden")
+    check_labels(op, labels)
+    of_token, reduce = checked(op, k, hidden, "hidden", **options)
     check_placement(op, labels, hidden, "hidden")
-    check_chunks(op, chunk_size, accumulate_in_float32)
+    check_chunks(op, *chunking)
     if is_dtensor(weight) or is_dtensor(bias):
         from eaft_ext.linear.dtensor import gathered
 
@@ -166,25 +140,15 @@ def linear_gated_ce(
             weight,
             labels,
             bias,
-            k,
-            gate=chosen,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            num_items_in_batch=num_items_in_batch,
+            of_token.k,
+            gate=of_token.gate,
+            ignore_index=of_token.ignore_index,
+            reduction=reduce.reduction,
+            num_items_in_batch=reduce.num_items_in_batch,
             return_stats=return_stats,
         )
         return result
     product = Product(hidden, weight, bias).in_autocast_dtype()
     check_same_dtype(op, *product)
-    loss, stats = reduced_loss(
-        product,
-        labels,
-        k,
-        chosen,
-        ignore_index,
-        reduction,
-        num_items_in_batch,
-        chunk_size,
-        accumulate_in_float32,
-    )
+    loss, stats = reduced_loss(product, labels, of_token, reduce, chunking)
     return (loss, stats) if return_stats else loss

@@ -13,54 +13,39 @@ from eaft_ext._checks import (
     check_chunks,
     check_labels,
     check_linear,
-    check_num_items,
-    check_options,
     check_placement,
     check_same_dtype,
     wants_value_checks,
 )
 from eaft_ext._dispatch import is_transformed
-from eaft_ext.gates import Gate, GateFunction
-from eaft_ext.linear._reduced_loss import Product, WeightShard, reduced_loss
+from eaft_ext._options import Keywords, TokenLoss, checked, with_keywords
+from eaft_ext.linear._reduced_loss import Chunking, Product, WeightShard, reduced_loss
 from eaft_ext.parallel import _agreement
-from eaft_ext.parallel._group import (
-    Member,
-    can_check,
-    check_group,
-    check_shard,
-    fingerprint,
-    note_of_options,
-)
-from eaft_ext.parallel._shard import VocabShard
+from eaft_ext.parallel._group import Words, check_group, check_shard, fingerprint
 from eaft_ext.reference import Reduction, TokenStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Unpack
 
 _OP = "vocab_parallel_linear_gated_ce"
 
 
 def compare_calls(
     op: str,
-    member: Member,
+    words: Words,
     product: Product,
     labels: Tensor,
-    k: int,
-    gate: Gate | GateFunction,
-    ignore_index: int,
+    of_token: TokenLoss,
     reduction: Reduction,
-    shard: VocabShard,
     chunk_size: int | None,
     reduce_hidden: bool,
-    is_assumed: bool = False,
 ) -> None:
-    """Raise where the processes do not mean the same: then their exchanges would not fit.
-
-    ``is_assumed``: nobody said which shard of the weight each has.
-    """
-    if not can_check(member.group):
+    """Raise where the processes do not mean the same: then their exchanges would not fit."""
+    if words.group is None or not words.can_check:
         return
+    ignore_index = of_token.ignore_index
     hidden, weight, bias = product
     note = {
         "the shape of the tokens": list(labels.shape),
@@ -72,15 +57,15 @@ def compare_calls(
     }
     if labels.device.type == "cpu" or wants_value_checks():
         note["the number of tokens not ignored"] = int((labels != ignore_index).sum())
-    note |= note_of_options(k, gate, ignore_index, reduction, shard, weight.size(0))
+    note |= words.note(weight.size(0), of_token, reduction)
 
     @torch.no_grad()
-    def row(token: tuple[int, ...], words: slice) -> Tensor:
-        some_bias = None if bias is None else bias[words]
-        return linear(hidden[token][None], weight[words], some_bias)[0]
+    def row(token: tuple[int, ...], rows: slice) -> Tensor:
+        some_bias = None if bias is None else bias[rows]
+        return linear(hidden[token][None], weight[rows], some_bias)[0]
 
     evidence = partial(fingerprint, labels, ignore_index, weight.size(0), row)
-    _agreement.check(op, member.group, hidden.device, note, evidence if is_assumed else None)
+    _agreement.check(op, words.group, hidden.device, note, evidence if words.is_assumed else None)
 
 
 @overload
@@ -95,15 +80,10 @@ def vocab_parallel_linear_gated_ce(
     vocab_start: int | None = ...,
     vocab_size: int | None = ...,
     reduce_hidden_gradient: bool = ...,
-    alpha: float = ...,
-    normalizer: float | None = ...,
-    gate: Gate | GateFunction | None = ...,
-    ignore_index: int = ...,
-    reduction: Reduction = ...,
-    num_items_in_batch: float | Tensor | None = ...,
     chunk_size: int | None = ...,
     accumulate_in_float32: bool | None = ...,
     return_stats: Literal[False] = ...,
+    **options: Unpack[Keywords],
 ) -> Tensor: ...
 @overload
 def vocab_parallel_linear_gated_ce(
@@ -117,16 +97,12 @@ def vocab_parallel_linear_gated_ce(
     vocab_start: int | None = ...,
     vocab_size: int | None = ...,
     reduce_hidden_gradient: bool = ...,
-    alpha: float = ...,
-    normalizer: float | None = ...,
-    gate: Gate | GateFunction | None = ...,
-    ignore_index: int = ...,
-    reduction: Reduction = ...,
-    num_items_in_batch: float | Tensor | None = ...,
     chunk_size: int | None = ...,
     accumulate_in_float32: bool | None = ...,
     return_stats: Literal[True],
+    **options: Unpack[Keywords],
 ) -> tuple[Tensor, TokenStats]: ...
+@with_keywords
 def vocab_parallel_linear_gated_ce(
     hidden: Tensor,
     weight_shard: Tensor,
@@ -138,15 +114,10 @@ def vocab_parallel_linear_gated_ce(
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     reduce_hidden_gradient: bool = True,
-    alpha: float = 1.0,
-    normalizer: float | None = None,
-    gate: Gate | GateFunction | None = None,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
-    num_items_in_batch: float | Tensor | None = None,
     chunk_size: int | None = None,
     accumulate_in_float32: bool | None = None,
     return_stats: bool = False,
+    **options: Unpack[Keywords],
 ) -> Tensor | tuple[Tensor, TokenStats]:
     r"""Token-gated cross-entropy of an output layer whose weight is divided among processes.
 
@@ -189,10 +160,9 @@ def vocab_parallel_linear_gated_ce(
                     f"{_OP}: {name} is a DTensor; give DTensors to linear_gated_ce, or give "
                     f"{name}.to_local() to this"
                 )
-        check_labels(_OP, labels, ignore_index)
+        check_labels(_OP, labels)
         check_placement(_OP, labels, hidden, "hidden")
-        chosen = check_options(_OP, k, alpha, normalizer, gate, reduction)
-        check_num_items(_OP, num_items_in_batch, reduction, hidden, "hidden")
+        of_token, reduce = checked(_OP, k, hidden, "hidden", **options)
         check_chunks(_OP, chunk_size, accumulate_in_float32)
         shard = check_shard(_OP, weight_shard.size(0), member, vocab_start, vocab_size)
         if shard.total is None:
@@ -203,37 +173,18 @@ def vocab_parallel_linear_gated_ce(
         check_same_dtype(_OP, *product)
     if is_transformed(*product):
         raise RuntimeError(f"{_OP}: torch.func and forward mode cannot look into shards")
+    words = Words(shard, member, is_assumed=vocab_start is None and vocab_size is None)
     compare_calls(
         _OP,
-        member,
+        words,
         product,
         labels,
-        k,
-        chosen,
-        ignore_index,
-        reduction,
-        shard,
+        of_token,
+        reduce.reduction,
         chunk_size,
         reduce_hidden_gradient,
-        is_assumed=vocab_start is None and vocab_size is None,
     )
-    loss, stats = reduced_loss(
-        product,
-        labels,
-        k,
-        chosen,
-        ignore_index,
-        reduction,
-        num_items_in_batch,
-        chunk_size,
-        accumulate_in_float32,
-        WeightShard(
-            shard.start,
-            shard.vocab_size,
-            shard.total,
-            member.group.group_name,
-            member.size,
-            reduce_hidden_gradient,
-        ),
-    )
+    chunking = Chunking(chunk_size, accumulate_in_float32)
+    rows = WeightShard.of(shard, member, reduce_hidden_gradient)
+    loss, stats = reduced_loss(product, labels, of_token, reduce, chunking, rows)
     return (loss, stats) if return_stats else loss

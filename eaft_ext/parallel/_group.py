@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from eaft_ext._dispatch import is_built_in, is_transformed
-from eaft_ext.gates import Gate, GateFunction
+from eaft_ext._dispatch import is_transformed
+from eaft_ext._options import TokenLoss
+from eaft_ext.gates import Gate, GateFunction, is_built_in
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._agreement import NotInGroupError
 from eaft_ext.parallel._shard import VocabShard, num_words, token_losses
@@ -79,39 +81,67 @@ def _check_inside(op: str, is_inside: bool) -> None:
         raise NotInGroupError(f"{op}: process {dist.get_rank()} is not in the group")
 
 
+@dataclass(frozen=True)
+class Words:
+    """Where the words of a call are: this process's shard, and who has the others."""
+
+    shard: VocabShard
+    member: Member | None
+    """None: nobody has."""
+    is_assumed: bool = False
+    """Nobody said which shard it is."""
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The processes that have the others."""
+        return None if self.member is None else self.member.group
+
+    @property
+    def can_check(self) -> bool:
+        """Whether there are values to look at, and others to compare them with."""
+        return not torch.compiler.is_compiling() and (
+            self.group is None or _agreement.is_real(self.group)
+        )
+
+    def note(self, num_columns: int, of_token: TokenLoss, reduction: Reduction) -> _agreement.Note:
+        """What processes compare of their options and shards."""
+        options = {field.name: getattr(of_token, field.name) for field in fields(of_token)}
+        shard = self.shard
+        return options | {
+            "gate": _name_of(of_token.gate),
+            "reduction": reduction,
+            "vocab_size": shard.vocab_size,
+            "columns": [shard.start, shard.start + num_words(num_columns, shard)],
+        }
+
+
 def group_losses(
     op: str,
     logits: Tensor,
     labels: Tensor,
-    k: int,
-    gate: Gate | GateFunction,
-    ignore_index: int,
+    of_token: TokenLoss,
     reduction: Reduction,
-    member: Member | None,
-    shard: VocabShard,
+    words: Words,
     inplace_backward: bool,
-    is_assumed: bool = False,
 ) -> tuple[Tensor, TokenStats]:
     """Per-token losses and stats, the same in all processes of the group.
 
-    The reduction is only compared. Without a group the shard is all there is. ``is_assumed``:
-    nobody said which shard it is.
+    The reduction is only compared. Without a group the shard is all there is.
     """
-    group = None if member is None else member.group
-    checks = can_check(group)
+    member, group, checks = words.member, words.group, words.can_check
     if group is not None and checks:
         note = {
             "the shape of the tokens": list(labels.shape),
             "the dtype of the logits": str(logits.dtype),
             "the device of the logits": logits.device.type,
         }
-        note |= note_of_options(k, gate, ignore_index, reduction, shard, logits.size(-1))
+        note |= words.note(logits.size(-1), of_token, reduction)
 
-        def row(token: tuple[int, ...], words: slice) -> Tensor:
-            return logits.detach()[token][words]
+        def row(token: tuple[int, ...], columns: slice) -> Tensor:
+            return logits.detach()[token][columns]
 
-        evidence = partial(fingerprint, labels, ignore_index, logits.size(-1), row)
-        _agreement.check(op, group, logits.device, note, evidence if is_assumed else None)
+        evidence = partial(fingerprint, labels, of_token.ignore_index, logits.size(-1), row)
+        _agreement.check(op, group, logits.device, note, evidence if words.is_assumed else None)
 
     def gather(partial: Tensor) -> Tensor:
         if member is None or member.size == 1:
@@ -119,34 +149,10 @@ def group_losses(
         else:
             partials = all_gather(partial, member.group.group_name, member.size)
         if checks:
-            _agreement.check_labels(op, partials, labels, ignore_index)
+            _agreement.check_labels(op, partials, labels, of_token.ignore_index)
         return partials
 
-    return token_losses(logits, labels, k, gate, ignore_index, shard, gather, inplace_backward)
-
-
-def can_check(group: ProcessGroup | None) -> bool:
-    """Whether there are values to look at, and others to compare them with."""
-    return not torch.compiler.is_compiling() and (group is None or _agreement.is_real(group))
-
-
-def note_of_options(
-    k: int,
-    gate: Gate | GateFunction,
-    ignore_index: int,
-    reduction: Reduction,
-    shard: VocabShard,
-    num_columns: int,
-) -> _agreement.Note:
-    """What processes compare of their options and shards."""
-    return {
-        "k": k,
-        "gate": _name_of(gate),
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-        "vocab_size": shard.vocab_size,
-        "columns": [shard.start, shard.start + num_words(num_columns, shard)],
-    }
+    return token_losses(logits, labels, of_token, words.shard, gather, inplace_backward)
 
 
 FINGERPRINT_WORDS = 64

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from eaft_ext import reference
-from eaft_ext._dispatch import is_built_in, is_transformed, takes_kernel
+from eaft_ext._dispatch import is_transformed, takes_kernel
+from eaft_ext._options import TokenLoss
 from eaft_ext._registration import ops
-from eaft_ext.gates import Gate, GateFunction, NoGate
 from eaft_ext.reference import TokenStats
 
 Gather = Callable[[Tensor], Tensor]
@@ -108,9 +108,7 @@ def _k_of_gate(k: int, logits: Tensor, partials: Tensor, shard: VocabShard) -> i
 def token_losses(
     logits: Tensor,
     labels: Tensor,
-    k: int,
-    gate: Gate | GateFunction,
-    ignore_index: int,
+    of_token: TokenLoss,
     shard: VocabShard,
     gather: Gather,
     inplace_backward: bool = False,
@@ -124,36 +122,33 @@ def token_losses(
             "eaft_ext: torch.func and forward mode cannot look into the loss of a vocabulary in "
             "shards"
         )
+    ignore_index = of_token.ignore_index
     valid = labels != ignore_index
-    inside = gate if is_built_in(gate) else NoGate()
     by_kernel = takes_kernel("gated_ce_merge", logits)
     # Here the loss is the nll, with its gradient, and any weight can be put on it.
-    weighed_here = inside is not gate or not by_kernel
+    weighed_here = not (of_token.is_known_to_kernels and by_kernel)
     if by_kernel:
+        k, *gate, _ = of_token.kernel_arguments()
         partial = ops.gated_ce_partial(
             logits.detach(), labels, k, shard.start, shard.vocab_size, ignore_index
         )
         partials = gather(partial)
         # In a compiled graph the compiler decides about memory.
         has_backward = torch.is_grad_enabled() and logits.requires_grad
+        inplace = inplace_backward and has_backward and not torch.compiler.is_compiling()
+        of_shard = (shard.start, shard.vocab_size)
         loss, nll, entropy, weight, _, _ = ops.gated_ce_merge(
-            logits,
-            labels,
-            partials,
-            inside.name,
-            inside.parameters(),
-            ignore_index,
-            shard.start,
-            shard.vocab_size,
-            inplace_backward and has_backward and not torch.compiler.is_compiling(),
+            logits, labels, partials, *gate, ignore_index, *of_shard, inplace
         )
     else:
         words = logits[..., : num_words(logits.size(-1), shard)]
-        partials = gather(reference.shard_partial(words, labels, k, shard.start, ignore_index))
+        partials = gather(
+            reference.shard_partial(words, labels, of_token.k, shard.start, ignore_index)
+        )
         loss, entropy = _ReferenceNll.apply(logits, labels, partials, ignore_index, shard)
         nll = loss.detach()
     if weighed_here:
-        k = _k_of_gate(k, logits, partials, shard)
-        weight = reference.gate_weights(gate, k, nll, entropy, valid)
+        k = _k_of_gate(of_token.k, logits, partials, shard)
+        weight = of_token.gate_weights(k, nll, entropy, valid)
         loss = reference.weigh(loss, weight)
     return loss, TokenStats(nll, entropy, weight, valid)

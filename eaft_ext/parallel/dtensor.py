@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,20 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from eaft_ext._checks import (
-    check_gradient_in_forward,
-    check_labels,
-    check_logits,
-    check_num_items,
-    check_options,
-    check_placement,
-)
-from eaft_ext.gates import Gate, GateFunction
+from eaft_ext._checks import check_labels, check_logits, check_placement
+from eaft_ext._options import Keywords, Reduce, check_gradient_in_forward, checked
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._agreement import NotInGroupError
-from eaft_ext.parallel._group import Member, group_losses
+from eaft_ext.parallel._group import Member, Words, group_losses
 from eaft_ext.parallel._shard import VocabShard
-from eaft_ext.reference import Reduction, TokenStats, mean_divisor
+from eaft_ext.reference import TokenStats
 
 
 def _vocab_dim(op: str, logits: DTensor) -> int | None:
@@ -84,15 +78,13 @@ class PlacedRows(NamedTuple):
         total = DTensor.from_local(local, self.mesh, sums, run_check=False)
         return total.redistribute(placements=[Replicate()] * self.mesh.ndim)
 
-    def mean_divisor(
-        self, valid: Tensor, num_items_in_batch: float | Tensor | None, dtype: torch.dtype
-    ) -> float | Tensor:
-        """What a mean over all rows divides by."""
-        if num_items_in_batch is None:
+    def divisor(self, reduce: Reduce, valid: Tensor, dtype: torch.dtype) -> float | Tensor:
+        """What the sum over all rows is divided by."""
+        if reduce.reduction == "mean" and reduce.num_items_in_batch is None:
             return self.summed(valid.sum()).to_local().clamp(min=1)
-        if isinstance(num_items_in_batch, DTensor):
-            num_items_in_batch = num_items_in_batch.full_tensor()
-        return mean_divisor(valid, num_items_in_batch, dtype)
+        if isinstance(reduce.num_items_in_batch, DTensor):
+            reduce = replace(reduce, num_items_in_batch=reduce.num_items_in_batch.full_tensor())
+        return reduce.divisor(valid, dtype)
 
 
 def member_of(mesh: DeviceMesh, dim: int | None) -> Member | None:
@@ -132,12 +124,7 @@ def gated_ce_of_dtensor(
     logits: DTensor,
     labels: Tensor,
     k: int,
-    alpha: float,
-    normalizer: float | None,
-    gate: Gate | GateFunction | None,
-    ignore_index: int,
-    reduction: Reduction,
-    num_items_in_batch: float | Tensor | None,
+    options: Keywords,
     inplace_backward: bool,
     gradient_in_forward: bool,
 ) -> tuple[Tensor, TokenStats]:
@@ -152,31 +139,20 @@ def gated_ce_of_dtensor(
         member = member_of(mesh, dim)
         others.are(None if member is None else member.group)
         check_logits(op, logits)
-        check_labels(op, labels, ignore_index)
-        chosen = check_options(op, k, alpha, normalizer, gate, reduction)
-        check_num_items(op, num_items_in_batch, reduction, logits)
-        check_gradient_in_forward(op, gradient_in_forward, reduction)
+        check_labels(op, labels)
+        of_token, reduce = checked(op, k, logits, **options)
+        check_gradient_in_forward(op, gradient_in_forward, reduce.reduction)
         placements = [Replicate() if i == dim else p for i, p in enumerate(logits.placements)]
         rows = PlacedRows(mesh, placements, logits.shape[:-1])
         local_logits = logits.to_local()
         local_labels = rows.local_labels(op, labels, logits, local_logits)
         shard = shard_of(op, mesh, logits.size(-1), local_logits.size(-1), dim)
+    words = Words(shard, member)
     loss, stats = group_losses(
-        op,
-        local_logits,
-        local_labels,
-        k,
-        chosen,
-        ignore_index,
-        reduction,
-        member,
-        shard,
-        inplace_backward,
+        op, local_logits, local_labels, of_token, reduce.reduction, words, inplace_backward
     )
     placed = TokenStats(*(rows.per_token(stat) for stat in stats))
-    if reduction == "none":
+    if reduce.reduction == "none":
         return rows.per_token(loss), placed
     total = loss.sum()
-    if reduction == "mean":
-        total = total / rows.mean_divisor(stats.valid, num_items_in_batch, total.dtype)
-    return rows.summed(total), placed
+    return rows.summed(total / rows.divisor(reduce, stats.valid, total.dtype)), placed

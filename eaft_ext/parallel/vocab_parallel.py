@@ -6,21 +6,16 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
-from eaft_ext._checks import (
-    check_labels,
-    check_logits,
-    check_num_items,
-    check_options,
-    check_placement,
-)
-from eaft_ext.gates import Gate, GateFunction
+from eaft_ext._checks import check_labels, check_logits, check_placement
+from eaft_ext._options import Keywords, checked, with_keywords
 from eaft_ext.parallel import _agreement
-from eaft_ext.parallel._group import check_group, check_shard, group_losses
-from eaft_ext.reference import Reduction, TokenStats, reduce_loss
+from eaft_ext.parallel._group import Words, check_group, check_shard, group_losses
+from eaft_ext.reference import TokenStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Unpack
 
 _OP = "vocab_parallel_gated_ce"
 
@@ -34,14 +29,9 @@ def vocab_parallel_gated_ce(
     group: ProcessGroup | DeviceMesh,
     vocab_start: int | None = ...,
     vocab_size: int | None = ...,
-    alpha: float = ...,
-    normalizer: float | None = ...,
-    gate: Gate | GateFunction | None = ...,
-    ignore_index: int = ...,
-    reduction: Reduction = ...,
-    num_items_in_batch: float | Tensor | None = ...,
     inplace_backward: bool = ...,
     return_stats: Literal[False] = ...,
+    **options: Unpack[Keywords],
 ) -> Tensor: ...
 @overload
 def vocab_parallel_gated_ce(
@@ -52,15 +42,11 @@ def vocab_parallel_gated_ce(
     group: ProcessGroup | DeviceMesh,
     vocab_start: int | None = ...,
     vocab_size: int | None = ...,
-    alpha: float = ...,
-    normalizer: float | None = ...,
-    gate: Gate | GateFunction | None = ...,
-    ignore_index: int = ...,
-    reduction: Reduction = ...,
-    num_items_in_batch: float | Tensor | None = ...,
     inplace_backward: bool = ...,
     return_stats: Literal[True],
+    **options: Unpack[Keywords],
 ) -> tuple[Tensor, TokenStats]: ...
+@with_keywords
 def vocab_parallel_gated_ce(
     logits_shard: Tensor,
     labels: Tensor,
@@ -69,14 +55,9 @@ def vocab_parallel_gated_ce(
     group: ProcessGroup | DeviceMesh,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
-    alpha: float = 1.0,
-    normalizer: float | None = None,
-    gate: Gate | GateFunction | None = None,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
-    num_items_in_batch: float | Tensor | None = None,
     inplace_backward: bool = False,
     return_stats: bool = False,
+    **options: Unpack[Keywords],
 ) -> Tensor | tuple[Tensor, TokenStats]:
     r"""Token-gated cross-entropy of logits whose vocabulary is divided among processes.
 
@@ -130,23 +111,13 @@ def vocab_parallel_gated_ce(
                 f"{_OP}: logits_shard is a DTensor; give it to gated_ce, or give "
                 "logits_shard.to_local() to this"
             )
-        check_labels(_OP, labels, ignore_index)
+        check_labels(_OP, labels)
         check_placement(_OP, labels, logits_shard)
-        chosen = check_options(_OP, k, alpha, normalizer, gate, reduction)
-        check_num_items(_OP, num_items_in_batch, reduction, logits_shard)
+        of_token, reduce = checked(_OP, k, logits_shard, **options)
         shard = check_shard(_OP, logits_shard.size(-1), member, vocab_start, vocab_size)
+    words = Words(shard, member, is_assumed=vocab_start is None and vocab_size is None)
     loss, stats = group_losses(
-        _OP,
-        logits_shard,
-        labels,
-        k,
-        chosen,
-        ignore_index,
-        reduction,
-        member,
-        shard,
-        inplace_backward,
-        is_assumed=vocab_start is None and vocab_size is None,
+        _OP, logits_shard, labels, of_token, reduce.reduction, words, inplace_backward
     )
-    loss = reduce_loss(loss, stats.valid, reduction, num_items_in_batch)
+    loss = reduce(loss, stats.valid)
     return (loss, stats) if return_stats else loss

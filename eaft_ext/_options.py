@@ -1,0 +1,208 @@
+"""What a token's loss is, and how the losses of tokens become one: options, each as one thing.
+
+Public functions take them as keywords, whose one home this is; what is beneath them takes the two
+objects. A new option is a field, a line in the keywords, a check and a formula.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from eaft_ext import reference
+from eaft_ext._library import MAX_TOP_K, MIN_TOP_K
+from eaft_ext.gates import EntropyGate, Gate, GateFunction, NoGate, is_built_in
+from eaft_ext.reference import Reduction
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack as Unpack
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class LossKeywords(TypedDict, total=False):
+    """Keywords of what a token's loss is; :func:`eaft_ext.gated_ce` says what they mean."""
+
+    alpha: float
+    normalizer: float | None
+    gate: Gate | GateFunction | None
+    ignore_index: int
+
+
+class Keywords(LossKeywords, total=False):
+    """Those, and how the losses of tokens become one."""
+
+    reduction: Reduction
+    num_items_in_batch: float | Tensor | None
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """What a token's loss is. Processes that share a vocabulary compare these fields."""
+
+    k: int
+    gate: Gate | GateFunction
+    ignore_index: int
+
+    @property
+    def kernel_gate(self) -> Gate:
+        """The gate that the kernels compute: without one of their own, the loss is the nll."""
+        return self.gate if is_built_in(self.gate) else NoGate()
+
+    @property
+    def is_known_to_kernels(self) -> bool:
+        """Whether they compute the whole of it."""
+        return is_built_in(self.gate)
+
+    def kernel_arguments(self) -> tuple[int, str, list[float], int]:
+        """As the operators take it."""
+        gate = self.kernel_gate
+        return self.k, gate.name, gate.parameters(), self.ignore_index
+
+    def gate_weights(self, vocab_size: int, nll: Tensor, entropy: Tensor, valid: Tensor) -> Tensor:
+        """What the gate makes of the stats, of k words or of all where there are fewer."""
+        k = min(self.k, vocab_size)
+        return reference.gate_weights(self.gate, k, nll, entropy, valid)
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """How the losses of tokens become one."""
+
+    reduction: Reduction
+    num_items_in_batch: float | Tensor | None
+
+    def divisor(self, valid: Tensor, dtype: torch.dtype) -> float | Tensor:
+        """What the sum is divided by."""
+        if self.reduction == "sum":
+            return 1.0
+        return reference.mean_divisor(valid, self.num_items_in_batch, dtype)
+
+    def __call__(self, loss: Tensor, valid: Tensor) -> Tensor:
+        """The losses (...) of tokens, or what becomes of them."""
+        return reference.reduce_loss(loss, valid, self.reduction, self.num_items_in_batch)
+
+
+_DEFAULT_GATE = EntropyGate()
+
+
+def token_loss(
+    op: str,
+    k: int,
+    *,
+    alpha: float = 1.0,
+    normalizer: float | None = None,
+    gate: Gate | GateFunction | None = None,
+    ignore_index: int = -100,
+    **unknown: Any,
+) -> TokenLoss:
+    """The keywords of a token's loss, checked; their defaults are here."""
+    if unknown:
+        raise TypeError(f"{op}() got an unexpected keyword argument {next(iter(unknown))!r}")
+    check_k(op, k, MIN_TOP_K, MAX_TOP_K)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{op}: ignore_index must be an int, got {ignore_index!r}")
+    is_default = alpha == 1.0 and normalizer is None
+    if gate is None:
+        gate = _DEFAULT_GATE if is_default else EntropyGate(alpha, normalizer)
+    elif not is_default:
+        raise TypeError(
+            f"{op}: alpha and normalizer are shorthand for gate=EntropyGate(alpha, normalizer) and "
+            f"cannot go with gate={gate!r}"
+        )
+    elif isinstance(gate, type) or not (isinstance(gate, Gate) or callable(gate)):
+        raise TypeError(
+            f"{op}: gate must be a gate such as EntropyGate() or a function of (nll, entropy), got "
+            f"{gate!r}"
+        )
+    return TokenLoss(k, gate, ignore_index)
+
+
+def checked(
+    op: str,
+    k: int,
+    where: Tensor,
+    name: str = "logits",
+    *,
+    reduction: Reduction = "mean",
+    num_items_in_batch: float | Tensor | None = None,
+    **keywords: Unpack[LossKeywords],
+) -> tuple[TokenLoss, Reduce]:
+    """All keywords, checked. The loss will be where the logits are, or what ``name`` says."""
+    loss = token_loss(op, k, **keywords)
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if num_items_in_batch is not None:
+        _check_num_items(op, num_items_in_batch, reduction, where, name)
+    return loss, Reduce(reduction, num_items_in_batch)
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    found = inspect.signature(token_loss).parameters | inspect.signature(checked).parameters
+    return {name: found[name].default for name in kind.__annotations__}
+
+
+LOSS_DEFAULTS = _defaults(LossKeywords)
+"""Of what a token's loss is."""
+
+
+def with_keywords(function: Function) -> Function:
+    """Show the keywords of a function's ``**options`` where people look for them, as in help()."""
+    signature = inspect.signature(function)
+    *parameters, options = signature.parameters.values()
+    kind = Keywords if options.annotation == "Unpack[Keywords]" else LossKeywords
+    defaults = _defaults(kind)
+    for name, annotation in kind.__annotations__.items():
+        keyword = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name])
+        parameters.append(keyword.replace(annotation=annotation.__forward_arg__))
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    function.__kwdefaults__ = (function.__kwdefaults__ or {}) | defaults
+    return function
+
+
+def check_k(op: str, k: int, smallest: int, largest: int) -> None:
+    """How many of the largest logits are asked for."""
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"{op}: k must be an int, got {k!r}")
+    if not smallest <= k <= largest:
+        raise ValueError(f"{op}: k must be from {smallest} to {largest}, got {k}")
+
+
+def check_gradient_in_forward(op: str, gradient_in_forward: bool, reduction: str) -> None:
+    """There is one gradient for one loss."""
+    if gradient_in_forward and reduction == "none":
+        raise ValueError(
+            f"{op}: gradient_in_forward needs reduction 'mean' or 'sum', got {reduction!r}"
+        )
+
+
+def _check_num_items(
+    op: str, num_items_in_batch: float | Tensor, reduction: str, where: Tensor, name: str
+) -> None:
+    if reduction != "mean":
+        raise ValueError(
+            f"{op}: num_items_in_batch goes with reduction='mean', got reduction={reduction!r}"
+        )
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.numel() != 1:
+            raise ValueError(
+                f"{op}: num_items_in_batch must be one number, got a tensor of shape "
+                f"{tuple(num_items_in_batch.shape)}"
+            )
+        if num_items_in_batch.device not in (where.device, torch.device("cpu")):
+            raise ValueError(
+                f"{op}: num_items_in_batch is on {num_items_in_batch.device} and {name} on "
+                f"{where.device}"
+            )
+    elif not isinstance(num_items_in_batch, Real):
+        raise TypeError(
+            f"{op}: num_items_in_batch must be a number or a tensor, got {num_items_in_batch!r}"
+        )
+    elif not num_items_in_batch >= 0:
+        raise ValueError(f"{op}: num_items_in_batch must be at least 0, got {num_items_in_batch}")
