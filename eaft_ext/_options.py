@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from eaft_ext import reference
 from eaft_ext._library import MAX_TOP_K, MIN_TOP_K
 from eaft_ext.gates import EntropyGate, Gate, GateFunction, NoGate, is_built_in
-from eaft_ext.reference import Reduction
+from eaft_ext.reference import Reduction, gate_weights, mean_divisor, reduce_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
@@ -68,7 +67,7 @@ class TokenLoss:
     def gate_weights(self, vocab_size: int, nll: Tensor, entropy: Tensor, valid: Tensor) -> Tensor:
         """What the gate makes of the stats, of k words or of all where there are fewer."""
         k = min(self.k, vocab_size)
-        return reference.gate_weights(self.gate, k, nll, entropy, valid)
+        return gate_weights(self.gate, k, nll, entropy, valid)
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,11 @@ class Reduce:
         """What the sum is divided by."""
         if self.reduction == "sum":
             return 1.0
-        return reference.mean_divisor(valid, self.num_items_in_batch, dtype)
+        return mean_divisor(valid, self.num_items_in_batch, dtype)
 
     def __call__(self, loss: Tensor, valid: Tensor) -> Tensor:
         """The losses (...) of tokens, or what becomes of them."""
-        return reference.reduce_loss(loss, valid, self.reduction, self.num_items_in_batch)
+        return reduce_loss(loss, valid, self.reduction, self.num_items_in_batch)
 
 
 _DEFAULT_GATE = EntropyGate()
