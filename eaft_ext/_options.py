@@ -89,6 +89,7 @@ class Reduce:
 
 
 _DEFAULT_GATE = EntropyGate()
+_REDUCTIONS = get_args(Reduction)
 
 
 def token_loss(
@@ -135,7 +136,7 @@ def checked(
 ) -> tuple[TokenLoss, Reduce]:
     """All keywords, checked. The loss will be where the logits are, or what ``name`` says."""
     loss = token_loss(op, k, **keywords)
-    if reduction not in get_args(Reduction):
+    if reduction not in _REDUCTIONS:
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if num_items_in_batch is not None:
         _check_num_items(op, num_items_in_batch, reduction, where, name)
