@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[1]
 if not any((_ROOT / "eaft_ext").glob("_C*.so")):
@@ -36,21 +38,49 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "operator(name): the kernel that a test on CUDA is about")
+    config.addinivalue_line("markers", "cuda: a test on CUDA alone, without a device as parameter")
     config.addinivalue_line("markers", "slow: runs with --slow only")
 
 
+_LEFT_OUT = pytest.StashKey[Counter[str]]()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow; pytest --slow runs it"))
+    """Leave out what cannot run here or was not asked for: a skip is for what should have run."""
+    left_out: Counter[str] = Counter()
+    kept, dropped = [], []
+    for item in items:
+        reason = _why_left_out(item, config)
+        left_out.update([reason] if reason else [])
+        (dropped if reason else kept).append(item)
+    items[:] = kept
+    config.stash[_LEFT_OUT] = left_out
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for reason, count in config.stash.get(_LEFT_OUT, Counter()).items():
+        terminalreporter.write_line(f"left out: {count} tests, {reason}")
+
+
+def _why_left_out(item: pytest.Item, config: pytest.Config) -> str | None:
+    if item.get_closest_marker("slow") and not config.getoption("--slow"):
+        return "slow; pytest --slow runs them"
+    case = getattr(item, "callspec", None)
+    device = case.params.get("device") if case else None
+    if device is None and item.get_closest_marker("cuda"):
+        device = "cuda"
+    marker = item.get_closest_marker("operator")
+    operator = marker.args[0] if marker else "gated_ce_forward"
+    return None if device is None else _why_not(device, operator)
 
 
 def _why_not(device: str, operator: str) -> str | None:
     if device == "cpu":
         return None
     if not torch.cuda.is_available():
-        return "no CUDA device; benchmarks/gpu_check.sh runs this on a machine with one"
+        return "no CUDA device; benchmarks/gpu_check.sh runs them on a machine with one"
     if not has_kernel(operator, device):
         return f"{operator} is not in this build for CUDA; EAFT_EXT_CUDA=1 pip install . builds it"
     return None
@@ -58,12 +88,7 @@ def _why_not(device: str, operator: str) -> str | None:
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Every device with a kernel. On CUDA only what exists in this build and on this machine."""
-    marker = request.node.get_closest_marker("operator")
-    operator = marker.args[0] if marker else "gated_ce_forward"
-    reason = _why_not(request.param, operator)
-    if reason:
-        pytest.skip(reason)
+    """Every device. Tests on CUDA are left out where it, or its kernel, is missing."""
     return request.param
 
 

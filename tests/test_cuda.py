@@ -24,7 +24,7 @@ from eaft_ext.gates import Gate
 
 ops = torch.ops.eaft_ext
 
-# Every test runs on CUDA alone, and is skipped with conftest's reason where there is none.
+# Every test runs on CUDA alone.
 pytestmark = [
     pytest.mark.usefixtures("device"),
     pytest.mark.parametrize("device", ["cuda"], indirect=True),

@@ -425,7 +425,7 @@ def test_a_label_in_a_later_chunk_is_named_by_its_place(device: str) -> None:
     assert losses.isnan().nonzero().tolist() == [[7]]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; gpu_check.sh has one")
+@pytest.mark.cuda
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
 def test_a_cuda_graph(ignored: float) -> None:
     """Captured without a synchronisation, and replayed on other tokens."""
