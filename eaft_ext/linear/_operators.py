@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from eaft_ext._checks import check_label_values
+from eaft_ext._options import TokenLoss
 from eaft_ext._registration import (
     define,
     fake_stats,
@@ -60,58 +61,56 @@ define(
 )
 
 
+class _Options(NamedTuple):
+    """As the operators are given them, one after the other."""
+
+    k: int
+    gate: str
+    gate_parameters: Sequence[float]
+    ignore_index: int
+    by_kernel: bool
+    chunk_size: int | None
+    accumulate_in_float32: bool | None
+    vocab_start: int
+    vocab_size: int | None
+    total: int
+    group: str | None
+    group_size: int
+    reduce_hidden: bool
+
+
 class _Call:
     """What the operators have in common: the chunks, and how their logits become losses."""
 
     def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        k: int,
-        gate: str,
-        gate_parameters: Sequence[float],
-        ignore_index: int,
-        by_kernel: bool,
-        chunk_size: int | None,
-        accumulate_in_float32: bool | None,
-        vocab_start: int,
-        vocab_size: int | None,
-        total: int,
-        group: str | None,
-        group_size: int,
-        reduce_hidden: bool,
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
     ) -> None:
+        self.options = given = _Options(*options)
         self.shape = labels.shape
         self.hidden = hidden.reshape(-1, hidden.size(-1))
         # Rows of padding take no part.
-        words = num_words(weight.size(0), VocabShard(vocab_start, vocab_size, total))
+        words = num_words(
+            weight.size(0), VocabShard(given.vocab_start, given.vocab_size, given.total)
+        )
         self.weight = weight[:words]
         self.bias = None if bias is None else bias[:words]
         self.labels = labels.reshape(-1)
-        self.accumulate_in_float32 = accumulate_in_float32
-        self.group = group
-        self.group_size = group_size
-        self.reduce_hidden = reduce_hidden
-        chosen = next(known for known in BUILT_IN if known.name == gate)
+        gate = next(known for known in BUILT_IN if known.name == given.gate)
         self.rows = Rows(
-            k,
-            chosen(*gate_parameters),
-            ignore_index,
-            by_kernel,
-            vocab_start,
-            total,
-            None if group is None else self._gather(group),
+            TokenLoss(given.k, gate(*given.gate_parameters), given.ignore_index),
+            given.by_kernel,
+            given.vocab_start,
+            given.total,
+            None if given.group is None else self._gather(given.group),
         )
-        if group is None:
+        if given.group is None:
             # The kernels would name a position in the chunk.
             on_cpu = labels.device.type == "cpu"
-            check_label_values("linear_gated_ce", labels, words, ignore_index, always=on_cpu)
-        valid = self.labels != ignore_index
+            check_label_values("linear_gated_ce", labels, words, given.ignore_index, always=on_cpu)
+        valid = self.labels != given.ignore_index
         # The same in all processes: they shall have as many chunks.
-        row_bytes = -(-total // group_size) * hidden.element_size()
-        self.chunks = chunks_of(valid, row_bytes, chunk_size)
+        row_bytes = -(-given.total // given.group_size) * hidden.element_size()
+        self.chunks = chunks_of(valid, row_bytes, given.chunk_size)
         # Rows begin where vectors can be loaded, whatever V is.
         longest = max((chunk.size for chunk in self.chunks), default=0)
         width = -(-words // VECTOR) * VECTOR
@@ -120,13 +119,13 @@ class _Call:
 
     def _gather(self, group: str) -> Gather:
         def gather(partial: Tensor) -> Tensor:
-            partials = all_gather(partial, group, self.group_size)
+            partials = all_gather(partial, group, self.options.group_size)
             assert self._now is not None, "a chunk is being computed"
             _agreement.check_labels(
                 "vocab_parallel_linear_gated_ce",
                 partials,
                 self.labels[self._now.where],
-                self.rows.ignore_index,
+                self.options.ignore_index,
                 place=self._position,
             )
             return partials
@@ -173,7 +172,7 @@ class _Gradients:
         self._hidden = call.hidden.new_zeros(call.hidden.shape) if wants_hidden else None
         self._weight = None
         if wants_weight:
-            self._weight = WeightSum(weight, len(call.chunks), call.accumulate_in_float32)
+            self._weight = WeightSum(weight, len(call.chunks), call.options.accumulate_in_float32)
         self._bias = BiasSum(bias) if wants_bias and bias is not None else None
 
     def add(self, chunk: Chunk, hidden: Tensor, gradient: Tensor) -> None:
@@ -197,8 +196,8 @@ class _Gradients:
         hidden = empty(0)
         if self._hidden is not None:
             hidden = self._hidden.view(shape)
-            if call.group is not None and call.reduce_hidden:
-                hidden = all_reduce(hidden, call.group)
+            if call.options.group is not None and call.options.reduce_hidden:
+                hidden = all_reduce(hidden, call.options.group)
         return (
             hidden,
             empty(0) if self._weight is None else self._weight.result(),

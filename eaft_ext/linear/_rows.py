@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from eaft_ext import reference
+from eaft_ext._options import TokenLoss
 from eaft_ext._registration import ops
-from eaft_ext.gates import Gate
 from eaft_ext.parallel._shard import Gather
 
 
@@ -22,9 +22,7 @@ class Rows:
     float32 copies of the logits.
     """
 
-    k: int
-    gate: Gate
-    ignore_index: int
+    of_token: TokenLoss
     by_kernel: bool
     vocab_start: int
     total: int
@@ -34,12 +32,12 @@ class Rows:
         """loss, nll, entropy, gate, row_max and log_sum, each (rows)."""
         if not self.by_kernel:
             return self._reference_losses(logits, labels)
-        gate = (self.gate.name, self.gate.parameters(), self.ignore_index)
+        k, *gate = self.of_token.kernel_arguments()
         if self.gather is None:
-            whole: tuple[Tensor, ...] = ops.gated_ce_forward(logits, labels, self.k, *gate)
+            whole: tuple[Tensor, ...] = ops.gated_ce_forward(logits, labels, k, *gate)
             return whole
         start = self.vocab_start
-        partial = ops.gated_ce_partial(logits, labels, self.k, start, None, self.ignore_index)
+        partial = ops.gated_ce_partial(logits, labels, k, start, None, self.of_token.ignore_index)
         merged: tuple[Tensor, ...] = ops.gated_ce_merge(
             logits, labels, self.gather(partial), *gate, start, None
         )
@@ -52,10 +50,10 @@ class Rows:
         if self.by_kernel:
             shard = () if self.gather is None else (self.vocab_start,)
             ops.gated_ce_backward_(
-                weight, logits, labels, row_max, log_sum, self.ignore_index, *shard
+                weight, logits, labels, row_max, log_sum, self.of_token.ignore_index, *shard
             )
             return
-        weight = torch.where(labels == self.ignore_index, 0.0, weight)
+        weight = torch.where(labels == self.of_token.ignore_index, 0.0, weight)
         logits[:] = reference.shard_gradient(
             weight, logits, labels, row_max, log_sum, self.vocab_start
         )
@@ -65,9 +63,8 @@ class Rows:
     ) -> tuple[Tensor, ...]:
         """loss, nll, entropy and gate; the gradient of ``sum(upstream * loss)`` over the logits."""
         if self.by_kernel and self.gather is None:
-            gate = (self.gate.name, self.gate.parameters(), self.ignore_index)
             at_once: tuple[Tensor, ...] = ops.gated_ce_forward_with_grad_(
-                upstream, logits, labels, self.k, *gate
+                upstream, logits, labels, *self.of_token.kernel_arguments()
             )
             return at_once
         loss, nll, entropy, gate_weight, row_max, log_sum = self.losses(logits, labels)
@@ -76,13 +73,11 @@ class Rows:
 
     def _reference_losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """As a shard, the only one where there is no other."""
+        ignore_index = self.of_token.ignore_index
         partial = reference.shard_partial(
-            logits, labels, self.k, self.vocab_start, self.ignore_index
+            logits, labels, self.of_token.k, self.vocab_start, ignore_index
         )
         partials = partial.unsqueeze(0) if self.gather is None else self.gather(partial)
-        nll, entropy, row_max, log_sum = reference.merge_partials(
-            partials, labels, self.ignore_index
-        )
-        valid = labels != self.ignore_index
-        weight = reference.gate_weights(self.gate, min(self.k, self.total), nll, entropy, valid)
+        nll, entropy, row_max, log_sum = reference.merge_partials(partials, labels, ignore_index)
+        weight = self.of_token.gate_weights(self.total, nll, entropy, labels != ignore_index)
         return reference.weigh(nll, weight), nll, entropy, weight, row_max, log_sum
