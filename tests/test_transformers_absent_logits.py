@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from operator import iadd
 from typing import Any
@@ -49,6 +50,8 @@ USES: dict[str, Callable[[Any], Any]] = {
     "add": lambda x: iadd(x, 1),  # in place
     "matmul": lambda x: x @ torch.zeros(3),
     "neg": lambda x: -x,
+    "round": lambda x: round(x),
+    "divmod": lambda x: divmod(x, 2),
     "gt": lambda x: x > 0,
     "eq": lambda x: x == 0,
     "getitem": lambda x: x[..., 0],
@@ -157,6 +160,13 @@ def test_it_does_not_outlive_its_call_as_a_tensor() -> None:
     assert isinstance(kept[-1], AbsentLogits)
     with pytest.raises(TypeError, match=r"^use_linear_gated_ce: Llama changes its logits"):
         kept[-1].sum()
+
+
+def test_copies_of_it() -> None:
+    absent = AbsentLogits(torch.zeros(()), torch.Size([2, V]), torch.float32, lambda use: 1 / 0)
+    assert copy.copy(absent).shape == (2, V)
+    with pytest.raises(ZeroDivisionError):
+        copy.copy(absent).mean()
 
 
 def test_the_loss_in_it_is_found_by_pytrees() -> None:

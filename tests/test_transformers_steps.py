@@ -24,7 +24,7 @@ from torch.optim.optimizer import (
 MISSING = "needs transformers: pip install '.[test]'"
 transformers = pytest.importorskip("transformers", reason=MISSING)
 
-from transformers_models import V, batch, build, close, in_float64, shifted, unfused
+from transformers_models import V, batch, build, close, in_float64, shifted, tricky, unfused
 
 from eaft_ext.integrations import _training_steps
 from eaft_ext.integrations.transformers import use_linear_gated_ce
@@ -101,6 +101,16 @@ def test_accumulated_gradients() -> None:
     optimizer.step()
 
 
+def test_a_loss_of_logits_is_the_gated_one() -> None:
+    """Where a trainer gives the model's loss function the logits itself."""
+    model = build("llama").train()
+    use_linear_gated_ce(model)
+    optimizer = SGD(model.parameters(), lr=1e-3)
+    tokens, labels = batch()
+    model.loss_function(model(tokens).logits, labels, V).backward()
+    optimizer.step()
+
+
 @pytest.mark.parametrize("asks", [True, False])
 def test_closures(asks: bool) -> None:
     model = build("llama").train()
@@ -115,11 +125,11 @@ def test_closures(asks: bool) -> None:
         return loss
 
     if asks:
-        for _ in range(2):
-            optimizer.step(closure)
+        optimizer.step(closure)
+        optimizer.step(closure=closure)
     else:
         with pytest.raises(RuntimeError, match=START):
-            optimizer.step(closure)
+            optimizer.step(closure=closure)
 
 
 def test_models_that_are_not_trained() -> None:
@@ -290,3 +300,20 @@ def test_logits_in_evaluation() -> None:
                 assert all(getattr(output, "shape", ()) != (2, 9, V) for output in named)
     with pytest.raises(TypeError, match=r"logits_in_evaluation must be True or False, got None"):
         use_linear_gated_ce(model, logits_in_evaluation=None)  # type: ignore[arg-type]
+
+
+def test_evaluation_is_that_of_training() -> None:
+    """Also where a forward does not hand its arguments on to its loss function."""
+
+    def forgetful(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+        logits = model.lm_head(hidden)
+        return logits, None if labels is None else model.loss_function(logits, labels, V)
+
+    model = tricky(forgetful)
+    tokens, labels = batch()
+    use_linear_gated_ce(model)
+    losses = []
+    for has_gradients in (True, False):
+        with torch.set_grad_enabled(has_gradients):
+            losses.append(model(tokens, labels=labels, num_items_in_batch=5).loss)
+    close(losses[0], losses[1])

@@ -209,6 +209,23 @@ def test_hooks_of_accelerate() -> None:
     assert model(tokens, labels=labels).logits is not None
 
 
+def test_hooks_of_accelerate_that_come_later() -> None:
+    hooks = pytest.importorskip("accelerate.hooks", reason="needs accelerate")
+    tokens, labels = batch()
+    model = build("llama")
+    gated = use_linear_gated_ce(model)
+    for module in (model, model.lm_head):
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    close(model(tokens, labels=labels).loss, unfused_of_copy(tokens, labels))
+    other = use_linear_gated_ce(model, k=5)
+    close(model(tokens, labels=labels).loss, unfused_of_copy(tokens, labels, k=5))
+    gated.remove()
+    other.remove()
+    expected = build("llama")(tokens, labels=labels)
+    outputs = model(tokens, labels=labels)
+    assert torch.equal(outputs.loss, expected.loss) and torch.equal(outputs.logits, expected.logits)
+
+
 @pytest.mark.parametrize("has_forward", [False, True])
 def test_deep_copies(has_forward: bool) -> None:
     """A copy has the loss, with its own weights."""

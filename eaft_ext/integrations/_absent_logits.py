@@ -55,7 +55,8 @@ class AbsentLogits:
         return f"AbsentLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # Python asks for protocols, and takes no for an answer
+        # Python asks for protocols, and takes no for an answer; a copy is not filled at first.
+        if name.startswith("__") or name == "refuse":
             raise AttributeError(name)
         self.refuse(name)
 
@@ -84,9 +85,22 @@ def _refusing(name: str) -> Callable[..., NoReturn]:
     return operator
 
 
-_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+_BINARY = (
+    "divmod",
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+)
 _OTHERS = (
-    *("neg", "pos", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge", "contains"),
+    *("neg", "pos", "abs", "round", "invert", "eq", "ne", "lt", "le", "gt", "ge", "contains"),
     *("getitem", "setitem", "len", "iter", "bool", "float", "int", "complex", "index", "array"),
 )
 # Python looks for operators in the class.

@@ -166,11 +166,9 @@ class LinearGatedLoss:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def of_logits(
-        self, model: nn.Module, logits: Tensor, labels: Tensor | None, given: dict[str, Any]
-    ) -> Tensor:
+    def of_logits(self, call: _Call, logits: Tensor) -> Tensor:
         """The loss where there are logits."""
-        options, labels = _Call(self, model, labels, given).options_and_labels(logits)
+        options, labels = call.options_and_labels(logits)
         del options["chunk_size"], options["accumulate_in_float32"]
         loss, self.stats = eaft_ext.gated_ce(logits, labels, return_stats=True, **options)
         self.steps.asked()
@@ -278,14 +276,14 @@ class _Call:
         if self.is_taken:
             self.refuse("a second call of its loss function")
         self.is_taken = True
-        if self.keeps_logits:
-            return self.owner.of_logits(self.model, logits, labels, given)
-        if self.loss is None or not isinstance(logits, AbsentLogits):
-            raise TypeError(f"{_OP}: {self.name} does not call its output layer for its logits")
         is_moved = isinstance(labels, Tensor) and labels.device != self.labels.device
         is_shifted = given.get("shift_labels") is self.given.get("shift_labels")
         if not is_shifted or not (labels is self.labels or is_moved):
             raise TypeError(f"{_OP}: {self.name} changes the labels before its loss")
+        if self.keeps_logits:
+            return self.owner.of_logits(self, logits)
+        if self.loss is None or not isinstance(logits, AbsentLogits):
+            raise TypeError(f"{_OP}: {self.name} does not call its output layer for its logits")
         self.owner.stats = self.stats
         self.owner.steps.asked()
         # Not what the logits have in its place: FSDP2 may have rounded that to an output dtype.
@@ -396,7 +394,7 @@ class _Loss(Patch):
         if self.owner.is_removed:
             loss = self.own(logits, labels, *args, **kwargs)
         elif call is None or call.owner is not self.owner:
-            loss = self.owner.of_logits(module, logits, labels, kwargs)
+            loss = self.owner.of_logits(_Call(self.owner, module, labels, kwargs), logits)
         else:
             loss = call.take(logits, labels, kwargs)
         return loss
