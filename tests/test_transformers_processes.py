@@ -54,6 +54,12 @@ def test_outputs_that_fsdp2_rounds(results: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(found, losses[rank], rtol=1e-5, atol=1e-6)
 
 
+def test_fsdp1(results: list[dict[str, Any]]) -> None:
+    losses, _ = expected("built-in")
+    for rank, of_process in enumerate(results):
+        torch.testing.assert_close(of_process["fsdp1"]["loss"], losses[rank], rtol=1e-5, atol=1e-6)
+
+
 def test_steps_that_do_not_ask(results: list[dict[str, Any]]) -> None:
     sentence = "use_linear_gated_ce: this step trains FSDPLlamaForCausalLM on another loss"
     for of_process in results:

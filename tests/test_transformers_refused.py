@@ -102,6 +102,22 @@ def _no_loss_function(model: Any, hidden: Tensor, labels: Any, given: Any) -> An
     return model.lm_head(hidden), hidden.square().mean()
 
 
+def _labels_written_to(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    logits = model.lm_head(hidden)
+    labels[:, :4] = -100
+    return logits, model.loss_function(logits, labels, V, **given)
+
+
+def _other_ignore_index(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    logits = model.lm_head(hidden)
+    return logits, model.loss_function(logits, labels, V, ignore_index=0, **given)
+
+
+def _other_num_items(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    logits = model.lm_head(hidden)
+    return logits, model.loss_function(logits, labels, V, num_items_in_batch=5, **given)
+
+
 def _two_losses(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
     logits = model.lm_head(hidden)
     loss = model.loss_function(logits, labels, V, **given)
@@ -124,6 +140,12 @@ def _two_heads(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
         (_sliced, "Llama changes its logits, or uses them, outside of its loss function (getitem)"),
         (_other_labels, "Llama changes the labels before its loss"),
         (_other_shifted_labels, "Llama changes the labels before its loss"),
+        (_labels_written_to, "Llama changes the labels before its loss"),
+        (
+            _other_ignore_index,
+            "Llama gives its loss function ignore_index=0, and its forward was ",
+        ),
+        (_other_num_items, "Llama gives its loss function num_items_in_batch=5, and its forward w"),
         (_no_head, "Llama does not call its output layer for its logits"),
         (
             _own_loss,

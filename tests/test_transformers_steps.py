@@ -205,6 +205,73 @@ def test_models_that_are_collected_within_a_step() -> None:
         gc.enable()
 
 
+def test_a_new_optimizer_of_the_same_parameters() -> None:
+    model = build("llama").train()
+    use_linear_gated_ce(model)
+    step(model, SGD(model.parameters(), lr=1e-3))
+    refused(model, SGD(model.parameters(), lr=1e-3))
+
+
+class OwnAdamW(AdamW):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_steps_within_steps() -> None:
+    """torch hooks the steps of both classes."""
+    AdamW([nn.Parameter(torch.zeros(1))])
+    model = build("llama").train()
+    use_linear_gated_ce(model)
+    optimizer = OwnAdamW(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        step(model, optimizer)
+    refused(model, optimizer)
+    step(model, optimizer)
+
+
+def test_checkpoints_of_optimizers() -> None:
+    """torch.distributed.checkpoint makes steps of zero gradients with a rate of zero."""
+    state = pytest.importorskip("torch.distributed.checkpoint.state_dict", reason="needs torch 2.8")
+    model = build("llama").train()
+    use_linear_gated_ce(model)
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    saved = state.get_optimizer_state_dict(model, optimizer)
+    step(model, optimizer)
+    state.set_optimizer_state_dict(model, optimizer, saved)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_steps_that_are_not_watched() -> None:
+    model = build("llama").train()
+    use_linear_gated_ce(model, watch_steps=False)
+    step(model, SGD(model.parameters(), lr=1e-3), asks=False)
+    with pytest.raises(TypeError, match=r"watch_steps must be True or False, got 'no'"):
+        use_linear_gated_ce(model, watch_steps="no")  # type: ignore[arg-type]
+
+
+def test_another_call_between_loss_and_step() -> None:
+    """As with options that follow a schedule, also where a loss function came in between."""
+    model = build("llama").train()
+    use_linear_gated_ce(model)
+    tokens, labels = batch()
+    optimizer = SGD(model.parameters(), lr=1e-3)
+    model(tokens, labels=labels).loss.backward()
+    model.loss_function = lambda logits, labels, **_: logits.sum()
+    use_linear_gated_ce(model, alpha=2.0)
+    optimizer.step()
+    step(model, optimizer)
+
+
+def test_a_handle_that_is_kept_in_the_model(tmp_path: Path) -> None:
+    model = build("llama").train()
+    model.gated = use_linear_gated_ce(model)
+    assert copy.deepcopy(model).gated is model.gated
+    torch.save(model, tmp_path / "model.pt")
+    found = torch.load(tmp_path / "model.pt", weights_only=False)
+    found.gated.remove()
+    assert found.gated.stats is None
+
+
 # The Trainer of transformers
 
 
@@ -246,7 +313,7 @@ def test_a_trainer_that_computes_its_own_loss(options: dict[str, Any], tmp_path:
     with pytest.raises(RuntimeError) as error:
         run_trainer(model, tmp_path, **options).train()
     assert str(error.value).startswith(START)
-    assert "Trainer.compute_loss, which gave it no labels, as with label_sm" in str(error.value)
+    assert "compute_loss, which gave it no labels, as with label_smoothing" in str(error.value)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from spawned import mean_of_ones, work
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -73,6 +75,20 @@ def run_fsdp_with_rounded_outputs(rank: int, world_size: int) -> Any:
     return run(model, rank, model)
 
 
+def run_fsdp1(rank: int, world_size: int) -> Any:
+    """With the output layer wrapped by itself, after the patch."""
+    model = build("llama")
+    use_linear_gated_ce(model)
+    device = torch.device("cpu")
+    policy = ModuleWrapPolicy({nn.Linear})
+    wrapper = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=device)
+    tokens, labels = batch(seed=rank)
+    outputs = wrapper(input_ids=tokens, labels=labels)
+    assert outputs.logits is None
+    outputs.loss.backward()
+    return {"loss": outputs.loss.detach()}
+
+
 def error_of_a_step_that_does_not_ask(rank: int, world_size: int) -> str:
     """After one that does, of weights that FSDP2 has sharded."""
     model = build("llama").train()
@@ -119,6 +135,7 @@ def function(rank: int, world_size: int) -> dict[str, Any]:
         for gate in GATES
     }
     found["rounded outputs"] = run_fsdp_with_rounded_outputs(rank, world_size)
+    found["fsdp1"] = run_fsdp1(rank, world_size)
     found["another loss"] = error_of_a_step_that_does_not_ask(rank, world_size)
     found["ddp"] = run_ddp(rank, world_size)
     found["tensor parallelism"] = error_under_tensor_parallelism(world_size)

@@ -47,6 +47,7 @@ class AbsentLogits:
     def to(self, *args: Any, **kwargs: Any) -> AbsentLogits:
         """To another place, or to a dtype in which logits are what they were."""
         for target in (*args, *kwargs.values()):
+            target = target.dtype if isinstance(target, Tensor) else target
             if isinstance(target, torch.dtype) and target not in (self.dtype, torch.float32):
                 self.refuse(f"to({target})")
         return self

@@ -19,7 +19,7 @@ class Call(Protocol):
     def is_for(self, layer: nn.Module) -> bool:
         """Whether what this layer gives are the logits of the loss."""
 
-    def absent_logits(self, layer: nn.Linear, hidden: Tensor) -> Any:
+    def absent_logits(self, layer: nn.Linear, input: Tensor) -> Any:
         """Compute the loss; give what stands in for the logits."""
 
 
@@ -68,6 +68,8 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     """The output layer; several, where PEFT trains copies of it and one is called at a time."""
     layer = of_model(model)
     assert layer is not None, "a model without one is none to be patched"
+    if type(layer).__name__ == "FullyShardedDataParallel":
+        layer = cast("nn.Module", layer.module)
     if type(layer).__name__ == "ModulesToSaveWrapper":
         copies = cast("nn.ModuleDict", layer.modules_to_save)
         return [cast("nn.Module", layer.original_module), *copies.values()]

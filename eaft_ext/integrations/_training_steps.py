@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # Whose frames lie between the forward of a model and who has called the model.
 _BETWEEN = frozenset(["eaft_ext", "torch", "peft", "accelerate", "contextlib", "functools"])
@@ -28,12 +29,18 @@ class TrainingSteps:
     """Watches the steps of optimizers that have parameters of a model."""
 
     def __init__(self, model: nn.Module, refuse: Callable[[], None]) -> None:
-        """``refuse`` raises, for a step of the model in which its loss was not asked for."""
+        """``refuse`` is a method that raises, for a step in which the loss was not asked for."""
         self.latest: Any = None
+        self.caller_without_labels: str | None = None
         # Whoever is watched by all optimizers must not live as long as they do.
         self._model = weakref.ref(model)
         self._refuse = weakref.WeakMethod(refuse)
-        self._seen: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
+        # One of the model's parameters for each optimizer, and for that the last call it was
+        # stepped for: a second optimizer of the same parameters is not new.
+        self._parameters: weakref.WeakKeyDictionary[Optimizer, tuple[int, Any]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._seen = WeakTensorKeyDictionary()
         _watches.add(self)
         _hook_all_optimizers()
 
@@ -43,6 +50,7 @@ class TrainingSteps:
         # that grows would be compiled anew.
         if torch.is_grad_enabled():
             self.latest = []
+            self.caller_without_labels = None
 
     def stop(self) -> None:
         """Watch no more."""
@@ -50,15 +58,31 @@ class TrainingSteps:
 
     def look_at(self, optimizer: Optimizer) -> None:
         """Raise if this step trains the model on another loss."""
-        if self.latest is not None and self._seen.get(optimizer) is not self.latest:
-            self._seen[optimizer] = self.latest
-            return
         model, refuse = self._model(), self._refuse()
-        if model is not None and refuse is not None and _trains(optimizer, model):
+        if model is None or refuse is None:
+            return
+        parameter = self._parameter_of(optimizer, model)
+        if parameter is None:
+            return
+        if self.latest is not None and self._seen.get(parameter) is not self.latest:
+            self._seen[parameter] = self.latest
+        elif _trains(optimizer, model):
             refuse()
+
+    def _parameter_of(self, optimizer: Optimizer, model: nn.Module) -> nn.Parameter | None:
+        """The first that both have; looked for again where there are more or fewer of them."""
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        known_count, known = self._parameters.get(optimizer, (-1, None))
+        if count != known_count:
+            found = next(_common(optimizer.param_groups, model), None)
+            known = None if found is None else weakref.ref(found)
+            self._parameters[optimizer] = (count, known)
+        return None if known is None else known()
 
 
 _watches: weakref.WeakSet[TrainingSteps] = weakref.WeakSet()
+# A step may be within one of the same optimizer: torch hooks a class's, and that of its base.
+_in_step: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 @cache
@@ -70,16 +94,28 @@ def _hook_all_optimizers() -> None:
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     # A compiled step is one graph, with no place to look in.
-    if not (torch.compiler.is_compiling() or _has_closure(args, kwargs)):
-        for watch in list(_watches):
-            watch.look_at(optimizer)
+    if torch.compiler.is_compiling() or optimizer in _in_step:
+        return
+    _in_step.add(optimizer)
+    if not _has_closure(args, kwargs):
+        _look_at(optimizer)
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # The forward is in the closure.
-    if not torch.compiler.is_compiling() and _has_closure(args, kwargs):
+    if torch.compiler.is_compiling() or optimizer not in _in_step:
+        return
+    _in_step.discard(optimizer)
+    if _has_closure(args, kwargs):  # the forward is in it
+        _look_at(optimizer)
+
+
+def _look_at(optimizer: Optimizer) -> None:
+    try:
         for watch in list(_watches):
             watch.look_at(optimizer)
+    except RuntimeError:
+        _in_step.discard(optimizer)
+        raise
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -87,16 +123,30 @@ def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(callable(argument) for argument in (*others, *kwargs.values()))
 
 
-def _trains(optimizer: Optimizer, model: nn.Module) -> bool:
-    """Whether the step is one of the model: whether what only it can have has a gradient."""
-    in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _common(groups: list[dict[str, Any]], model: nn.Module) -> Iterator[nn.Parameter]:
+    """What an optimizer trains of the model, less what may be that of another model, too.
+
+    Those that share an output layer or an embedding are then told apart, unless it is all.
+    """
+    in_optimizer = {id(p) for group in groups for p in group["params"]}
     trained = [p for p in model.parameters() if p.requires_grad]
-    shared: set[int] = set()  # with other models, maybe, which are then those that are trained
+    shared: set[int] = set()
     for of_words in ("get_output_embeddings", "get_input_embeddings"):
         layer = getattr(model, of_words)()
         shared |= set() if layer is None else {id(p) for p in layer.parameters()}
     own = [p for p in trained if id(p) not in shared] or trained
-    return any(p.grad is not None and id(p) in in_optimizer for p in own)
+    return (p for p in own if id(p) in in_optimizer)
+
+
+def _trains(optimizer: Optimizer, model: nn.Module) -> bool:
+    """Whether the step changes the model.
+
+    Checkpoints of optimizers are made and loaded with steps of zero gradients and a rate of zero.
+    """
+    groups = [group for group in optimizer.param_groups if group.get("lr", 1)]
+    gradients = (p.grad for p in _common(groups, model) if p.grad is not None)
+    local = (grad.to_local() if hasattr(grad, "to_local") else grad for grad in gradients)
+    return any(bool(grad.any()) for grad in local)
 
 
 def calling_function() -> str:
@@ -112,9 +162,12 @@ def calling_function() -> str:
 
 def defined_as(function: Any) -> str:
     """Where a function comes from, whatever functools.wraps has made it look like."""
+    function = getattr(function, "func", function)  # of functools.partial
     function = getattr(function, "__func__", function)
+    module = getattr(function, "__globals__", {}).get("__name__", "")
+    if module.partition(".")[0] in _BETWEEN and hasattr(function, "__wrapped__"):
+        return defined_as(function.__wrapped__)
     code = getattr(function, "__code__", None)
     if code is None:
-        return repr(function)
-    module = function.__globals__.get("__name__", "")
+        return f"{type(function).__module__}.{type(function).__qualname__}"
     return f"{module}.{getattr(code, 'co_qualname', code.co_name)}"

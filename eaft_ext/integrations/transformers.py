@@ -48,6 +48,7 @@ def use_linear_gated_ce(
     chunk_size: int | None = None,
     accumulate_in_float32: bool | None = None,
     logits_in_evaluation: bool = True,
+    watch_steps: bool = True,
     **options: Unpack[LossKeywords],
 ) -> LinearGatedLoss:
     r"""Make a causal language model of transformers return the gated loss, and no logits.
@@ -77,6 +78,8 @@ def use_linear_gated_ce(
         ignore_index: of labels, which are (..., tokens), int64 or int32.
         logits_in_evaluation: in eval mode and without gradients, return the logits beside the loss:
             the metrics of a ``Trainer`` and its ``predict`` are computed from them. False: none.
+        watch_steps: False lets optimizers step though the loss was not asked for, as in training
+            that alternates with another loss of your own.
 
     Other arguments are those of :func:`eaft_ext.linear_gated_ce`. Of several calls for a model the
     last counts. A deep copy of the model has the gated loss too, and the same handle: its
@@ -102,16 +105,19 @@ def use_linear_gated_ce(
     check_chunks(_OP, chunk_size, accumulate_in_float32)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_OP}: model must be a module, got {type(model).__name__}")
-    if not isinstance(logits_in_evaluation, bool):
-        raise TypeError(
-            f"{_OP}: logits_in_evaluation must be True or False, got {logits_in_evaluation!r}"
-        )
+    for name, value in (
+        ("logits_in_evaluation", logits_in_evaluation),
+        ("watch_steps", watch_steps),
+    ):
+        if not isinstance(value, bool):
+            raise TypeError(f"{_OP}: {name} must be True or False, got {value!r}")
     causal = _causal_lm(model)
     for layer in _output_layer.layers_of(causal):
         _output_layer.check(_OP, layer, type(causal).__name__)
     return LinearGatedLoss(
         causal,
         logits_in_evaluation,
+        watch_steps,
         k=k,
         chunk_size=chunk_size,
         accumulate_in_float32=accumulate_in_float32,
@@ -131,16 +137,20 @@ class LinearGatedLoss:
     Each is [b, s], for the position whose next token is predicted.
     """
 
-    def __init__(self, causal: nn.Module, logits_in_evaluation: bool, **options: Any) -> None:
+    def __init__(
+        self, causal: nn.Module, logits_in_evaluation: bool, watch_steps: bool, **options: Any
+    ) -> None:
         self.stats = None
         self.options = options
         self.logits_in_evaluation = logits_in_evaluation
         self.is_removed = False
-        self.caller_without_labels: str | None = None
         self._causal: nn.Module | None = causal
-        earlier = patch_of(causal, _LOSS)
-        if earlier is not None and earlier.owner._causal is causal:
-            earlier.owner.remove()
+        latest = None
+        for slot in _SLOTS:
+            earlier = patch_of(causal, slot)
+            if earlier is not None and earlier.owner._causal is causal:
+                latest = earlier.owner.steps.latest
+                earlier.owner.remove()
         restore(causal, _SLOTS)  # a copy, whose original keeps what it has
         _Loss(self, causal, _LOSS)
         _Forward(self, causal, forward_slot(causal))
@@ -148,9 +158,14 @@ class LinearGatedLoss:
         for layer in _output_layer.layers_of(causal):
             _output_layer.install(layer, self)
         self.steps = TrainingSteps(causal, self._refuse_step)
+        self.steps.latest = latest
+        if not watch_steps:
+            self.steps.stop()
 
     def remove(self) -> None:
         """Give the model its own loss again, unless a later call has taken the place of this."""
+        if self.is_removed:
+            return
         if self._causal is not None:
             restore(self._causal, _SLOTS, self)
         self._causal = None
@@ -159,6 +174,14 @@ class LinearGatedLoss:
         # Where others have wrapped our methods, or have copied them, these stay and do nothing.
         self.is_removed = True
         self.stats = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LinearGatedLoss:
+        """Copies of a model have the handle of the original."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A model that was pickled has its own loss, and nothing for a handle to undo."""
+        return _removed, ()
 
     def __enter__(self) -> LinearGatedLoss:
         return self
@@ -177,19 +200,27 @@ class LinearGatedLoss:
     def _refuse_step(self) -> NoReturn:
         """For an optimizer's step of the model, in which nobody asked for its loss."""
         assert self._causal is not None, "nothing is watched after remove()"
-        replaced = vars(self._causal).get("forward")
-        if replaced is not None and not isinstance(patch_of(self._causal, "forward"), _Forward):
+        slot = forward_slot(self._causal)
+        replaced = vars(self._causal).get(slot)
+        caller = self.steps.caller_without_labels
+        if caller is None and not isinstance(patch_of(self._causal, slot), _Forward):
             by_whom = f"{defined_as(replaced)}, which has replaced its forward"
         else:
             # A compiled call is not seen; the step, at least, is made by somebody.
-            by_whom = f"{self.caller_without_labels or calling_function()}, which gave it no labels"
-            if ".Trainer." in by_whom:
+            by_whom = f"{caller or calling_function()}, which gave it no labels"
+            if by_whom.startswith("transformers.trainer."):
                 by_whom += ", as with label_smoothing_factor or compute_loss_func"
         raise RuntimeError(
             f"{_OP}: this step trains {type(self._causal).__name__} on another loss than its gated "
             f"one, which was not asked for: that of {by_whom}; take the loss from the model, or "
             "end this with remove()"
         )
+
+
+def _removed() -> LinearGatedLoss:
+    handle = LinearGatedLoss.__new__(LinearGatedLoss)
+    handle.stats, handle.options, handle.is_removed = None, {}, True
+    return handle
 
 
 class _Call:
@@ -212,6 +243,7 @@ class _Call:
         self.layers: list[nn.Module] = []
         self.loss: Tensor | None = None
         self.stats: TokenStats | None = None
+        self.version: int | None = None
         self.is_taken = False
 
     def look_up_layers(self) -> None:
@@ -242,9 +274,8 @@ class _Call:
             # Not the hidden state: it would have to be copied to lose a position.
             labels = nn.functional.pad(self.labels, (0, 1), value=options["ignore_index"])[..., 1:]
         if labels.numel() != like.shape[:-1].numel():
-            hint = ""
-            if "logits_to_keep" in inspect.signature(type(self.model).forward).parameters:
-                hint = "; logits_to_keep does not go with labels"
+            has_less = self.given.get("logits_to_keep") is not None
+            hint = "; logits_to_keep does not go with labels" if has_less else ""
             raise ValueError(
                 f"{_OP}: labels must be one for each position, got {tuple(labels.shape)} where the "
                 f"output layer has {tuple(like.shape[:-1])}{hint}"
@@ -255,8 +286,9 @@ class _Call:
         """Whether the loss is computed in the call of this layer."""
         return not (self.is_taken or self.keeps_logits) and any(layer is one for one in self.layers)
 
-    def absent_logits(self, layer: nn.Linear, hidden: Tensor) -> AbsentLogits:
-        """Compute the loss, for what the output layer was given."""
+    def absent_logits(self, layer: nn.Linear, input: Tensor) -> AbsentLogits:
+        """Compute the loss, for the hidden state that the output layer was given."""
+        hidden = input
         if hasattr(layer.weight, "device_mesh"):
             raise TypeError(
                 f"{_OP}: the output layer of {self.name} is divided by tensor parallelism; give "
@@ -265,6 +297,7 @@ class _Call:
         if self.loss is not None:
             self.refuse("a second call of its output layer")
         options, labels = self.options_and_labels(hidden)
+        self.version = _version_of(self.labels)
         self.loss, self.stats = eaft_ext.linear_gated_ce(
             hidden, layer.weight, labels, layer.bias, return_stats=True, **options
         )
@@ -278,8 +311,16 @@ class _Call:
         self.is_taken = True
         is_moved = isinstance(labels, Tensor) and labels.device != self.labels.device
         is_shifted = given.get("shift_labels") is self.given.get("shift_labels")
-        if not is_shifted or not (labels is self.labels or is_moved):
+        is_same = labels is self.labels and self.version in (None, _version_of(self.labels))
+        if not is_shifted or not (is_same or is_moved):
             raise TypeError(f"{_OP}: {self.name} changes the labels before its loss")
+        for name in ("ignore_index", "num_items_in_batch"):
+            value, own = given.get(name), self.given.get(name)
+            if value is not own and (isinstance(value, Tensor) or value not in (None, own)):
+                raise TypeError(
+                    f"{_OP}: {self.name} gives its loss function {name}={value}, and its forward "
+                    f"was given {own}"
+                )
         if self.keeps_logits:
             return self.owner.of_logits(self, logits)
         if self.loss is None or not isinstance(logits, AbsentLogits):
@@ -329,6 +370,13 @@ class _Call:
         )
 
 
+def _version_of(labels: Any) -> int | None:
+    """How often they were written to, where this is counted."""
+    if torch.compiler.is_compiling() or not isinstance(labels, Tensor) or labels.is_inference():
+        return None
+    return labels._version
+
+
 class _Forward(Patch):
     """The model's forward."""
 
@@ -344,7 +392,7 @@ class _Forward(Patch):
                 return original(*args, **kwargs)
         call = None
         if labels is not None:
-            names = ("shift_labels", "num_items_in_batch", "ignore_index")
+            names = ("shift_labels", "num_items_in_batch", "ignore_index", "logits_to_keep")
             given = {name: self._argument(name, args, kwargs) for name in names}
             is_evaluation = not (module.training or torch.is_grad_enabled())
             keeps_logits = is_evaluation and self.owner.logits_in_evaluation
@@ -366,7 +414,7 @@ class _Forward(Patch):
     def _note_caller(self, module: nn.Module) -> None:
         """Who might train the model on another loss."""
         if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.owner.caller_without_labels = calling_function()
+            self.owner.steps.caller_without_labels = calling_function()
 
 
 class _Loss(Patch):
