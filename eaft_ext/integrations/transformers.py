@@ -5,8 +5,6 @@ gated = use_linear_gated_ce(model)
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
@@ -17,6 +15,7 @@ from eaft_ext._checks import check_chunks
 from eaft_ext._options import LOSS_DEFAULTS, LossKeywords, token_loss, with_keywords
 from eaft_ext.integrations import _output_layer
 from eaft_ext.integrations._absent_logits import AbsentLogits
+from eaft_ext.integrations._causal_lm import causal_lm
 from eaft_ext.integrations._output_layer import active
 from eaft_ext.integrations._patches import Patch, forward_slot, patch_of, restore
 from eaft_ext.integrations._training_steps import TrainingSteps, calling_function, defined_as
@@ -32,12 +31,6 @@ _LOSS = "_loss_function"  # where the setter of transformers' loss_function puts
 _REPLICATE = "_replicate_for_data_parallel"
 # accelerate moves what is in _old_forward to forward when it takes its hooks off.
 _SLOTS = ("forward", "_old_forward", _LOSS, _REPLICATE)
-LOGIT_OPTIONS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale")
-"""What a configuration calls changes of the logits, and nothing else.
-
-Others show in a forward: logits_scaling is for the logits in Granite, and for what the output layer
-is given in MiniCPM3.
-"""
 
 
 @with_keywords
@@ -111,7 +104,7 @@ def use_linear_gated_ce(
     ):
         if not isinstance(value, bool):
             raise TypeError(f"{_OP}: {name} must be True or False, got {value!r}")
-    causal = _causal_lm(model)
+    causal = causal_lm(_OP, model)
     for layer in _output_layer.layers_of(causal):
         _output_layer.check(_OP, layer, type(causal).__name__)
     return LinearGatedLoss(
@@ -457,65 +450,3 @@ class _Replicate(Patch):
             "would compute with the weights of the original; use DistributedDataParallel, or one "
             "GPU"
         )
-
-
-def _causal_lm(model: nn.Module) -> nn.Module:
-    """The one module of a model that has an output layer and a loss, as transformers has them."""
-    found = list(_with_loss_and_head(model))
-    name = type(model).__name__
-    if not found:
-        raise TypeError(
-            f"{_OP}: nothing in {name} has get_output_embeddings() and loss_function, as the "
-            "causal language models of transformers have"
-        )
-    # Models of several modalities give the head of the language model within as theirs.
-    if len({head for _, head in found}) > 1:
-        names = ", ".join(type(module).__name__ for module, _ in found)
-        raise TypeError(f"{_OP}: {name} has several models with an output layer: {names}; give one")
-    causal = found[0][0]
-    _check_loss(causal)
-    return causal
-
-
-def _with_loss_and_head(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    for module in model.modules():
-        # Of its own: some wrappers pass on the attributes of what they wrap.
-        of_class = type(module)
-        if not (hasattr(of_class, "loss_function") and hasattr(of_class, "get_output_embeddings")):
-            continue
-        head = _output_layer.of_model(module)
-        # One that has the head in a model within may leave the loss to that.
-        is_own = cast("Any", module).get_output_embeddings() is not None
-        if head is not None and (is_own or _uses(module, "loss_function")):
-            yield module, head
-
-
-def _uses(module: nn.Module, name: str) -> bool:
-    """Whether the forward of its class uses an attribute of that name, as far as can be seen."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is None or name in code.co_names
-
-
-def _check_loss(causal: nn.Module) -> None:
-    name = type(causal).__name__
-    config: Any = getattr(causal, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise TypeError(f"{_OP}: {name} has an encoder; labels of its decoder are not shifted")
-    loss = cast("Any", causal).loss_function
-    of_transformers = getattr(loss, "__module__", "").partition(".")[0] == "transformers"
-    if of_transformers and loss.__name__ != "ForCausalLMLoss":
-        raise TypeError(
-            f"{_OP}: the loss of {name} is {loss.__name__} and not that of causal language models"
-        )
-    if "labels" not in inspect.signature(causal.forward).parameters:
-        raise TypeError(f"{_OP}: the forward of {name} takes no labels")
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    for option in LOGIT_OPTIONS:
-        value = getattr(config, option, None)
-        # Not all models heed all options of their configurations.
-        if value is not None and _uses(causal, option):
-            raise TypeError(
-                f"{_OP}: {name} changes its logits before its loss ({option}={value}); give "
-                "eaft_ext.gated_ce the logits that it returns without labels"
-            )

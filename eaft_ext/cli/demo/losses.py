@@ -14,7 +14,7 @@ import eaft_ext.reference
 from eaft_ext.cli.batches import IGNORE_INDEX, Batch
 from eaft_ext.cli.errors import CommandError
 from eaft_ext.cli.model import mixed_precision
-from eaft_ext.integrations.transformers import LOGIT_OPTIONS
+from eaft_ext.integrations._causal_lm import LOGIT_OPTIONS
 
 CHUNK_TOKENS = 64
 """Tokens whose logits ``--fused-linear`` holds at a time.
