@@ -151,6 +151,7 @@ BESIDES: dict[str, dict[str, Any]] = {
         "vision_config": _VISION | {"hidden_size": 64},
     },
     "glm_ocr_text": _THREE_AXES,
+    "hrm_text": {"H_cycles": 1, "L_cycles": 1},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "hunyuan_vl_text": _THREE_AXES | {"head_dim": 8},
