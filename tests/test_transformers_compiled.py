@@ -16,9 +16,9 @@ MISSING = "needs transformers: pip install '.[test]'"
 transformers = pytest.importorskip("transformers", reason=MISSING)
 
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers_models import V, assert_same, batch, build, close, gradients, in_float64, shifted
+from transformers_models import V, assert_same, batch, build, close, gradients, in_float64
+from transformers_trainer import UnfusedTrainer
 
-import eaft_ext
 from eaft_ext.integrations.transformers import use_linear_gated_ce
 
 
@@ -119,22 +119,6 @@ def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return nn.utils.rnn.pad_sequence([row[name] for row in rows], True, value)
 
     return {"input_ids": stacked("input_ids", 0), "labels": stacked("labels", -100)}
-
-
-class UnfusedTrainer(transformers.Trainer):
-    """Trains on the loss of all logits."""
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        outputs = model(input_ids=inputs["input_ids"])
-        labels = shifted(inputs["labels"])
-        loss = eaft_ext.gated_ce(outputs.logits, labels, num_items_in_batch=num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
 
 
 def trained(trainer: Any, with_peft: bool, is_compiled: bool) -> tuple[list[float], float]:

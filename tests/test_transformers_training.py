@@ -14,6 +14,7 @@ MISSING = "needs transformers: pip install '.[test]'"
 transformers = pytest.importorskip("transformers", reason=MISSING)
 
 from transformers_models import assert_same, batch, build, gradients, own_attributes, unfused
+from transformers_trainer import UnfusedTrainer
 
 from eaft_ext.integrations.transformers import use_linear_gated_ce
 
@@ -24,19 +25,6 @@ def examples() -> list[dict[str, Any]]:
     for row in range(8):
         labels[row, : row // 2 * 2] = -100
     return [{"input_ids": x, "labels": y} for x, y in zip(tokens, labels, strict=True)]
-
-
-class UnfusedTrainer(transformers.Trainer):
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        tokens, labels = inputs["input_ids"], inputs["labels"]
-        loss = unfused(model, tokens, labels, num_items_in_batch=num_items_in_batch)
-        return (loss, {"loss": loss}) if return_outputs else loss
 
 
 def trained(trainer: Any, model: Any, folder: Path) -> tuple[list[float], float]:
