@@ -6,9 +6,12 @@
 
 #include <cstdint>
 #include <optional>
+#include <string_view>
 
 #include "core/limits.h"
 #include "core/shard_partial.h"
+#include "core/token_loss.h"
+#include "gate_from_name.h"
 #include "tensor_rows.h"
 #include "vocab_shard.h"
 
@@ -80,6 +83,22 @@ inline void check_k(const char* op, int64_t k, int64_t min_k, int64_t max_k) {
   TORCH_CHECK_VALUE(k >= min_k && k <= max_k, op, ": k must be from ", min_k, " to ", max_k,
                     ", got ", k);
 }
+
+inline TokenLoss checked_token_loss(const char* op, int64_t k, std::string_view gate,
+                                    c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
+  check_k(op, k, kMinTopK, kMaxTopK);
+  const int top_k = static_cast<int>(k);
+  return {top_k, for_k(gate_from_name(gate, gate_parameters), top_k), ignore_index};
+}
+
+// What a backward is told of each row, as the operator was given it.
+struct RowsOfBackward {
+  const at::Tensor& weight;
+  const at::Tensor& labels;
+  const at::Tensor& row_max;
+  const at::Tensor& log_sum;
+  int64_t ignore_index;
+};
 
 // An operator that writes over its logits needs every element at a place of its own, and rows that
 // it can address without a copy.

@@ -5,16 +5,14 @@
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
-#include <cmath>
-#include <cstdint>
 #include <string_view>
 
 #include "core/gates.h"
 
 namespace eaft_ext {
 
-// k: the number of logits that the entropy is taken over, at most V.
-inline Gate gate_from_name(std::string_view name, c10::ArrayRef<double> parameters, int64_t k) {
+// For any k: for_k() makes it one for a k of its own.
+inline Gate gate_from_name(std::string_view name, c10::ArrayRef<double> parameters) {
   const auto expect = [&](size_t least, size_t most) {
     TORCH_CHECK_VALUE(parameters.size() >= least && parameters.size() <= most, "gate ", name,
                       " takes from ", least, " to ", most, " parameters, got ", parameters.size());
@@ -52,7 +50,7 @@ inline Gate gate_from_name(std::string_view name, c10::ArrayRef<double> paramete
     TORCH_CHECK_VALUE(
         false, "gate must be none, entropy, sigmoid, hard, probability or focal, got ", name);
   }
-  return for_k(gate, static_cast<int>(k));
+  return gate;
 }
 
 }  // namespace eaft_ext

@@ -95,7 +95,7 @@ void forward_rows(const ForwardArguments& arguments, const RowList& list, Divisi
   const auto rows = rows_of<const Element>(arguments.logits);
   const int64_t* labels = arguments.labels.const_data_ptr<int64_t>();
   scan_rows<Scan::kSum, Element>(rows, list, division, [&](int64_t row, auto scan) {
-    const auto token = finish_row(rows, row, scan, labels[row], arguments.k, arguments.gate);
+    const auto token = finish_row(rows, row, scan, labels[row], arguments.loss);
     stats.write<Compute<Element>>(row, token);
     after_row(row);
   });
@@ -104,14 +104,15 @@ void forward_rows(const ForwardArguments& arguments, const RowList& list, Divisi
 RowList valid_rows(const ForwardArguments& arguments) {
   const int64_t* labels = arguments.labels.const_data_ptr<int64_t>();
   return rows_where(arguments.labels.numel(),
-                    [&](int64_t row) { return labels[row] != arguments.ignore_index; });
+                    [&](int64_t row) { return labels[row] != arguments.loss.ignore_index; });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cpu(
     const Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
     c10::ArrayRef<double> gate_parameters, int64_t ignore_index, bool inplace_backward) {
   const char* op = "gated_ce_forward";
-  const ForwardArguments arguments(op, logits, labels, k, gate, gate_parameters, ignore_index);
+  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index);
+  const ForwardArguments arguments(op, logits, labels, loss);
   // Said before the work is done, not in the backward.
   if (inplace_backward) check_writable(op, logits);
   const Stats stats(logits);
@@ -124,14 +125,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cpu(
 }
 
 // Writes weight * (softmax(logits) - onehot(labels)) into gradient, which may be the logits.
-void backward_into(const char* op, const Tensor& gradient, const Tensor& raw_weight,
-                   const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_row_max,
-                   const Tensor& raw_log_sum, int64_t ignore_index, const VocabShard& shard) {
-  const Tensor labels = shard.is_whole ? checked_labels(op, raw_labels, logits, ignore_index)
-                                       : int64_labels(op, raw_labels, logits);
-  const Tensor weight = per_row(op, "weight", raw_weight, logits);
-  const Tensor row_max = per_row(op, "row_max", raw_row_max, logits);
-  const Tensor log_sum = per_row(op, "log_sum", raw_log_sum, logits);
+void backward_into(const char* op, const Tensor& gradient, const Tensor& logits,
+                   const RowsOfBackward& given, const VocabShard& shard) {
+  const Tensor labels = shard.is_whole
+                            ? checked_labels(op, given.labels, logits, given.ignore_index)
+                            : int64_labels(op, given.labels, logits);
+  const Tensor weight = per_row(op, "weight", given.weight, logits);
+  const Tensor row_max = per_row(op, "row_max", given.row_max, logits);
+  const Tensor log_sum = per_row(op, "log_sum", given.log_sum, logits);
   dispatch_element(op, logits, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
     using Real = Compute<Element>;
@@ -142,7 +143,7 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& raw_wei
     const Real* max = row_max.const_data_ptr<Real>();
     const Real* log = log_sum.const_data_ptr<Real>();
     const auto is_muted = [&](int64_t row) {
-      return label[row] == ignore_index || row_weight[row] == 0;
+      return label[row] == given.ignore_index || row_weight[row] == 0;
     };
     const auto active = rows_where(source.num_rows, [&](int64_t row) { return !is_muted(row); });
     for_each_block(active, source.num_blocks(), [&](int64_t row, int64_t block) {
@@ -160,12 +161,12 @@ Tensor gated_ce_backward_cpu(const Tensor& weight, const Tensor& logits, const T
                              std::optional<int64_t> vocab_start,
                              std::optional<int64_t> vocab_size) {
   const char* op = "gated_ce_backward";
+  const RowsOfBackward rows{weight, labels, row_max, log_sum, ignore_index};
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   return write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
     shard.clear_padding(target);
     if (shard.num_words == 0) return;
-    backward_into(op, shard.words(target), weight, shard.words(source), labels, row_max, log_sum,
-                  ignore_index, shard);
+    backward_into(op, shard.words(target), shard.words(source), rows, shard);
   });
 }
 
@@ -173,14 +174,13 @@ void gated_ce_backward_cpu_(const Tensor& weight, Tensor& logits, const Tensor& 
                             const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
                             std::optional<int64_t> vocab_start, std::optional<int64_t> vocab_size) {
   const char* op = "gated_ce_backward_";
+  const RowsOfBackward rows{weight, labels, row_max, log_sum, ignore_index};
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   if (logits.size(-1) == 0) return;
   check_writable(op, logits);
   shard.clear_padding(logits);
   const Tensor words = shard.words(logits);
-  if (shard.num_words > 0) {
-    backward_into(op, words, weight, words, labels, row_max, log_sum, ignore_index, shard);
-  }
+  if (shard.num_words > 0) backward_into(op, words, words, rows, shard);
   mark_written(logits);
 }
 
@@ -219,14 +219,14 @@ Tensor gated_ce_partial_cpu(const Tensor& logits, const Tensor& raw_labels, int6
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cpu(
     const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_partials,
-    std::string_view gate_name, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
+    std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
     int64_t vocab_start, std::optional<int64_t> vocab_size, bool inplace_backward) {
   const char* op = "gated_ce_merge";
   checked_shard(op, logits, vocab_start, vocab_size);
   if (inplace_backward && logits.size(-1) > 0) check_writable(op, logits);
   const Tensor labels = int64_labels(op, raw_labels, logits);
   const int k = check_partials(op, raw_partials, labels, stats_dtype(logits));
-  const Gate gate = gate_from_name(gate_name, gate_parameters, k);
+  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index);
   const Tensor partials = raw_partials.contiguous();
   const Stats stats(logits);
   dispatch_element(op, logits, [&](auto* element) {
@@ -237,11 +237,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cpu(
     at::parallel_for(0, num_rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
       std::vector<const Real*> of_shards(partials.size(0));
       for (int64_t row = begin; row < end; ++row) {
-        if (label[row] == ignore_index) continue;
+        if (label[row] == loss.ignore_index) continue;
         for (size_t shard = 0; shard < of_shards.size(); ++shard) {
           of_shards[shard] = data + (shard * num_rows + row) * (k + kPartialTop);
         }
-        stats.write<Real>(row, merge_row(of_shards, label[row], k, gate));
+        stats.write<Real>(row, merge_row(of_shards, label[row], loss));
       }
     });
   });
@@ -276,7 +276,7 @@ void forward_with_grad_into(const char* op, const Tensor& gradient, const Stats&
       for (int64_t block = 0; block < source.num_blocks(); ++block) write_block(row, block);
     });
     if (division == Division::kBlocks) for_each_block(valid, source.num_blocks(), write_block);
-    const auto is_ignored = [&](int64_t row) { return label[row] == arguments.ignore_index; };
+    const auto is_ignored = [&](int64_t row) { return label[row] == arguments.loss.ignore_index; };
     for_each_block(rows_where(source.num_rows, is_ignored), source.num_blocks(),
                    [&](int64_t row, int64_t block) { zero_block(target, row, block); });
   });
@@ -286,12 +286,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cp
     const Tensor& upstream, const Tensor& logits, const Tensor& labels, int64_t k,
     std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
   const char* op = "gated_ce_forward_with_grad";
+  check_logits(op, logits);
+  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index);
   const Stats stats(logits);
-  const Tensor gradient = write_gradient_like(logits, [&](const Tensor& source,
-                                                          const Tensor& target) {
-    const ForwardArguments arguments(op, source, labels, k, gate, gate_parameters, ignore_index);
-    forward_with_grad_into(op, target, stats, upstream, arguments);
-  });
+  const Tensor gradient =
+      write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
+        const ForwardArguments arguments(op, source, labels, loss);
+        forward_with_grad_into(op, target, stats, upstream, arguments);
+      });
   return {stats.loss, stats.nll, stats.entropy, stats.gate, gradient};
 }
 
@@ -299,7 +301,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cpu_(
     const Tensor& upstream, Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
     c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
   const char* op = "gated_ce_forward_with_grad_";
-  const ForwardArguments arguments(op, logits, labels, k, gate, gate_parameters, ignore_index);
+  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index);
+  const ForwardArguments arguments(op, logits, labels, loss);
   check_writable(op, logits);
   const Stats stats(logits);
   forward_with_grad_into(op, logits, stats, upstream, arguments);

@@ -15,6 +15,7 @@
 #include "../core/entropy.h"
 #include "../core/max_sum.h"
 #include "../core/row_layout.h"
+#include "../core/token_loss.h"
 #include "../core/token_stats.h"
 #include "block_kernels.h"
 #include "candidate_list.h"
@@ -189,18 +190,19 @@ MaxSum<double> total_sum(const Rows<const Element>& rows, RowScan<Compute<Elemen
   return total;
 }
 
-// The stats of a scanned row. label is in [0, vocab_size), k at most vocab_size. These few
+// The stats of a scanned row. label is in [0, vocab_size), loss.k at most vocab_size. These few
 // operations are done in double, which costs nothing beside the scan.
 template <typename Element>
 TokenStats<double> finish_row(const Rows<const Element>& rows, int64_t row,
-                              RowScan<Compute<Element>> scan, int64_t label, int k,
-                              const Gate& gate) {
+                              RowScan<Compute<Element>> scan, int64_t label,
+                              const TokenLoss& loss) {
   const MaxSum<double> total = total_sum(rows, scan);
   double values[kMaxTopK];
-  const auto top = select_top_k(rows, row, scan.group_max, k);
-  for (int i = 0; i < k; ++i) values[i] = top[i].value;
+  const auto top = select_top_k(rows, row, scan.group_max, loss.k);
+  for (int i = 0; i < loss.k; ++i) values[i] = top[i].value;
   const double target_logit = to_real(rows[row][label]);
-  return token_stats(gate, total.max, std::log(total.sum), target_logit, topk_entropy(values, k));
+  return token_stats(loss.gate, total.max, std::log(total.sum), target_logit,
+                     topk_entropy(values, loss.k));
 }
 
 // What the backward needs of a row.

@@ -56,8 +56,8 @@ int merge_top_k(const std::vector<const Real*>& partials, int k, double* values)
 
 // The stats of a row from the partials of all shards.
 template <typename Real>
-TokenStats<double> merge_row(const std::vector<const Real*>& partials, int64_t label, int k,
-                             const Gate& gate) {
+TokenStats<double> merge_row(const std::vector<const Real*>& partials, int64_t label,
+                             const TokenLoss& loss) {
   MaxSum<double> total;
   TargetOfShards<Real> target{static_cast<Real>(label)};
   for (const Real* partial : partials) {
@@ -65,8 +65,8 @@ TokenStats<double> merge_row(const std::vector<const Real*>& partials, int64_t l
     target.add(partial);
   }
   double values[kMaxTopK];
-  const int count = merge_top_k(partials, k, values);
-  return token_stats<double>(for_k(gate, count), total.max, std::log(total.sum), target.get(),
+  const int count = merge_top_k(partials, loss.k, values);
+  return token_stats<double>(for_k(loss.gate, count), total.max, std::log(total.sum), target.get(),
                              topk_entropy(values, count));
 }
 

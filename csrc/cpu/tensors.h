@@ -5,14 +5,11 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <string_view>
 #include <type_traits>
 #include <vector>
 
 #include "../checks.h"
-#include "../gate_from_name.h"
 #include "../tensor_rows.h"
 #include "element_types.h"
 #include "row_kernels.h"
@@ -109,20 +106,14 @@ struct Stats {
 struct ForwardArguments {
   Tensor logits;  // rows readable as they lie
   Tensor labels;  // int64, contiguous
-  int k;
-  Gate gate;
-  int64_t ignore_index;
+  TokenLoss loss;
 
   ForwardArguments(const char* op, const Tensor& raw_logits, const Tensor& raw_labels,
-                   int64_t raw_k, std::string_view gate_name, c10::ArrayRef<double> gate_parameters,
-                   int64_t ignored) {
+                   const TokenLoss& raw_loss) {
     check_logits(op, raw_logits);
-    check_k(op, raw_k, kMinTopK, kMaxTopK);
     logits = with_readable_rows(raw_logits);
-    labels = checked_labels(op, raw_labels, raw_logits, ignored);
-    k = static_cast<int>(std::min<int64_t>(raw_k, logits.size(-1)));
-    gate = gate_from_name(gate_name, gate_parameters, k);
-    ignore_index = ignored;
+    labels = checked_labels(op, raw_labels, raw_logits, raw_loss.ignore_index);
+    loss = for_vocab(raw_loss, logits.size(-1));
   }
 };
 

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "../core/gates.h"
 #include "../core/row_layout.h"
+#include "../core/token_loss.h"
 
 namespace eaft_ext::cuda {
 
@@ -33,9 +33,7 @@ struct StatsPointers {
 struct ForwardArguments {
   LogitsArguments logits;
   const int64_t* labels;  // [num_rows]
-  int64_t ignore_index;
-  int k;  // from 1 to kMaxTopK, and at most vocab_size
-  Gate gate;
+  TokenLoss loss;         // k at most vocab_size
   StatsPointers stats;
 };
 
@@ -43,8 +41,7 @@ struct ForwardArguments {
 struct PartialArguments {
   LogitsArguments logits;
   const int64_t* labels;  // [num_rows]
-  int64_t ignore_index;
-  int k;  // from 1 to kMaxTopK
+  TokenLoss loss;
   int64_t vocab_start;
   float* partials;  // (num_rows, k + kPartialTop), contiguous
 };
@@ -54,9 +51,7 @@ struct MergeArguments {
   int num_shards;
   int64_t num_rows;
   const int64_t* labels;  // [num_rows]
-  int64_t ignore_index;
-  int k;  // from 1 to kMaxTopK
-  Gate gate;
+  TokenLoss loss;
   StatsPointers stats;
 };
 

@@ -82,11 +82,11 @@ __device__ inline TokenStats<double> warp_token_stats(const ForwardArguments& ar
                                                       const uint32_t* top, uint32_t* sorted) {
   // Sorted first, since the order in which the keys came to the list changes from run to run, and
   // rounded sums would with it.
-  warp_sort(top, arguments.k, sorted);
+  warp_sort(top, arguments.loss.k, sorted);
   const auto value = [&](int i) -> double { return value_of<Element>(sorted[i]); };
-  const double entropy = warp_entropy(arguments.k, value);
+  const double entropy = warp_entropy(arguments.loss.k, value);
   if (lane_index() != 0) return {};
-  return token_stats<double>(arguments.gate, sum.max, sum.log_sum(), target_logit, entropy);
+  return token_stats<double>(arguments.loss.gate, sum.max, sum.log_sum(), target_logit, entropy);
 }
 
 // What differs between the forward of whole rows and that of a shard (gated_ce_partial.cuh):
@@ -116,17 +116,17 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
   const LogitsArguments& logits = arguments.logits;
   const int64_t row = blockIdx.x / split.num_spans;
   const int begin = static_cast<int>(blockIdx.x % split.num_spans) * split.span_length;
-  if (arguments.labels[row] == arguments.ignore_index) {
+  if (arguments.labels[row] == arguments.loss.ignore_index) {
     if (begin == 0) write_ignored(arguments, row);
     return;
   }
   const int length = min(split.span_length, static_cast<int>(logits.vocab_size) - begin);
   const RowSpan<Element> span(row_of<Element>(logits, row) + begin, length);
-  const SoftmaxSum sum = scan_span<kThreads>(span, arguments.k, storage.scan);
+  const SoftmaxSum sum = scan_span<kThreads>(span, arguments.loss.k, storage.scan);
   if (warp_index() != 0) return;
   if (split.num_spans > 1) {
-    warp_select_top_k(storage.scan.list, arguments.k,
-                      split.top + int64_t{blockIdx.x} * arguments.k);
+    warp_select_top_k(storage.scan.list, arguments.loss.k,
+                      split.top + int64_t{blockIdx.x} * arguments.loss.k);
     if (lane_index() == 0) {
       split.max[blockIdx.x] = sum.max;
       split.sum[blockIdx.x] = sum.sum;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
   }
   const int64_t column = column_of(arguments, arguments.labels[row]);
   const float target_logit = target_logit_of<Element>(logits, row, column);
-  warp_select_top_k(storage.scan.list, arguments.k, storage.top);
+  warp_select_top_k(storage.scan.list, arguments.loss.k, storage.top);
   write_row<Element>(arguments, row, sum, target_logit, storage.top, storage.sorted);
 }
 
@@ -147,10 +147,10 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks)
   auto& storage = *reinterpret_cast<CombineStorage*>(block_memory());
   const int64_t row = blockIdx.x;
   const int64_t label = arguments.labels[row];
-  if (label == arguments.ignore_index) return;  // written by the first span's block
-  const int num_keys = split.num_spans * arguments.k;
+  if (label == arguments.loss.ignore_index) return;  // written by the first span's block
+  const int num_keys = split.num_spans * arguments.loss.k;
   const RowSpan<uint32_t> keys(split.top + row * num_keys, num_keys);
-  select_span<ReadyKeys<uint32_t>, kCombineThreads>(keys, 0, arguments.k, storage.list,
+  select_span<ReadyKeys<uint32_t>, kCombineThreads>(keys, 0, arguments.loss.k, storage.list,
                                                     storage.scratch);
   if (warp_index() != 0) return;
   const float target_logit =
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks)
   const SoftmaxSum sum = warp_merge(split.num_spans, [&](int i) {
     return SoftmaxSum{split.max[row * split.num_spans + i], split.sum[row * split.num_spans + i]};
   });
-  warp_select_top_k(storage.list, arguments.k, storage.top);
+  warp_select_top_k(storage.list, arguments.loss.k, storage.top);
   write_row<Element>(arguments, row, sum, target_logit, storage.top, storage.sorted);
 }
 

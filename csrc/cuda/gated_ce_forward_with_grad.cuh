@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, kStagedBlocks) gated_ce_forward_with
   auto& storage = *reinterpret_cast<ForwardWithGradStorage<kThreads>*>(block_memory());
   auto* staged = reinterpret_cast<Vector<Element>*>(block_memory() + kStagedOffset<kThreads>);
   const ForwardArguments& forward = arguments.forward;
-  const int k = forward.k;
+  const int k = forward.loss.k;
   const int num_blocks = cluster_size();
   const int rank = cluster_rank();
   const int64_t row = blockIdx.x / num_blocks;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kStagedBlocks) gated_ce_forward_with
     return static_cast<Element*>(arguments.gradient) + arguments.gradient_layout.offset(row) +
            begin;
   };
-  if (forward.labels[row] == forward.ignore_index) {
+  if (forward.labels[row] == forward.loss.ignore_index) {
     // So do all blocks of the cluster: none waits for the others.
     if (threadIdx.x == 0 && rank == 0) write_stats(forward.stats, row, {});
     write_gradient<kThreads>(span, target(), RowGradient(0, 0, 0, -1));
@@ -144,16 +144,16 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
     const int64_t label = forward.labels[row];
     const RowSpan<Element> span(row_of<Element>(forward.logits, row),
                                 static_cast<int>(forward.logits.vocab_size));
-    const bool ignored = label == forward.ignore_index;
+    const bool ignored = label == forward.loss.ignore_index;
     SoftmaxSum sum{};
-    if (!ignored) sum = scan_span<kThreads>(span, forward.k, storage.forward.scan);
+    if (!ignored) sum = scan_span<kThreads>(span, forward.loss.k, storage.forward.scan);
     if (ignored) {
       if (threadIdx.x == 0) write_stats(forward.stats, row, {});
       if (threadIdx.x == 0) storage.weight = 0;
     } else if (warp_index() == 0) {
       const float target_logit = target_logit_of<Element>(forward.logits, row, label);
       const float upstream = arguments.upstream[row];
-      warp_select_top_k(storage.forward.scan.list, forward.k, storage.forward.top);
+      warp_select_top_k(storage.forward.scan.list, forward.loss.k, storage.forward.top);
       finish_row<Element, kThreads>(arguments, row, upstream, sum, target_logit, true, storage);
     }
     __syncthreads();  // the row is finished

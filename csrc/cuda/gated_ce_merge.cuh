@@ -25,7 +25,7 @@ struct ShardMergeStorage {
 };
 
 __device__ inline const float* partial_of(const MergeArguments& arguments, int shard, int64_t row) {
-  return arguments.partials + (shard * arguments.num_rows + row) * (arguments.k + kPartialTop);
+  return arguments.partials + (shard * arguments.num_rows + row) * (arguments.loss.k + kPartialTop);
 }
 
 // Numbers in descending order, NaN after the last.
@@ -68,11 +68,11 @@ __global__ void __launch_bounds__(kRowsPerMergeBlock* kWarpSize)
   const int64_t row = blockIdx.x * int64_t{kRowsPerMergeBlock} + warp_index();
   if (row >= arguments.num_rows) return;
   const int64_t label = arguments.labels[row];
-  if (label == arguments.ignore_index) {
+  if (label == arguments.loss.ignore_index) {
     if (lane_index() == 0) write_stats(arguments.stats, row, {});
     return;
   }
-  const int k = arguments.k;
+  const int k = arguments.loss.k;
   const int num_shards = arguments.num_shards;
 
   float* taken = storage.top[warp_index()][0];
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kRowsPerMergeBlock* kWarpSize)
   const double entropy = warp_entropy(count, [&](int i) -> double { return before[i]; });
   if (lane_index() != 0) return;
   write_stats(arguments.stats, row,
-              token_stats<double>(for_k(arguments.gate, count), sum.max, sum.log_sum(),
+              token_stats<double>(for_k(arguments.loss.gate, count), sum.max, sum.log_sum(),
                                   target.get(), entropy));
 }
 

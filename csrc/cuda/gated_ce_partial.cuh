@@ -12,7 +12,7 @@
 namespace eaft_ext::cuda {
 
 __device__ inline float* partial_of(const PartialArguments& arguments, int64_t row) {
-  return arguments.partials + row * (arguments.k + kPartialTop);
+  return arguments.partials + row * (arguments.loss.k + kPartialTop);
 }
 
 __device__ inline int64_t column_of(const PartialArguments& arguments, int64_t label) {
@@ -22,7 +22,8 @@ __device__ inline int64_t column_of(const PartialArguments& arguments, int64_t l
 __device__ inline void write_ignored(const PartialArguments& arguments, int64_t row) {
   float* partial = partial_of(arguments, row);
   if (threadIdx.x == 0) write_partial_head<float>(partial, arguments.labels[row], 0, NAN);
-  for (int i = static_cast<int>(threadIdx.x); i < arguments.k; i += static_cast<int>(blockDim.x)) {
+  for (int i = static_cast<int>(threadIdx.x); i < arguments.loss.k;
+       i += static_cast<int>(blockDim.x)) {
     partial[kPartialTop + i] = NAN;
   }
 }
@@ -31,9 +32,9 @@ template <typename Element>
 __device__ inline void write_row(const PartialArguments& arguments, int64_t row,
                                  const SoftmaxSum& sum, float target_logit, const uint32_t* top,
                                  uint32_t* sorted) {
-  warp_sort(top, arguments.k, sorted);
+  warp_sort(top, arguments.loss.k, sorted);
   float* partial = partial_of(arguments, row);
-  for (int i = lane_index(); i < arguments.k; i += kWarpSize) {
+  for (int i = lane_index(); i < arguments.loss.k; i += kWarpSize) {
     const bool exists = i < arguments.logits.vocab_size;
     partial[kPartialTop + i] = exists ? value_of<Element>(sorted[i]) : NAN;
   }

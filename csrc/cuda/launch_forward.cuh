@@ -38,7 +38,7 @@ cudaError_t plan_forward_rows(ElementType type, const Arguments& arguments, Spli
     *plan = choose_split(logits.num_rows, logits.vocab_size, resident_blocks, kLine, kRound,
                          kRound * kVectorsPerThread);
     RowSplit<uint32_t> split{plan->num_spans, plan->span_length};
-    plan->workspace_bytes = lay_out_split(&split, logits.num_rows, arguments.k, true, nullptr);
+    plan->workspace_bytes = lay_out_split(&split, logits.num_rows, arguments.loss.k, true, nullptr);
     return cudaSuccess;
   });
 }
@@ -60,7 +60,7 @@ cudaError_t launch_forward_rows(ElementType type, const Arguments& arguments, co
     const int64_t num_rows = arguments.logits.num_rows;
     if (num_rows == 0) return cudaSuccess;
     RowSplit<uint32_t> split{plan.num_spans, plan.span_length};
-    lay_out_split(&split, num_rows, arguments.k, true, workspace);
+    lay_out_split(&split, num_rows, arguments.loss.k, true, workspace);
     if (is_short_row<Element>(arguments.logits)) {
       return launch_forward_kernel<Element, kForwardThreadsOfShortRow>(arguments, split, stream);
     }

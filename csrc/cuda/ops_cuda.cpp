@@ -35,30 +35,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cuda
     c10::ArrayRef<double> gate_parameters, int64_t ignore_index, bool inplace_backward) {
   const char* op = "gated_ce_forward";
   check_logits(op, logits);
+  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index);
   const c10::cuda::CUDAGuard guard(logits.device());
   // Said before the work is done, not in the backward.
   if (inplace_backward) check_writable(op, logits);
   const Stats stats(logits);
-  const CheckedForward forward(op, logits, labels, k, gate, gate_parameters, ignore_index, stats);
+  const CheckedForward forward(op, logits, labels, loss, stats);
   run_forward(forward);
   return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.row_max, stats.log_sum};
 }
 
 // Writes weight * (softmax(logits) - onehot(labels)) into gradient, which may be the logits.
-void backward_into(const char* op, const Tensor& gradient, const Tensor& raw_weight,
-                   const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_row_max,
-                   const Tensor& raw_log_sum, int64_t ignore_index, int64_t vocab_start) {
-  const Tensor labels = int64_labels(op, raw_labels, logits);
-  const Tensor weight = per_row(op, "weight", raw_weight, logits);
-  const Tensor row_max = per_row(op, "row_max", raw_row_max, logits);
-  const Tensor log_sum = per_row(op, "log_sum", raw_log_sum, logits);
+void backward_into(const char* op, const Tensor& gradient, const Tensor& logits,
+                   const RowsOfBackward& given, int64_t vocab_start) {
+  const Tensor labels = int64_labels(op, given.labels, logits);
+  const Tensor weight = per_row(op, "weight", given.weight, logits);
+  const Tensor row_max = per_row(op, "row_max", given.row_max, logits);
+  const Tensor log_sum = per_row(op, "log_sum", given.log_sum, logits);
   BackwardArguments arguments{};
   arguments.logits = logits_arguments(op, logits);
   arguments.vocab_start = vocab_start;
   arguments.gradient = gradient.mutable_data_ptr();
   arguments.gradient_layout = row_layout(gradient);
   arguments.labels = labels.const_data_ptr<int64_t>();
-  arguments.ignore_index = ignore_index;
+  arguments.ignore_index = given.ignore_index;
   arguments.weight = weight.const_data_ptr<float>();
   arguments.row_max = row_max.const_data_ptr<float>();
   arguments.log_sum = log_sum.const_data_ptr<float>();
@@ -71,13 +71,13 @@ Tensor gated_ce_backward_cuda(const Tensor& weight, const Tensor& logits, const 
                               std::optional<int64_t> vocab_start,
                               std::optional<int64_t> vocab_size) {
   const char* op = "gated_ce_backward";
+  const RowsOfBackward rows{weight, labels, row_max, log_sum, ignore_index};
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   const c10::cuda::CUDAGuard guard(logits.device());
   return write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
     shard.clear_padding(target);
     if (shard.num_words == 0) return;
-    backward_into(op, shard.words(target), weight, shard.words(source), labels, row_max, log_sum,
-                  ignore_index, shard.start);
+    backward_into(op, shard.words(target), shard.words(source), rows, shard.start);
   });
 }
 
@@ -86,6 +86,7 @@ void gated_ce_backward_cuda_(const Tensor& weight, Tensor& logits, const Tensor&
                              std::optional<int64_t> vocab_start,
                              std::optional<int64_t> vocab_size) {
   const char* op = "gated_ce_backward_";
+  const RowsOfBackward rows{weight, labels, row_max, log_sum, ignore_index};
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   if (logits.size(-1) == 0) return;
   check_writable(op, logits);
@@ -93,7 +94,7 @@ void gated_ce_backward_cuda_(const Tensor& weight, Tensor& logits, const Tensor&
   shard.clear_padding(logits);
   if (shard.num_words > 0) {
     const Tensor words = shard.words(logits);
-    backward_into(op, words, weight, words, labels, row_max, log_sum, ignore_index, shard.start);
+    backward_into(op, words, words, rows, shard.start);
   }
   mark_written(logits);
 }
@@ -120,8 +121,8 @@ Tensor gated_ce_partial_cuda(const Tensor& logits, const Tensor& raw_labels, int
   PartialArguments arguments{};
   arguments.logits = logits_arguments(op, words);
   arguments.labels = labels.const_data_ptr<int64_t>();
-  arguments.ignore_index = ignore_index;
-  arguments.k = static_cast<int>(k);
+  arguments.loss.k = static_cast<int>(k);
+  arguments.loss.ignore_index = ignore_index;
   arguments.vocab_start = shard.start;
   arguments.partials = partials.mutable_data_ptr<float>();
   SplitPlan plan;
@@ -142,6 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cuda(
   if (inplace_backward && logits.size(-1) > 0) check_writable(op, logits);
   const Tensor labels = int64_labels(op, raw_labels, logits);
   const int k = check_partials(op, raw_partials, labels, at::kFloat);
+  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index);
   const Tensor partials = raw_partials.contiguous();
   const Stats stats(logits);
   MergeArguments arguments{};
@@ -149,9 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cuda(
   arguments.num_shards = static_cast<int>(partials.size(0));
   arguments.num_rows = labels.numel();
   arguments.labels = labels.const_data_ptr<int64_t>();
-  arguments.ignore_index = ignore_index;
-  arguments.k = k;
-  arguments.gate = gate_from_name(gate, gate_parameters, k);
+  arguments.loss = loss;
   arguments.stats = stats.pointers();
   C10_CUDA_CHECK(launch_gated_ce_merge(arguments, c10::cuda::getCurrentCUDAStream()));
   return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.row_max, stats.log_sum};
@@ -172,8 +172,10 @@ void forward_with_grad_into(const char* op, const Tensor& gradient, const Stats&
   C10_CUDA_CHECK(plan_gated_ce_forward_with_grad(forward.type, arguments, &plan));
   if (plan.home == RowHome::kTwoKernels) {
     run_forward(forward);
-    backward_into(op, gradient, at::mul(upstream, stats.gate), logits, forward.labels,
-                  stats.row_max, stats.log_sum, forward.arguments.ignore_index, 0);
+    const Tensor weight = at::mul(upstream, stats.gate);
+    const int64_t ignore_index = forward.arguments.loss.ignore_index;
+    backward_into(op, gradient, logits,
+                  {weight, forward.labels, stats.row_max, stats.log_sum, ignore_index}, 0);
     return;
   }
   C10_CUDA_CHECK(launch_gated_ce_forward_with_grad(forward.type, arguments, plan,
@@ -185,13 +187,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cu
     std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
   const char* op = "gated_ce_forward_with_grad";
   check_logits(op, logits);
+  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index);
   const c10::cuda::CUDAGuard guard(logits.device());
   const Stats stats(logits);
-  const Tensor gradient = write_gradient_like(logits, [&](const Tensor& source,
-                                                          const Tensor& target) {
-    const CheckedForward forward(op, source, labels, k, gate, gate_parameters, ignore_index, stats);
-    forward_with_grad_into(op, target, stats, upstream, forward);
-  });
+  const Tensor gradient =
+      write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
+        const CheckedForward forward(op, source, labels, loss, stats);
+        forward_with_grad_into(op, target, stats, upstream, forward);
+      });
   return {stats.loss, stats.nll, stats.entropy, stats.gate, gradient};
 }
 
@@ -200,10 +203,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cuda_(
     c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
   const char* op = "gated_ce_forward_with_grad_";
   check_logits(op, logits);
+  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index);
   const c10::cuda::CUDAGuard guard(logits.device());
   check_writable(op, logits);
   const Stats stats(logits);
-  const CheckedForward forward(op, logits, labels, k, gate, gate_parameters, ignore_index, stats);
+  const CheckedForward forward(op, logits, labels, loss, stats);
   forward_with_grad_into(op, logits, stats, upstream, forward);
   mark_written(logits);
   return {stats.loss, stats.nll, stats.entropy, stats.gate};

@@ -5,13 +5,10 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <string_view>
 
 #include "../checks.h"
-#include "../gate_from_name.h"
 #include "../tensor_rows.h"
 #include "arguments.h"
 
@@ -88,18 +85,14 @@ struct CheckedForward {
   ElementType type;
   ForwardArguments arguments{};
 
-  CheckedForward(const char* op, const Tensor& raw_logits, const Tensor& raw_labels, int64_t k,
-                 std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
-                 const Stats& stats) {
+  CheckedForward(const char* op, const Tensor& raw_logits, const Tensor& raw_labels,
+                 const TokenLoss& loss, const Stats& stats) {
     type = element_type(op, raw_logits);
-    check_k(op, k, kMinTopK, kMaxTopK);
     logits = with_readable_rows(raw_logits);
     labels = int64_labels(op, raw_labels, raw_logits);
     arguments.logits = logits_arguments(op, logits);
     arguments.labels = labels.const_data_ptr<int64_t>();
-    arguments.ignore_index = ignore_index;
-    arguments.k = static_cast<int>(std::min<int64_t>(k, logits.size(-1)));
-    arguments.gate = gate_from_name(gate, gate_parameters, arguments.k);
+    arguments.loss = for_vocab(loss, logits.size(-1));
     arguments.stats = stats.pointers();
   }
 };

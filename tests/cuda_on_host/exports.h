@@ -40,14 +40,15 @@ inline RowLayout layout_from(const int64_t* numbers) {
 }
 
 // normalizer: 0 is ln k.
-inline Gate gate_from(int kind, double first, double second, double normalizer, int k) {
+inline TokenLoss token_loss_from(int k, int64_t ignore_index, int kind, double first, double second,
+                                 double normalizer) {
   Gate gate;
   gate.kind = static_cast<GateKind>(kind);
   gate.first = first;
   gate.second = second;
   gate.normalizer = normalizer;
   gate.normalizer_is_log_k = normalizer == 0;
-  return for_k(gate, k);
+  return {k, for_k(gate, k), ignore_index};
 }
 
 inline void leave(const std::string& message, char* error, int64_t error_size) {
@@ -67,9 +68,8 @@ EXPORT forward_on_host(int type, const void* logits, const int64_t* logits_layou
   ForwardArguments arguments{};
   arguments.logits = {logits, layout_from(logits_layout), num_rows, vocab_size};
   arguments.labels = labels;
-  arguments.ignore_index = ignore_index;
-  arguments.k = k;
-  arguments.gate = gate_from(gate_kind, gate_first, gate_second, gate_normalizer, k);
+  arguments.loss =
+      token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second, gate_normalizer);
   arguments.stats = {loss, nll, entropy, gate, row_max, log_sum};
   leave(run_forward(static_cast<ElementType>(type), arguments, num_spans, seed), error, error_size);
 }
@@ -82,8 +82,7 @@ EXPORT partial_on_host(int type, const void* logits, const int64_t* logits_layou
   using namespace eaft_ext::cuda;
   const PartialArguments arguments{{logits, layout_from(logits_layout), num_rows, vocab_size},
                                    labels,
-                                   ignore_index,
-                                   k,
+                                   {k, {}, ignore_index},
                                    vocab_start,
                                    partials};
   leave(run_partial(static_cast<ElementType>(type), arguments, num_spans, seed), error, error_size);
@@ -101,9 +100,8 @@ EXPORT merge_on_host(const float* partials, int num_shards, int64_t num_rows, co
   arguments.num_shards = num_shards;
   arguments.num_rows = num_rows;
   arguments.labels = labels;
-  arguments.ignore_index = ignore_index;
-  arguments.k = k;
-  arguments.gate = gate_from(gate_kind, gate_first, gate_second, gate_normalizer, k);
+  arguments.loss =
+      token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second, gate_normalizer);
   arguments.stats = {loss, nll, entropy, gate, row_max, log_sum};
   leave(run_merge(arguments, seed), error, error_size);
 }
@@ -142,9 +140,8 @@ EXPORT forward_with_grad_on_host(int type, const float* upstream, const void* lo
   ForwardArguments& forward = arguments.forward;
   forward.logits = {logits, layout_from(logits_layout), num_rows, vocab_size};
   forward.labels = labels;
-  forward.ignore_index = ignore_index;
-  forward.k = k;
-  forward.gate = gate_from(gate_kind, gate_first, gate_second, gate_normalizer, k);
+  forward.loss =
+      token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second, gate_normalizer);
   forward.stats = {loss, nll, entropy, gate, row_max, log_sum};
   arguments.upstream = upstream;
   arguments.gradient = gradient;

@@ -89,7 +89,7 @@ std::string run_forward_rows(ElementType type, const Arguments& arguments, int n
   if (num_rows == 0) return {};
   return for_element(type, [&](auto element) {
     using Element = decltype(element);
-    const Split<Element, uint32_t> split(arguments.logits, num_spans, arguments.k, true);
+    const Split<Element, uint32_t> split(arguments.logits, num_spans, arguments.loss.k, true);
     constexpr int kShortRow = kFewThreads * kVectorsPerThread * kVectorSize<Element>;
     const bool few_threads = arguments.logits.vocab_size <= kShortRow;
     const std::string error =
