@@ -39,16 +39,32 @@ inline Gate gate_from_name(std::string_view name, c10::ArrayRef<double> paramete
     expect(1, 1);
     gate.kind = GateKind::kHard;
     gate.first = parameters[0];
+  } else if (name == "conflict") {  // entropy, probability
+    expect(2, 2);
+    gate.kind = GateKind::kConflict;
+    gate.first = parameters[0];
+    gate.second = parameters[1];
   } else if (name == "probability") {
     expect(0, 0);
     gate.kind = GateKind::kProbability;
+  } else if (name == "power") {  // q
+    expect(1, 1);
+    gate.kind = GateKind::kPower;
+    gate.first = parameters[0];
+  } else if (name == "threshold") {  // threshold
+    expect(1, 1);
+    gate.kind = GateKind::kThreshold;
+    gate.first = parameters[0];
   } else if (name == "focal") {  // gamma
     expect(1, 1);
     gate.kind = GateKind::kFocal;
     gate.first = parameters[0];
   } else {
     TORCH_CHECK_VALUE(
-        false, "gate must be none, entropy, sigmoid, hard, probability or focal, got ", name);
+        false,
+        "gate must be none, entropy, sigmoid, hard, conflict, probability, power, threshold or "
+        "focal, got ",
+        name);
   }
   return gate;
 }

@@ -7,13 +7,16 @@ from eaft_ext import reference
 from eaft_ext._library import build_info
 from eaft_ext.functional import gated_ce, topk
 from eaft_ext.gates import (
+    ConflictGate,
     EntropyGate,
     FocalGate,
     Gate,
     HardGate,
     NoGate,
+    PowerGate,
     ProbabilityGate,
     SigmoidGate,
+    ThresholdGate,
 )
 from eaft_ext.linear import linear_gated_ce, vocab_parallel_linear_gated_ce
 from eaft_ext.nn import GatedCrossEntropyLoss
@@ -23,14 +26,17 @@ from eaft_ext.reference import TokenStats
 __version__ = build_info()["version"]
 
 __all__ = [
+    "ConflictGate",
     "EntropyGate",
     "FocalGate",
     "Gate",
     "GatedCrossEntropyLoss",
     "HardGate",
     "NoGate",
+    "PowerGate",
     "ProbabilityGate",
     "SigmoidGate",
+    "ThresholdGate",
     "TokenStats",
     "__version__",
     "build_info",

@@ -30,6 +30,11 @@ def _normalized(entropy: Tensor, normalizer: float) -> Tensor:
     return torch.where(entropy == 0, 0.0, entropy / (normalizer or 1.0))
 
 
+def _one_where(passes: Tensor, decides: Tensor) -> Tensor:
+    """1 where a token passes, else 0, and NaN where what decides it is."""
+    return torch.where(decides.isnan(), decides, passes.to(decides.dtype))
+
+
 class Gate:
     """Base of the built-in gates.
 
@@ -123,10 +128,41 @@ class HardGate(Gate):
 
     def for_k(self, k: int) -> GateFunction:
         """The gate as a function of ``(nll, entropy)``. NaN stays NaN."""
+        return lambda nll, entropy: _one_where(
+            _normalized(entropy, math.log(k)) > self.threshold, entropy
+        )
+
+
+@dataclass(frozen=True)
+class ConflictGate(Gate):
+    """``0 if H / ln k < entropy and p(y) < probability else 1``: confident conflicts are left out.
+
+    The mask of EAFT's pilot study, with thresholds in place of quantiles of a data set: the model
+    is sure, and of something else than the label.
+
+    Args:
+        entropy: of the normalised entropy, from 0 to 1.
+        probability: of the label's, from 0 to 1.
+    """
+
+    entropy: float
+    probability: float
+    name: ClassVar[str] = "conflict"
+
+    def __post_init__(self) -> None:
+        _check_finite("ConflictGate", entropy=self.entropy, probability=self.probability)
+
+    def parameters(self) -> list[float]:
+        """The thresholds of entropy and probability."""
+        return [float(self.entropy), float(self.probability)]
+
+    def for_k(self, k: int) -> GateFunction:
+        """The gate as a function of ``(nll, entropy)``. NaN stays NaN."""
 
         def gate(nll: Tensor, entropy: Tensor) -> Tensor:
-            passes = (_normalized(entropy, math.log(k)) > self.threshold).to(entropy.dtype)
-            return torch.where(entropy.isnan(), entropy, passes)
+            is_sure = _normalized(entropy, math.log(k)) < self.entropy
+            is_unlikely = torch.exp(-nll) < self.probability
+            return _one_where(~(is_sure & is_unlikely), entropy)
 
         return gate
 
@@ -140,6 +176,52 @@ class ProbabilityGate(Gate):
     def for_k(self, k: int) -> GateFunction:
         """The gate as a function of ``(nll, entropy)``."""
         return lambda nll, entropy: torch.exp(-nll)
+
+
+@dataclass(frozen=True)
+class PowerGate(Gate):
+    """``p(y)^q``: the family of objectives ``-p^q`` (arXiv 2510.00526); q = 1 is DFT, q = 0 none.
+
+    The gradient of a token's loss is that of ``-p(y)^q / q``.
+    """
+
+    q: float
+    name: ClassVar[str] = "power"
+
+    def __post_init__(self) -> None:
+        _check_finite("PowerGate", q=self.q)
+        if self.q < 0:
+            raise ValueError(f"PowerGate: q must be at least 0, got {self.q}")
+
+    def parameters(self) -> list[float]:
+        """The power."""
+        return [float(self.q)]
+
+    def for_k(self, k: int) -> GateFunction:
+        """The gate as a function of ``(nll, entropy)``."""
+        # Of the nll, since p(y) is 0 where p(y)^q may not be; and 1 for q = 0, also where p(y) is.
+        if self.q == 0:
+            return lambda nll, entropy: torch.ones_like(nll)
+        return lambda nll, entropy: torch.exp(-self.q * nll)
+
+
+@dataclass(frozen=True)
+class ThresholdGate(Gate):
+    """``1 if p(y) > threshold else 0``: ProFit, which learns what the model holds for possible."""
+
+    threshold: float
+    name: ClassVar[str] = "threshold"
+
+    def __post_init__(self) -> None:
+        _check_finite("ThresholdGate", threshold=self.threshold)
+
+    def parameters(self) -> list[float]:
+        """The threshold."""
+        return [float(self.threshold)]
+
+    def for_k(self, k: int) -> GateFunction:
+        """The gate as a function of ``(nll, entropy)``. NaN stays NaN."""
+        return lambda nll, entropy: _one_where(torch.exp(-nll) > self.threshold, nll)
 
 
 @dataclass(frozen=True)
@@ -174,7 +256,17 @@ class NoGate(Gate):
         return lambda nll, entropy: torch.ones_like(nll)
 
 
-BUILT_IN = (EntropyGate, SigmoidGate, HardGate, ProbabilityGate, FocalGate, NoGate)
+BUILT_IN = (
+    EntropyGate,
+    SigmoidGate,
+    HardGate,
+    ConflictGate,
+    ProbabilityGate,
+    PowerGate,
+    ThresholdGate,
+    FocalGate,
+    NoGate,
+)
 """The gates that the kernels know. What derives from one of them is another function."""
 
 

@@ -41,7 +41,10 @@ GATE_KINDS = [
     "entropy",
     "sigmoid",
     "hard",
+    "conflict",
     "probability",
+    "power",
+    "threshold",
     "focal",
 ]  # as enum class GateKind
 

@@ -17,7 +17,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import eaft_ext
-from eaft_ext import EntropyGate, FocalGate, HardGate, NoGate, ProbabilityGate, SigmoidGate
+from eaft_ext import (
+    ConflictGate,
+    EntropyGate,
+    FocalGate,
+    HardGate,
+    NoGate,
+    PowerGate,
+    ProbabilityGate,
+    SigmoidGate,
+    ThresholdGate,
+)
 
 pytestmark = pytest.mark.usefixtures("route")
 
@@ -44,8 +54,14 @@ def gate_by_hand(logits: Tensor, labels: Tensor, k: int, gate: Any) -> Tensor:
             return 1 / (1 + (-slope * (relative - beta)).exp())
         case HardGate(threshold=threshold):
             return (relative > threshold).double()
+        case ConflictGate(entropy=entropy, probability=probability):
+            return 1 - ((relative < entropy) & (p < probability)).double()
         case ProbabilityGate():
             return p
+        case PowerGate(q=q):
+            return p**q
+        case ThresholdGate(threshold=threshold):
+            return (p > threshold).double()
         case FocalGate(gamma=gamma):
             return (1 - p) ** gamma
         case NoGate():
@@ -134,7 +150,14 @@ def test_the_definitions_differ(device: str) -> None:
         SigmoidGate(beta=0.7, slope=5.0),
         HardGate(0.3),
         HardGate(0.6),
+        ConflictGate(0.6, 0.1),
+        ConflictGate(1.0, 0.02),
         ProbabilityGate(),
+        PowerGate(0.3),
+        PowerGate(2.0),
+        PowerGate(0.0),
+        ThresholdGate(0.02),
+        ThresholdGate(0.2),
         FocalGate(2.0),
         FocalGate(0.5),
         FocalGate(0.0),

@@ -15,13 +15,16 @@ from torch import Tensor
 
 import eaft_ext
 from eaft_ext import (
+    ConflictGate,
     EntropyGate,
     FocalGate,
     Gate,
     HardGate,
     NoGate,
+    PowerGate,
     ProbabilityGate,
     SigmoidGate,
+    ThresholdGate,
     gated_ce,
 )
 
@@ -32,7 +35,10 @@ BUILT_IN = [
     EntropyGate(0.5, 3.0),
     SigmoidGate(),
     HardGate(0.4),
+    ConflictGate(0.6, 0.1),
     ProbabilityGate(),
+    PowerGate(0.5),
+    ThresholdGate(0.02),
     FocalGate(2.0),
     NoGate(),
 ]
@@ -152,6 +158,18 @@ def test_focal_gate_near_certainty(device: str, trap: str) -> None:
     )
 
 
+@pytest.mark.usefixtures("route")
+def test_power_gate_where_the_probability_is_no_number_any_more(device: str) -> None:
+    """p(y) is 0 below e^-745, in float32 below e^-104; p(y)^q is not, and p(y)^0 is 1."""
+    logits = torch.zeros(3, V, device=device)
+    logits[0, 1], logits[1, 1], logits[2, 0] = 200.0, 2000.0, -math.inf
+    labels = torch.zeros(3, dtype=torch.int64, device=device)
+    stats = gated_ce(logits, labels, gate=PowerGate(0.01), return_stats=True)[1]
+    torch.testing.assert_close(stats.gate, torch.exp(-0.01 * stats.nll), rtol=1e-5, atol=0)
+    assert stats.gate[0] > 0.1 and stats.gate[1] > 1e-9 and stats.gate[2] == 0
+    assert gated_ce(logits, labels, gate=PowerGate(0.0), return_stats=True)[1].gate.eq(1).all()
+
+
 class DerivedEntropyGate(EntropyGate):
     """Another function than the one that the kernels know by its parent's name."""
 
@@ -240,6 +258,11 @@ def test_what_is_not_a_gate(gate: Any) -> None:
         (lambda: SigmoidGate(math.nan), "beta must be finite, got nan"),
         (lambda: SigmoidGate(0.1, math.inf), "slope must be finite, got inf"),
         (lambda: HardGate(math.nan), "threshold must be finite, got nan"),
+        (lambda: ConflictGate(math.nan, 0.1), "entropy must be finite, got nan"),
+        (lambda: ConflictGate(0.1, math.inf), "probability must be finite, got inf"),
+        (lambda: PowerGate(-1.0), r"q must be at least 0, got -1\.0"),
+        (lambda: PowerGate(math.nan), "q must be finite, got nan"),
+        (lambda: ThresholdGate(math.nan), "threshold must be finite, got nan"),
         (lambda: FocalGate(-0.5), r"gamma must be at least 0, got -0\.5"),
         (lambda: FocalGate(math.nan), "gamma must be finite, got nan"),
         (lambda: gated_ce(*make(3, 9), alpha=-2.0), r"alpha must be at least 0, got -2\.0"),

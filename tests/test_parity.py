@@ -9,7 +9,17 @@ import torch
 from inputs import TRAPS, make
 from parity import assert_parity
 
-from eaft_ext import EntropyGate, FocalGate, HardGate, NoGate, ProbabilityGate, SigmoidGate
+from eaft_ext import (
+    ConflictGate,
+    EntropyGate,
+    FocalGate,
+    HardGate,
+    NoGate,
+    PowerGate,
+    ProbabilityGate,
+    SigmoidGate,
+    ThresholdGate,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -26,7 +36,11 @@ GATES = [
     SigmoidGate(),
     SigmoidGate(beta=0.6, slope=-5.0),
     HardGate(0.5),
+    ConflictGate(0.5, 0.1),
     ProbabilityGate(),
+    PowerGate(0.5),
+    PowerGate(3.0),
+    ThresholdGate(0.1),
     FocalGate(2.0),
     FocalGate(0.5),
     NoGate(),

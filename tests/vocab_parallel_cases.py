@@ -12,12 +12,15 @@ from inputs import make, upstream_of
 from torch import Tensor, nn
 
 from eaft_ext import (
+    ConflictGate,
     EntropyGate,
     FocalGate,
     HardGate,
     NoGate,
+    PowerGate,
     ProbabilityGate,
     SigmoidGate,
+    ThresholdGate,
     vocab_parallel_gated_ce,
 )
 
@@ -30,7 +33,10 @@ GATES: dict[str, Any] = {
     "entropy_over_3": EntropyGate(0.5, 3.0),
     "sigmoid": SigmoidGate(),
     "hard": HardGate(0.5),
+    "conflict": ConflictGate(0.5, 0.1),
     "probability": ProbabilityGate(),
+    "power": PowerGate(0.5),
+    "threshold": ThresholdGate(0.1),
     "focal": FocalGate(2.0),
     "none": NoGate(),
     "callable": lambda nll, entropy: nll / (1 + entropy),
