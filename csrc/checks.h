@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string_view>
 
@@ -84,21 +85,50 @@ inline void check_k(const char* op, int64_t k, int64_t min_k, int64_t max_k) {
                     ", got ", k);
 }
 
-inline TokenLoss checked_token_loss(const char* op, int64_t k, std::string_view gate,
-                                    c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
-  check_k(op, k, kMinTopK, kMaxTopK);
-  const int top_k = static_cast<int>(k);
-  return {top_k, for_k(gate_from_name(gate, gate_parameters), top_k), ignore_index};
+// Of the family, which is empty or (softcap, 0 for none; logit_scale; z_loss).
+inline TokenLoss checked_family(const char* op, int64_t ignore_index,
+                                c10::ArrayRef<double> family) {
+  TokenLoss loss;
+  loss.ignore_index = ignore_index;
+  if (family.empty()) return loss;
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  TORCH_CHECK_VALUE(family.size() == 3 && family[0] >= 0 && family[0] < kInfinity &&
+                        family[1] > 0 && family[1] < kInfinity && family[2] >= 0 &&
+                        family[2] < kInfinity,
+                    op,
+                    ": family must be empty, or a softcap of at least 0, a logit_scale above 0 "
+                    "and a z_loss of at least 0, all finite, got ",
+                    family);
+  loss.map = {family[1], family[0]};
+  loss.z_loss = family[2];
+  return loss;
 }
 
-// What a backward is told of each row, as the operator was given it.
+inline TokenLoss checked_token_loss(const char* op, int64_t k, std::string_view gate,
+                                    c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
+                                    c10::ArrayRef<double> family) {
+  check_k(op, k, kMinTopK, kMaxTopK);
+  TokenLoss loss = checked_family(op, ignore_index, family);
+  loss.k = static_cast<int>(k);
+  loss.gate = for_k(gate_from_name(gate, gate_parameters), loss.k);
+  return loss;
+}
+
+// What a backward is told of each row, as the operator was given it. upstream is for the z-loss.
 struct RowsOfBackward {
   const at::Tensor& weight;
   const at::Tensor& labels;
   const at::Tensor& row_max;
   const at::Tensor& log_sum;
-  int64_t ignore_index;
+  at::Tensor upstream;
+  TokenLoss loss;
 };
+
+inline RowsOfBackward checked_rows(const char* op, const RowsOfBackward& rows) {
+  TORCH_CHECK_VALUE(rows.loss.z_loss == 0 || rows.upstream.defined(), op,
+                    ": a z_loss needs the upstream gradient, got none");
+  return rows;
+}
 
 // An operator that writes over its logits needs every element at a place of its own, and rows that
 // it can address without a copy.

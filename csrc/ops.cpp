@@ -7,6 +7,9 @@
 // Where the vocabulary is divided into shards, logits are the columns of one of them, from the word
 // vocab_start on; columns of words from vocab_size on are padding, which is not read and whose
 // gradient is 0.
+//
+// family is empty, or softcap (0: none), logit_scale and z_loss, by the formulas of
+// core/token_loss.h. Without it a loss is the gated cross-entropy of the logits as they are.
 #include <torch/library.h>
 
 TORCH_LIBRARY(eaft_ext, m) {
@@ -14,43 +17,47 @@ TORCH_LIBRARY(eaft_ext, m) {
   // then overwrites the logits.
   m.def(
       "gated_ce_forward(Tensor logits, Tensor labels, int k, str gate, float[] gate_parameters, "
-      "int ignore_index, bool inplace_backward=False) "
+      "int ignore_index, bool inplace_backward=False, float[] family=[]) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
-  // weight * (softmax(logits) - onehot(labels)), from the row_max and log_sum of the forward. Of a
+  // weight * (softmax(logits) - onehot(labels)), from the row_max and log_sum of the forward; or
+  // what it is in the family, whose z_loss takes the upstream gradient without the gate, too. Of a
   // shard if vocab_start is given: labels may then be in another one.
   m.def(
       "gated_ce_backward(Tensor weight, Tensor logits, Tensor labels, Tensor row_max, "
-      "Tensor log_sum, int ignore_index, SymInt? vocab_start=None, SymInt? vocab_size=None) -> "
-      "Tensor");
+      "Tensor log_sum, int ignore_index, SymInt? vocab_start=None, SymInt? vocab_size=None, "
+      "Tensor? upstream=None, float[] family=[]) -> Tensor");
   // The same, written over the logits.
   m.def(
       "gated_ce_backward_(Tensor weight, Tensor(a!) logits, Tensor labels, Tensor row_max, "
-      "Tensor log_sum, int ignore_index, SymInt? vocab_start=None, SymInt? vocab_size=None) -> ()");
+      "Tensor log_sum, int ignore_index, SymInt? vocab_start=None, SymInt? vocab_size=None, "
+      "Tensor? upstream=None, float[] family=[]) -> ()");
 
   // The forward where the vocabulary is divided: what a shard tells the others of each row,
   // partial (..., k + 3), as core/shard_partial.h has it.
   m.def(
       "gated_ce_partial(Tensor logits, Tensor labels, int k, SymInt vocab_start, SymInt? "
-      "vocab_size, "
-      "int ignore_index) -> Tensor");
+      "vocab_size, int ignore_index, float[] family=[]) -> Tensor");
   // And what all of them, partials (num_shards, ..., k + 3), make of it together.
   // -> loss, nll, entropy, gate, row_max, log_sum. logits, vocab_start, vocab_size and
   // inplace_backward are for autograd.
   m.def(
       "gated_ce_merge(Tensor logits, Tensor labels, Tensor partials, str gate, "
       "float[] gate_parameters, int ignore_index, SymInt vocab_start, SymInt? vocab_size, "
-      "bool inplace_backward=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool inplace_backward=False, float[] family=[]) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Both at once, a row staying on chip in between. -> loss, nll, entropy, gate, and the gradient
   // of sum(upstream * loss)
   m.def(
       "gated_ce_forward_with_grad(Tensor upstream, Tensor logits, Tensor labels, int k, str gate, "
-      "float[] gate_parameters, int ignore_index) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "float[] gate_parameters, int ignore_index, float[] family=[]) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The same, the gradient written over the logits. -> loss, nll, entropy, gate
   m.def(
       "gated_ce_forward_with_grad_(Tensor upstream, Tensor(a!) logits, Tensor labels, int k, "
-      "str gate, float[] gate_parameters, int ignore_index) -> (Tensor, Tensor, Tensor, Tensor)");
+      "str gate, float[] gate_parameters, int ignore_index, float[] family=[]) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 
   // gradient *= factor, a float32 number on its device, unless that is 1: then nothing is touched,
   // and nobody waits for the device to find out. For losses that have their gradient before the

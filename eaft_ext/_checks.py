@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from eaft_ext._dispatch import is_transformed
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -47,6 +49,18 @@ def check_placement(op: str, labels: Tensor, logits: Tensor, name: str = "logits
         )
     if labels.device != logits.device:
         raise ValueError(f"{op}: labels are on {labels.device} and {name} on {logits.device}")
+
+
+def check_token_weight(op: str, token_weight: Tensor, where: Tensor, name: str) -> None:
+    """A weight for each token, where the logits are, or what ``name`` says."""
+    if not isinstance(token_weight, Tensor):
+        raise TypeError(f"{op}: token_weight must be a tensor, got {type(token_weight).__name__}")
+    if token_weight.dtype.is_complex:
+        raise TypeError(f"{op}: token_weight must be real, got {token_weight.dtype}")
+    if token_weight.device != where.device:
+        raise ValueError(
+            f"{op}: token_weight is on {token_weight.device} and {name} on {where.device}"
+        )
 
 
 def check_linear(
@@ -100,6 +114,30 @@ def check_chunks(op: str, chunk_size: int | None, accumulate_in_float32: bool | 
         raise TypeError(
             f"{op}: accumulate_in_float32 must be True, False or None, got "
             f"{accumulate_in_float32!r}"
+        )
+
+
+def check_weight_shape(op: str, token_weight: Tensor, labels: Tensor) -> None:
+    """A weight for each token."""
+    if token_weight.shape != labels.shape:
+        raise ValueError(
+            f"{op}: token_weight must have the shape of the labels, {tuple(labels.shape)}, got "
+            f"{tuple(token_weight.shape)}"
+        )
+
+
+def check_weight_values(op: str, token_weight: Tensor | None, labels: Tensor) -> None:
+    """Shaped like the labels; and not negative, where it costs no synchronisation to see."""
+    if token_weight is None:
+        return
+    check_weight_shape(op, token_weight, labels)
+    at_hand = token_weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not (at_hand or wants_value_checks()) or is_transformed():
+        return
+    for position in (token_weight < 0).nonzero()[:1].tolist():
+        raise ValueError(
+            f"{op}: token_weight must be at least 0, got {token_weight[tuple(position)].item()} at "
+            f"position {position}"
         )
 
 

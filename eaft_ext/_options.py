@@ -7,17 +7,26 @@ objects. A new option is a field, a line in the keywords, a check and a formula.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from eaft_ext._checks import check_token_weight
 from eaft_ext._library import MAX_TOP_K, MIN_TOP_K
-from eaft_ext.gates import EntropyGate, Gate, GateFunction, NoGate, is_built_in
-from eaft_ext.reference import Reduction, gate_weights, mean_divisor, reduce_loss
+from eaft_ext.gates import EntropyGate, Gate, GateFunction, HardGate, NoGate, is_built_in
+from eaft_ext.reference import (
+    Reduction,
+    gate_weights,
+    map_logits,
+    mean_divisor,
+    reduce_loss,
+    weigh,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
@@ -32,6 +41,9 @@ class LossKeywords(TypedDict, total=False):
     normalizer: float | None
     gate: Gate | GateFunction | None
     ignore_index: int
+    softcap: float | None
+    logit_scale: float
+    z_loss: float
 
 
 class Keywords(LossKeywords, total=False):
@@ -39,6 +51,7 @@ class Keywords(LossKeywords, total=False):
 
     reduction: Reduction
     num_items_in_batch: float | Tensor | None
+    token_weight: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,9 @@ class TokenLoss:
     k: int
     gate: Gate | GateFunction
     ignore_index: int
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    z_loss: float = 0.0
 
     @property
     def kernel_gate(self) -> Gate:
@@ -59,15 +75,39 @@ class TokenLoss:
         """Whether they compute the whole of it."""
         return is_built_in(self.gate)
 
+    @property
+    def z_loss_alone(self) -> TokenLoss | None:
+        """What is left to add where the gate is not the kernels': the z-loss, if there is one."""
+        if self.z_loss == 0 or self.is_known_to_kernels:
+            return None
+        return replace(self, gate=_NEVER)
+
     def kernel_arguments(self) -> tuple[int, str, list[float], int]:
         """As the operators take it."""
         gate = self.kernel_gate
         return self.k, gate.name, gate.parameters(), self.ignore_index
 
+    def family(self) -> list[float]:
+        """As the operators take it: nothing where it is the logits as they are, and no z-loss."""
+        z_loss = self.z_loss if self.is_known_to_kernels else 0.0
+        if self.softcap is None and self.logit_scale == 1 and z_loss == 0:
+            return []
+        return [float(self.softcap or 0), float(self.logit_scale), float(z_loss)]
+
+    def map_logits(self, logits: Tensor) -> Tensor:
+        """What the loss is of, in plain PyTorch."""
+        return map_logits(logits, self.softcap, self.logit_scale)
+
     def gate_weights(self, vocab_size: int, nll: Tensor, entropy: Tensor, valid: Tensor) -> Tensor:
         """What the gate makes of the stats, of k words or of all where there are fewer."""
         k = min(self.k, vocab_size)
         return gate_weights(self.gate, k, nll, entropy, valid)
+
+
+def from_family(family: Sequence[float]) -> tuple[float | None, float, float]:
+    """softcap, logit_scale and z_loss, from what :meth:`TokenLoss.family` makes of them."""
+    softcap, logit_scale, z_loss = family or (0.0, 1.0, 0.0)
+    return softcap or None, logit_scale, z_loss
 
 
 @dataclass(frozen=True)
@@ -76,6 +116,8 @@ class Reduce:
 
     reduction: Reduction
     num_items_in_batch: float | Tensor | None
+    token_weight: Tensor | None = None
+    """(...), like the labels."""
 
     def divisor(self, valid: Tensor, dtype: torch.dtype) -> float | Tensor:
         """What the sum is divided by."""
@@ -85,10 +127,18 @@ class Reduce:
 
     def __call__(self, loss: Tensor, valid: Tensor) -> Tensor:
         """The losses (...) of tokens, or what becomes of them."""
+        loss = self.weighted(loss)
         return reduce_loss(loss, valid, self.reduction, self.num_items_in_batch)
+
+    def weighted(self, loss: Tensor) -> Tensor:
+        """Each times its weight, and 0 where that is 0."""
+        if self.token_weight is None:
+            return loss
+        return weigh(loss, self.token_weight.detach().to(loss.dtype))
 
 
 _DEFAULT_GATE = EntropyGate()
+_NEVER = HardGate(2.0)  # above any normalised entropy
 _REDUCTIONS = get_args(Reduction)
 
 
@@ -100,6 +150,9 @@ def token_loss(
     normalizer: float | None = None,
     gate: Gate | GateFunction | None = None,
     ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
     **unknown: Any,
 ) -> TokenLoss:
     """The keywords of a token's loss, checked; their defaults are here."""
@@ -121,7 +174,11 @@ def token_loss(
             f"{op}: gate must be a gate such as EntropyGate() or a function of (nll, entropy), got "
             f"{gate!r}"
         )
-    return TokenLoss(k, gate, ignore_index)
+    if softcap is not None:
+        _check_number(op, "softcap", softcap, "above 0, or None")
+    _check_number(op, "logit_scale", logit_scale, "above 0")
+    _check_number(op, "z_loss", z_loss, "at least 0")
+    return TokenLoss(k, gate, ignore_index, softcap, logit_scale, z_loss)
 
 
 def checked(
@@ -132,6 +189,7 @@ def checked(
     *,
     reduction: Reduction = "mean",
     num_items_in_batch: float | Tensor | None = None,
+    token_weight: Tensor | None = None,
     **keywords: Unpack[LossKeywords],
 ) -> tuple[TokenLoss, Reduce]:
     """All keywords, checked. The loss will be where the logits are, or what ``name`` says."""
@@ -140,7 +198,9 @@ def checked(
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if num_items_in_batch is not None:
         _check_num_items(op, num_items_in_batch, reduction, where, name)
-    return loss, Reduce(reduction, num_items_in_batch)
+    if token_weight is not None:
+        check_token_weight(op, token_weight, where, name)
+    return loss, Reduce(reduction, num_items_in_batch, token_weight)
 
 
 def _defaults(kind: Any) -> dict[str, Any]:
@@ -180,6 +240,14 @@ def check_gradient_in_forward(op: str, gradient_in_forward: bool, reduction: str
         raise ValueError(
             f"{op}: gradient_in_forward needs reduction 'mean' or 'sum', got {reduction!r}"
         )
+
+
+def _check_number(op: str, name: str, value: float, bound: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    is_inside = value >= 0 if bound.startswith("at least") else value > 0
+    if not (is_inside and value < math.inf):
+        raise ValueError(f"{op}: {name} must be finite and {bound}, got {value}")
 
 
 def _check_num_items(

@@ -62,6 +62,7 @@ def _(
     gate_parameters: Sequence[float],
     ignore_index: int,
     inplace_backward: bool = False,
+    family: Sequence[float] = (),
 ) -> tuple[Tensor, ...]:
     return fake_stats(logits, 6)
 
@@ -76,6 +77,8 @@ def _(
     ignore_index: int,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
+    upstream: Tensor | None = None,
+    family: Sequence[float] = (),
 ) -> Tensor:
     return torch.empty_like(logits)
 
@@ -90,6 +93,8 @@ def _(
     ignore_index: int,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
+    upstream: Tensor | None = None,
+    family: Sequence[float] = (),
 ) -> None:
     return None
 
@@ -102,6 +107,7 @@ def _(
     vocab_start: int,
     vocab_size: int | None,
     ignore_index: int,
+    family: Sequence[float] = (),
 ) -> Tensor:
     (stat,) = fake_stats(logits, 1)
     return stat.new_empty((*stat.shape, PARTIAL_HEAD + k))
@@ -118,6 +124,7 @@ def _(
     vocab_start: int,
     vocab_size: int | None,
     inplace_backward: bool = False,
+    family: Sequence[float] = (),
 ) -> tuple[Tensor, ...]:
     return fake_stats(logits, 6)
 
@@ -131,6 +138,7 @@ def _(
     gate: str,
     gate_parameters: Sequence[float],
     ignore_index: int,
+    family: Sequence[float] = (),
 ) -> tuple[Tensor, ...]:
     return (*fake_stats(logits, 4), torch.empty_like(logits))
 
@@ -144,6 +152,7 @@ def _(
     gate: str,
     gate_parameters: Sequence[float],
     ignore_index: int,
+    family: Sequence[float] = (),
 ) -> tuple[Tensor, ...]:
     return fake_stats(logits, 4)
 
@@ -160,19 +169,19 @@ def _(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, _, _, _, ignore_index, ctx.inplace_backward = inputs
-    _save(ctx, logits, labels, output, ignore_index)
+    logits, labels, _, _, _, ignore_index, ctx.inplace_backward, ctx.family = inputs
+    _save(ctx, logits, labels, output, ignore_index, None, None)
 
 
 def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, _, _, _, *shard, ctx.inplace_backward = inputs
+    logits, labels, _, _, _, *shard, ctx.inplace_backward, ctx.family = inputs
     _save(ctx, logits, labels, output, *shard)
 
 
 def _save(
     ctx: Any, logits: Tensor, labels: Tensor, output: tuple[Tensor, ...], *options: Any
 ) -> None:
-    """What the backward takes: ``options`` are ignore_index, and the shard if it is of one."""
+    """What the backward takes: ``options`` are ignore_index, vocab_start and vocab_size."""
     _, nll, entropy, gate, row_max, log_sum = output
     # Only the loss has a gradient: gate and entropy are detached by definition.
     ctx.mark_non_differentiable(nll, entropy, gate, row_max, log_sum)
@@ -187,6 +196,8 @@ def _gradient(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
         return None
     logits, labels, gate, row_max, log_sum = ctx.saved_tensors
     arguments = (grad_loss * gate, logits, labels, row_max, log_sum, *ctx.options)
+    if ctx.family:
+        arguments = (*arguments, grad_loss, ctx.family)
     gradient: Tensor
     if not ctx.inplace_backward:
         gradient = ops.gated_ce_backward(*arguments)
@@ -203,11 +214,11 @@ def _gradient(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return _gradient(ctx, grad_loss), *(None,) * 6
+    return _gradient(ctx, grad_loss), *(None,) * 7
 
 
 def _backward_merge(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return _gradient(ctx, grad_loss), *(None,) * 8
+    return _gradient(ctx, grad_loss), *(None,) * 9
 
 
 register_autograd("eaft_ext::gated_ce_forward", _backward, setup_context=_save_forward)

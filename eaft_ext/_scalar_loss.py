@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eaft_ext._library import has_kernel
-from eaft_ext._options import TokenLoss
+from eaft_ext._options import Reduce, TokenLoss
 from eaft_ext._registration import ops
 
 _NO_DOUBLE_BACKWARD = (
@@ -19,7 +19,7 @@ _NO_DOUBLE_BACKWARD = (
 
 
 class ScalarLoss(torch.autograd.Function):
-    """``sum(loss) / divisor``, and nll, entropy and gate of each token.
+    """``sum(token_weight * loss) / divisor``, and nll, entropy and gate of each token.
 
     One operator reads the logits and writes ``d sum(loss) / divisor``; the backward multiplies that
     by the gradient of the scalar, which the device skips where it is 1. The logits are not kept.
@@ -31,13 +31,14 @@ class ScalarLoss(torch.autograd.Function):
         logits: Tensor,
         labels: Tensor,
         divisor: float | Tensor,
+        reduce: Reduce,
         of_token: TokenLoss,
         inplace: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         one = torch.ones((), dtype=torch.float32, device=logits.device)
-        upstream = one.div(divisor).expand(labels.shape)
+        upstream = reduce.weighted(one.div(divisor).expand(labels.shape))
         source = logits.detach()
-        arguments = (upstream, source, labels, *of_token.kernel_arguments())
+        arguments = (upstream, source, labels, *of_token.kernel_arguments(), of_token.family())
         if inplace:
             loss, nll, entropy, weight = ops.gated_ce_forward_with_grad_(*arguments)
             gradient = source
@@ -46,14 +47,14 @@ class ScalarLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(nll, entropy, weight)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gradient)
-        return loss.sum() / divisor, nll, entropy, weight
+        return reduce.weighted(loss).sum() / divisor, nll, entropy, weight
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_total is None:
-            return (None,) * 5
+            return (None,) * 6
         (gradient,) = scaled(ctx.saved_tensors, grad_total, _NO_DOUBLE_BACKWARD)
-        return gradient, *(None,) * 4
+        return gradient, *(None,) * 5
 
 
 def scaled(gradients: Sequence[Tensor], factor: Tensor, refusal: str) -> list[Tensor]:

@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 
 from eaft_ext import reference
-from eaft_ext._checks import check_label_values, check_labels, check_logits, check_placement
+from eaft_ext._checks import (
+    check_label_values,
+    check_labels,
+    check_logits,
+    check_placement,
+    check_weight_values,
+)
 from eaft_ext._dispatch import is_dtensor, takes_kernel
 from eaft_ext._library import MAX_TOP_K
 from eaft_ext._options import (
     Keywords,
+    Reduce,
     TokenLoss,
     check_gradient_in_forward,
     check_k,
@@ -35,13 +42,18 @@ def _kernel_token_losses(
     # In a compiled graph the compiler decides about memory.
     has_backward = torch.is_grad_enabled() and logits.requires_grad
     inplace_backward = inplace_backward and has_backward and not torch.compiler.is_compiling()
+    # Two losses of the same logits cannot both overwrite them.
+    rest = of_token.z_loss_alone
+    inplace_backward = inplace_backward and rest is None
     loss, nll, entropy, weight, _, _ = ops.gated_ce_forward(
-        logits, labels, *of_token.kernel_arguments(), inplace_backward
+        logits, labels, *of_token.kernel_arguments(), inplace_backward, of_token.family()
     )
     if not of_token.is_known_to_kernels:
         # The loss of NoGate is the nll, with its gradient: any weight can be put on it.
         weight = of_token.gate_weights(logits.size(-1), nll, entropy, valid)
         loss = reference.weigh(loss, weight)
+    if rest is not None:
+        loss = loss + _kernel_token_losses(logits, labels, rest, False)[0]
     return loss, TokenStats(nll, entropy, weight, valid)
 
 
@@ -60,11 +72,15 @@ def _can_fuse(logits: Tensor) -> bool:
 
 
 def _fused_loss(
-    logits: Tensor, labels: Tensor, of_token: TokenLoss, divisor: float | Tensor, inplace: bool
+    logits: Tensor, labels: Tensor, of_token: TokenLoss, reduce: Reduce, inplace: bool
 ) -> tuple[Tensor, TokenStats]:
     """A scalar loss and stats, the gradient being computed at once."""
-    loss, nll, entropy, weight = ScalarLoss.apply(logits, labels, divisor, of_token, inplace)
-    return loss, TokenStats(nll, entropy, weight, labels != of_token.ignore_index)
+    valid = labels != of_token.ignore_index
+    divisor = reduce.divisor(valid, torch.float32)
+    loss, nll, entropy, weight = ScalarLoss.apply(
+        logits, labels, divisor, reduce, of_token, inplace
+    )
+    return loss, TokenStats(nll, entropy, weight, valid)
 
 
 @overload
@@ -109,6 +125,11 @@ def gated_ce(
         g    = (H / normalizer)^alpha                              normalizer: ln k unless given
         loss = g * nll                  dloss/dx = g * (softmax(x) - onehot(y))      g is detached
 
+    and with the family's options, of which none is on unless it is given::
+
+        x    -> logit_scale * x, or softcap * tanh(logit_scale * x / softcap)
+        loss -> token_weight * (g * nll + z_loss * lse^2)          lse = ln sum_j exp(x_j)
+
     Args:
         logits: (..., V), float32, bfloat16 or float16, or float64 on the CPU. If the last dimension
             is contiguous, any other strides are read in place; else a contiguous copy is made. A
@@ -126,6 +147,15 @@ def gated_ce(
             "sum", or "none" for losses shaped like the labels.
         num_items_in_batch: what "mean" divides by instead, a number or a tensor with one, under
             gradient accumulation. A tensor on the logits' device costs no synchronisation.
+        softcap: the cap of a model that caps its logits, such as Gemma 2; above 0.
+        logit_scale: what a model multiplies its logits by, such as Cohere, or divides them by, such
+            as Granite, whose ``1 / logits_scaling`` it is; above 0. The gradient is that of the
+            logits as they are given.
+        z_loss: weight of the square of lse in the loss of each token. The gate is not on it: it
+            holds the logits, and teaches nothing. Beside a gate of your own it takes a second read.
+        token_weight: (...), at least 0: what loss and gradient of each token are multiplied by. A
+            constant. A token of weight 0 counts in a "mean". A negative one raises on the CPU, and
+            elsewhere with ``EAFT_EXT_CHECKS=1``.
         inplace_backward: let the gradient overwrite the logits' memory, which halves the peak. The
             logits must have a contiguous last dimension and rows that share no memory, must not be
             used afterwards, nor may other parts of the same tensor take part in another such call.
@@ -166,16 +196,23 @@ def gated_ce(
     of_token, reduce = checked(op, k, logits, **options)
     check_gradient_in_forward(op, gradient_in_forward, reduce.reduction)
     check_placement(op, labels, logits)
+    check_weight_values(op, reduce.token_weight, labels)
     check_label_values(op, labels, logits.size(-1), of_token.ignore_index)
     if gradient_in_forward and of_token.is_known_to_kernels and _can_fuse(logits):
-        divisor = reduce.divisor(labels != of_token.ignore_index, torch.float32)
-        loss, stats = _fused_loss(logits, labels, of_token, divisor, inplace_backward)
+        loss, stats = _fused_loss(logits, labels, of_token, reduce, inplace_backward)
         return (loss, stats) if return_stats else loss
     if takes_kernel("gated_ce_forward", logits):
         loss, stats = _kernel_token_losses(logits, labels, of_token, inplace_backward)
     else:
         loss, stats = reference.token_losses(
-            logits, labels, of_token.k, of_token.gate, of_token.ignore_index
+            logits,
+            labels,
+            of_token.k,
+            of_token.gate,
+            of_token.ignore_index,
+            softcap=of_token.softcap,
+            logit_scale=of_token.logit_scale,
+            z_loss=of_token.z_loss,
         )
     loss = reduce(loss, stats.valid)
     return (loss, stats) if return_stats else loss

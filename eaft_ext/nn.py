@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +55,11 @@ class GatedCrossEntropyLoss(nn.Module):
         return {name: getattr(self, name) for name in LOSS_DEFAULTS}
 
     def forward(
-        self, logits: Tensor, labels: Tensor, num_items_in_batch: float | Tensor | None = None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        num_items_in_batch: float | Tensor | None = None,
+        token_weight: Tensor | None = None,
     ) -> Tensor:
         """The loss of ``logits`` (..., V) against ``labels`` (...)."""
         loss: Tensor = gated_ce(
@@ -63,6 +68,7 @@ class GatedCrossEntropyLoss(nn.Module):
             self.k,
             reduction=self.reduction,
             num_items_in_batch=num_items_in_batch,
+            token_weight=token_weight,
             inplace_backward=self.inplace_backward,
             gradient_in_forward=self.gradient_in_forward,
             **self._of_token(),
@@ -72,8 +78,10 @@ class GatedCrossEntropyLoss(nn.Module):
     def extra_repr(self) -> str:
         """The options, for ``print(module)``."""
         of_token = token_loss(type(self).__name__, self.k, **self._of_token())
+        shown = ", ".join(
+            f"{field.name}={getattr(of_token, field.name)}" for field in fields(of_token)
+        )
         return (
-            f"k={of_token.k}, gate={of_token.gate}, ignore_index={of_token.ignore_index}, "
-            f"reduction={self.reduction!r}, inplace_backward={self.inplace_backward}, "
+            f"{shown}, reduction={self.reduction!r}, inplace_backward={self.inplace_backward}, "
             f"gradient_in_forward={self.gradient_in_forward}"
         )

@@ -38,6 +38,17 @@ def _widened(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def map_logits(logits: Tensor, softcap: float | None = None, logit_scale: float = 1.0) -> Tensor:
+    """What a model makes of its logits before the loss, in float32 at least.
+
+    ``x' = logit_scale x``, or ``softcap tanh(logit_scale x / softcap)``.
+    """
+    if softcap is None and logit_scale == 1:
+        return logits
+    scaled = _widened(logits) * logit_scale
+    return scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
+
+
 def topk_entropy(logits: Tensor, k: int) -> Tensor:
     """H, the entropy in nats of the min(k, V) largest of ``logits`` (..., V); detached.
 
@@ -122,15 +133,29 @@ def reduce_loss(
 
 
 def token_losses(
-    logits: Tensor, labels: Tensor, k: int, gate: Any, ignore_index: int = -100
+    logits: Tensor,
+    labels: Tensor,
+    k: int,
+    gate: Any,
+    ignore_index: int = -100,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, TokenStats]:
     """Per-token losses and stats: ``gate`` is one of :mod:`eaft_ext.gates`, or any function."""
     k = min(k, logits.size(-1))
     valid = labels != ignore_index
-    nll = cross_entropy(logits, labels, ignore_index)
-    entropy = torch.where(valid, topk_entropy(logits, k), 0.0)
+    # Ignored rows are replaced, not multiplied by 0: they may hold NaN.
+    x = torch.where(valid.unsqueeze(-1), _widened(logits), 0.0)
+    x = map_logits(x, softcap, logit_scale)
+    nll = cross_entropy(x, labels, ignore_index)
+    entropy = torch.where(valid, topk_entropy(x, k), 0.0)
     weight = gate_weights(gate, k, nll.detach(), entropy, valid)
-    return weigh(nll, weight), TokenStats(nll.detach(), entropy, weight, valid)
+    loss = weigh(nll, weight)
+    if z_loss != 0:
+        loss = loss + z_loss * torch.where(valid, x.logsumexp(-1), 0.0) ** 2
+    return loss, TokenStats(nll.detach(), entropy, weight, valid)
 
 
 def shard_partial(
@@ -199,22 +224,45 @@ def merge_partials(
     return nll, entropy, row_max, torch.where(nll.isnan(), nll, log_sum)
 
 
+class RowWeights(NamedTuple):
+    """Of a row's gradient, ``all softmax(x') - target onehot(y)``."""
+
+    all: Tensor
+    target: Tensor
+
+
+def row_weights(
+    z_loss: float, upstream: Tensor, weight: Tensor, row_max: Tensor, log_sum: Tensor
+) -> RowWeights:
+    """Those of the loss and its z-loss; ``weight`` is the upstream gradient times the gate."""
+    if z_loss == 0:
+        return RowWeights(weight, weight)
+    return RowWeights(weight + 2 * z_loss * (row_max + log_sum) * upstream, weight)
+
+
 def shard_gradient(
-    weight: Tensor,
+    weights: RowWeights,
     logits: Tensor,
     labels: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
     vocab_start: int,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> Tensor:
-    """``weight * (softmax(x) - onehot(y))`` of the columns from ``vocab_start`` on."""
-    x = _widened(logits)
+    """``dx'/dx (all softmax(x') - target onehot(y))`` of the columns from ``vocab_start`` on."""
+    x = _widened(map_logits(logits, softcap, logit_scale))
     shifted = (x - row_max.unsqueeze(-1)) - log_sum.unsqueeze(-1)
     columns = torch.arange(vocab_start, vocab_start + x.size(-1), device=x.device)
     here = columns == labels.unsqueeze(-1)
-    probability = torch.where(here, shifted.expm1(), shifted.exp())
-    weight = weight.unsqueeze(-1)
-    return torch.where(weight == 0, 0.0, weight * probability).to(logits.dtype)
+    everywhere, target = (weight.unsqueeze(-1) for weight in weights)
+    # p - 1 before any rounding: close to p = 1 it is all there is.
+    at_label = target * shifted.expm1() + (everywhere - target) * shifted.exp()
+    gradient = logit_scale * torch.where(here, at_label, everywhere * shifted.exp())
+    if softcap is not None:
+        gradient = gradient * (1 - (x / softcap) ** 2)
+    muted = (everywhere == 0) & (target == 0)
+    return torch.where(muted, 0.0, gradient).to(logits.dtype)
 
 
 def gated_ce(
@@ -228,13 +276,19 @@ def gated_ce(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     num_items_in_batch: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
     inplace_backward: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Token-gated cross-entropy, with the arguments of :func:`eaft_ext.gated_ce`.
 
-    ``loss_t = g_t * nll_t`` with ``nll = -ln p(y)``, ``g = (H / normalizer)^alpha`` detached, and H
-    the :func:`topk_entropy`; ``normalizer`` is ``ln min(k, V)`` unless given.
+    ``loss_t = w_t (g_t nll_t + z_loss lse_t^2)`` with ``nll = -ln p(y)``, ``g = (H /
+    normalizer)^alpha`` detached, and H the :func:`topk_entropy`, all of the logits that
+    :func:`map_logits` gives; ``normalizer`` is ``ln min(k, V)`` unless given, and w the
+    ``token_weight``.
 
     Args:
         logits: (..., V), any floating dtype; float64 is computed in float64, all else in float32.
@@ -251,7 +305,18 @@ def gated_ce(
         def gate(nll: Tensor, entropy: Tensor) -> Tensor:
             return torch.where(entropy == 0, 0.0, entropy / (divisor or 1.0)) ** alpha
 
-    loss, stats = token_losses(logits, labels, k, gate, ignore_index)
+    loss, stats = token_losses(
+        logits,
+        labels,
+        k,
+        gate,
+        ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        z_loss=z_loss,
+    )
+    if token_weight is not None:
+        loss = weigh(loss, token_weight.detach().to(loss.dtype))
     loss = reduce_loss(loss, stats.valid, reduction, num_items_in_batch)
     return (loss, stats) if return_stats else loss
 

@@ -36,6 +36,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "num_items": {"num_items_in_batch": torch.tensor(7)},
     "in_place": {"inplace_backward": True},
     "k_above_the_shard": {"k": 40, "normalizer": 3.0},
+    "family": {"softcap": 5.0, "logit_scale": 0.5, "z_loss": 1e-2},
+    "token_weight": {"token_weight": torch.linspace(0, 2, N)},
 }
 LABELS = ("tensor", "dtensor", "local")
 
@@ -62,12 +64,18 @@ def run(shape: tuple[int, ...], placements: list[Any], kind: str, options: Any) 
     world_size = torch.distributed.get_world_size()
     mesh = init_device_mesh("cpu", tuple(world_size if n < 0 else n for n in shape))
     leaf = distribute_tensor(logits, mesh, placements).requires_grad_()
-    everywhere = [Replicate()] * mesh.ndim
-    if kind == "dtensor":
-        labels = distribute_tensor(labels, mesh, everywhere)
-    elif kind == "local":
-        rows = [p if p == Shard(0) else Replicate() for p in placements]
-        labels = distribute_tensor(labels, mesh, rows).to_local()
+
+    def placed(per_token: Tensor) -> Tensor:
+        if kind == "dtensor":
+            return distribute_tensor(per_token, mesh, [Replicate()] * mesh.ndim)
+        if kind == "local":
+            rows = [p if p == Shard(0) else Replicate() for p in placements]
+            return distribute_tensor(per_token, mesh, rows).to_local()
+        return per_token
+
+    labels = placed(labels)
+    if "token_weight" in options:
+        options = options | {"token_weight": placed(options["token_weight"])}
     # Not a leaf: it may be overwritten.
     with loss_parallel(), CommDebugMode() as forward:
         loss, stats = eaft_ext.gated_ce(leaf * 1, labels, return_stats=True, **options)

@@ -201,6 +201,11 @@ def _gate(name: str, parameters: Sequence[float]) -> list[object]:
     return [GATE_KINDS.index(name), *map(ctypes.c_double, (first, second, normalizer))]
 
 
+def _family(family: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
+    """softcap (0: none), logit_scale and z_loss, as the operators take them."""
+    return (ctypes.c_double * 3)(*(family or (0.0, 1.0, 0.0)))
+
+
 def forward(
     logits: Tensor,
     labels: Tensor,
@@ -209,6 +214,7 @@ def forward(
     gate_parameters: Sequence[float],
     ignore_index: int,
     *,
+    family: Sequence[float] = (),
     num_spans: int = 1,
     seed: int = 0,
 ) -> Stats:
@@ -225,6 +231,7 @@ def forward(
         ctypes.c_int64(ignore_index),
         k,
         *_gate(gate, gate_parameters),
+        _family(family),
         *map(_pointer, stats),
         num_spans,
         ctypes.c_uint64(seed),
@@ -239,6 +246,7 @@ def partial(
     vocab_start: int,
     ignore_index: int,
     *,
+    family: Sequence[float] = (),
     num_spans: int = 1,
     seed: int = 0,
 ) -> Tensor:
@@ -253,6 +261,7 @@ def partial(
         _pointer(labels),
         ctypes.c_int64(ignore_index),
         k,
+        _family(family),
         ctypes.c_int64(vocab_start),
         _pointer(partials),
         num_spans,
@@ -268,6 +277,7 @@ def merge(
     gate_parameters: Sequence[float],
     ignore_index: int,
     *,
+    family: Sequence[float] = (),
     seed: int = 0,
 ) -> Stats:
     """``gated_ce_merge`` of partials (num_shards, ..., k + 3)."""
@@ -283,6 +293,7 @@ def merge(
         ctypes.c_int64(ignore_index),
         partials.size(-1) - 3,
         *_gate(gate, gate_parameters),
+        _family(family),
         *map(_pointer, stats),
         ctypes.c_uint64(seed),
     )
@@ -297,6 +308,8 @@ def backward(
     log_sum: Tensor,
     ignore_index: int,
     *,
+    family: Sequence[float] = (),
+    upstream: Tensor | None = None,
     vocab_start: int = 0,
     inplace: bool = False,
     shift: int = 0,
@@ -310,6 +323,8 @@ def backward(
     source, gradient = _logits_and_gradient(call, logits, inplace, shift)
     labels = call.per_row("labels", labels, logits, torch.int64)
     weight = call.per_row("weight", weight, logits, torch.float32)
+    if upstream is not None:
+        upstream = call.per_row("upstream", upstream, logits, torch.float32)
     row_max = call.per_row("row_max", row_max, logits, torch.float32)
     log_sum = call.per_row("log_sum", log_sum, logits, torch.float32)
     call.run(
@@ -320,7 +335,9 @@ def backward(
         _layout(gradient),
         _pointer(labels),
         ctypes.c_int64(ignore_index),
+        _family(family),
         _pointer(weight),
+        None if upstream is None else _pointer(upstream),
         _pointer(row_max),
         _pointer(log_sum),
         ctypes.c_uint64(seed),
@@ -348,6 +365,7 @@ def forward_with_grad(
     gate_parameters: Sequence[float],
     ignore_index: int,
     *,
+    family: Sequence[float] = (),
     cluster_size: int = 0,
     inplace: bool = False,
     shift: int = 0,
@@ -374,6 +392,7 @@ def forward_with_grad(
         ctypes.c_int64(ignore_index),
         k,
         *_gate(gate, gate_parameters),
+        _family(family),
         *map(_pointer, stats),
         cluster_size,
         ctypes.c_uint64(seed),

@@ -32,6 +32,17 @@ def outcome(
     return Outcome(loss.detach(), stats.nll, stats.entropy, stats.gate, gradient)
 
 
+def error_weights(gt: Outcome, upstream: Tensor, z_loss: float = 0.0) -> dict[str, Any]:
+    """What each result is a product with, for tolerances.py."""
+    nll = gt.nll.nan_to_num(posinf=0.0).abs()
+    # The z-loss is a product with an lse; an nll is one, less a logit.
+    largest = 1 + max(nll.flatten().tolist(), default=0.0)
+    return dict.fromkeys(Outcome._fields, 1.0) | {
+        "loss": largest * (1 + z_loss * largest),
+        "gradient": (upstream * (gt.gate + 2 * z_loss * largest)).abs().nan_to_num(),
+    }
+
+
 def assert_parity(logits: Tensor, labels: Tensor, **options: Any) -> None:
     """Hold ``eaft_ext.gated_ce`` to ``eaft_ext.reference.gated_ce`` on these inputs."""
     options = {"reduction": "none"} | options
@@ -42,10 +53,7 @@ def assert_parity(logits: Tensor, labels: Tensor, **options: Any) -> None:
     op = outcome(eaft_ext.gated_ce, logits, labels, upstream, **options)
     ref = outcome(reference, logits, labels, upstream, **options)
     gt = outcome(reference, logits.double(), labels, upstream.double(), **options)
-    weights: dict[str, Any] = dict.fromkeys(Outcome._fields, 1.0) | {
-        "loss": 1 + gt.nll.nan_to_num(posinf=0.0).abs().amax(),
-        "gradient": (upstream * gt.gate).abs().nan_to_num(),
-    }
+    weights = error_weights(gt, upstream, options.get("z_loss", 0.0))
     for name, *values in zip(Outcome._fields, op, ref, gt, strict=True):
         rows = [value if value.dim() else value.unsqueeze(0) for value in values]
         factor = GRADIENT_FACTOR if name == "gradient" else LOSS_FACTOR

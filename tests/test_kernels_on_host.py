@@ -17,16 +17,17 @@ import kernels_on_host
 import pytest
 import torch
 from inputs import IGNORED, TRAPS, dtype_name, make, same_bits, upstream_of
-from parity import Outcome, outcome
+from parity import Outcome, error_weights, outcome
 from test_large_offsets import _sparse_elements
 from test_layouts import READ_IN_PLACE
 from test_layouts import V as LAYOUT_VOCAB_SIZE
 from test_layouts import build as build_layout
-from test_parity import GATES
+from test_parity import FAMILY, GATES
 from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
 from torch import Tensor
 
 from eaft_ext import EntropyGate, HardGate, NoGate, reference
+from eaft_ext._options import TokenLoss
 from eaft_ext.gates import Gate
 
 pytestmark = pytest.mark.skipif(
@@ -66,17 +67,23 @@ class Way:
         gate: Gate = EntropyGate(),  # noqa: B008, a constant
         ignore_index: int = IGNORED,
         seed: int = 0,
+        family: dict[str, float] | None = None,
         **gradient: Any,
     ) -> Outcome:
         """Loss, stats and the gradient of ``sum(upstream * loss)``."""
         upstream = upstream_of(labels) if upstream is None else upstream
         asked = (k, gate.name, gate.parameters(), ignore_index)
+        of_family = TokenLoss(k, gate, ignore_index, **(family or {})).family()
         if self.kernel == "cluster":
-            options = {"cluster_size": self.count, "seed": seed, **gradient}
+            options = {"cluster_size": self.count, "seed": seed, "family": of_family, **gradient}
             fused = kernels_on_host.forward_with_grad(upstream, logits, labels, *asked, **options)
             return Outcome(*fused)
-        stats = kernels_on_host.forward(logits, labels, *asked, num_spans=self.count, seed=seed)
+        stats = kernels_on_host.forward(
+            logits, labels, *asked, num_spans=self.count, seed=seed, family=of_family
+        )
         saved = (stats.row_max, stats.log_sum, ignore_index)
+        if of_family:
+            gradient |= {"family": of_family, "upstream": upstream}
         found = kernels_on_host.backward(
             upstream * stats.gate, logits, labels, *saved, seed=seed, **gradient
         )
@@ -99,6 +106,7 @@ def assert_right(
     *,
     k: int = 20,
     gate: Gate = EntropyGate(),  # noqa: B008, a constant
+    family: dict[str, float] | None = None,
     **gradient: Any,
 ) -> None:
     """Hold every way to the reference, each with another order of threads.
@@ -106,16 +114,14 @@ def assert_right(
     The entropy is a matter of the k largest alone, and the same in every bit.
     """
     upstream = upstream_of(labels)
-    options: dict[str, Any] = {"k": k, "gate": gate, "reduction": "none"}
+    family = family or {}
+    options: dict[str, Any] = {"k": k, "gate": gate, "reduction": "none", **family}
     ref = outcome(reference.gated_ce, logits, labels, upstream, **options)
     gt = outcome(reference.gated_ce, logits.double(), labels, upstream.double(), **options)
-    weights: dict[str, Any] = dict.fromkeys(Outcome._fields, 1.0) | {
-        "loss": 1 + gt.nll.nan_to_num(posinf=0.0).abs().amax(),
-        "gradient": (upstream * gt.gate).abs().nan_to_num(),
-    }
+    weights = error_weights(gt, upstream, family.get("z_loss", 0.0))
     entropy = None
     for seed, way in enumerate(ways):
-        found = way(logits, labels, k=k, gate=gate, seed=seed, **gradient)
+        found = way(logits, labels, k=k, gate=gate, seed=seed, family=family, **gradient)
         for name, *values in zip(Outcome._fields, found, ref, gt, strict=True):
             op, other, truth = (value if value.dim() else value.unsqueeze(0) for value in values)
             factor = GRADIENT_FACTOR if name == "gradient" else LOSS_FACTOR
@@ -187,6 +193,20 @@ def test_what_is_left_of_a_confident_token(way: Way) -> None:
 @pytest.mark.parametrize("gate", [gate for gate in GATES if isinstance(gate, Gate)], ids=str)
 def test_gates(dtype: torch.dtype, gate: Gate) -> None:
     assert_right(*make(9, 300, dtype, ignored=0.2), FEW_WAYS, gate=gate, k=8)
+
+
+@each_dtype
+@pytest.mark.parametrize("vocab_size", [5, 300, 20011])
+@pytest.mark.parametrize("family", FAMILY, ids=str)
+def test_family(dtype: torch.dtype, vocab_size: int, family: dict[str, float]) -> None:
+    assert_right(*make(3, vocab_size, dtype, ignored=0.2), family=family)
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_traps_of_a_soft_cap(trap: str) -> None:
+    """Of -inf it makes a number, and of what lies beside a row nothing."""
+    logits, labels = make(3, 1003, torch.bfloat16, trap=trap, ignored=0.2)
+    assert_right(logits, labels, family={"softcap": 30.0, "z_loss": 1e-3})
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)

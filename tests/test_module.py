@@ -52,6 +52,7 @@ def test_module_options_are_those_of_the_function() -> None:
     keywords = set(gated_ce.__kwdefaults__) | {"k"}
     assert set(GatedCrossEntropyLoss.__init__.__kwdefaults__) | {"k"} == keywords - {
         "num_items_in_batch",
+        "token_weight",
         "return_stats",
     }
     for name, default in GatedCrossEntropyLoss.__init__.__kwdefaults__.items():

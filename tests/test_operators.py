@@ -114,6 +114,20 @@ def _arguments_of_a_shard(
     return weight, logits, labels, row_max, log_sum, -100, vocab_start, vocab_size
 
 
+FAMILY = [5.0, 0.5, 1e-2]
+
+
+def _with_family(op: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same call, of a soft cap, a logit scale and a z-loss."""
+    if op in ("gated_ce_forward", "gated_ce_merge"):
+        return *arguments, False, FAMILY
+    if op.startswith("gated_ce_backward"):
+        weight, *_ = arguments
+        shard = () if len(arguments) == 8 else (None, None)
+        return *arguments, *shard, weight / 2, FAMILY
+    return *arguments, FAMILY
+
+
 SHARD_OPERATORS = ["gated_ce_partial", "gated_ce_merge"]
 DIFFERENTIABLE = ["gated_ce_forward", "gated_ce_merge", "gated_ce_backward", "topk"]
 OPERATORS = [*DIFFERENTIABLE, "gated_ce_partial", "gated_ce_forward_with_grad"]
@@ -217,6 +231,17 @@ def test_opcheck_of_merge_with_gradient(
     _check("gated_ce_merge", (*arguments, inplace_backward))
 
 
+@pytest.mark.parametrize(
+    "op", [op for op in [*OPERATORS, *IN_PLACE_OPERATORS] if op not in ("topk", "scale_gradient_")]
+)
+def test_opcheck_of_the_family(device: str, dtype: torch.dtype, op: str) -> None:
+    logits, labels = SAMPLES["plain"](device, dtype)
+    arguments = _with_family(op, _arguments(op, logits, labels))
+    if op in ("gated_ce_forward", "gated_ce_merge"):
+        arguments[0].requires_grad_()
+    _check(op, arguments)
+
+
 def test_opcheck_of_topk_with_gradient(device: str) -> None:
     logits, _ = SAMPLES["plain"](device, torch.float32)
     _check("topk", (logits.requires_grad_(), 4))
@@ -275,11 +300,11 @@ def _arguments_of_a_product(
     hidden, weight, bias, labels = linear_inputs(dtype=dtype, device=device, **inputs)
     if by_columns:
         weight = weight.t().contiguous().t()
-    options = (*FORWARD_OPTIONS, True, 4, None, 0, None, len(weight), None, 1, False)
+    options = (*FORWARD_OPTIONS, [], True, 4, None, 0, None, len(weight), None, 1, False)
     given = (hidden, weight, bias if wanted[2] else None, labels)
     if op == "linear_gated_ce_backward":
         *_, gate, row_max, log_sum = ops.linear_gated_ce_forward(*given, *options)
-        return gate, row_max, log_sum, wanted, *given, *options
+        return gate * 2, gate, row_max, log_sum, wanted, *given, *options
     for tensor, wants in zip(given[:3], wanted, strict=True):
         if tensor is not None:
             tensor.requires_grad_(wants)
@@ -287,7 +312,7 @@ def _arguments_of_a_product(
         return *given, *options
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     divisor = torch.tensor(2.0, dtype=wide, device=device)
-    return *given, divisor, wanted, *options
+    return *given, divisor, None, wanted, *options
 
 
 ALL_WANTED = [True, True, True]

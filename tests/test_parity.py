@@ -48,6 +48,15 @@ GATES = [
 ]
 
 
+FAMILY: list[dict[str, Any]] = [
+    {"softcap": 30.0},
+    {"softcap": 2.0, "logit_scale": 3.0},
+    {"logit_scale": 0.0625},
+    {"z_loss": 1e-3},
+    {"softcap": 15.0, "logit_scale": 0.5, "z_loss": 1e-2},
+]
+
+
 @pytest.fixture(params=NUM_ROWS.values(), ids=NUM_ROWS.keys())
 def num_rows(request: pytest.FixtureRequest) -> int:
     return request.param
@@ -62,6 +71,25 @@ def test_vocab_sizes(device: str, dtype: torch.dtype, vocab_size: int, num_rows:
 @pytest.mark.parametrize("trap", TRAPS)
 def test_traps(device: str, dtype: torch.dtype, trap: str, vocab_size: int) -> None:
     assert_parity(*make(9, vocab_size, dtype, trap=trap, device=device))
+
+
+@pytest.mark.parametrize("vocab_size", [1, 5, 130, 8200])
+@pytest.mark.parametrize("family", FAMILY, ids=str)
+def test_family(
+    device: str, dtype: torch.dtype, vocab_size: int, num_rows: int, family: dict[str, Any]
+) -> None:
+    assert_parity(*make(num_rows, vocab_size, dtype, device=device, ignored=0.2), **family)
+
+
+@pytest.mark.parametrize("family", FAMILY, ids=str)
+@pytest.mark.parametrize("trap", TRAPS)
+def test_traps_of_the_family(
+    device: str, dtype: torch.dtype, trap: str, family: dict[str, Any]
+) -> None:
+    if dtype == torch.float64 and trap == "far_from_zero":
+        # Of an lse of 3e4 the square is 9e8, and has no digits left below 1e-7.
+        family = {name: value for name, value in family.items() if name != "z_loss"}
+    assert_parity(*make(9, 8200, dtype, trap=trap, device=device), **family)
 
 
 @pytest.mark.parametrize("trap", TRAPS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,11 @@ from parity import Outcome
 from test_kernels_on_host import Way, assert_others_unchanged, assert_right, each_dtype
 from test_layouts import READ_IN_PLACE
 from test_layouts import build as build_layout
-from test_parity import GATES
+from test_parity import FAMILY, GATES
 from torch import Tensor
 
 from eaft_ext import EntropyGate, NoGate, reference
+from eaft_ext._options import TokenLoss
 from eaft_ext.gates import Gate
 
 pytestmark = pytest.mark.skipif(
@@ -49,13 +51,26 @@ class Shards:
         return [(start, logits[..., start:end]) for start, end in pairs if start < end]
 
     def partials(
-        self, logits: Tensor, labels: Tensor, k: int, ignore_index: int, seed: int = 0
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        k: int,
+        ignore_index: int,
+        seed: int = 0,
+        family: Sequence[float] = (),
     ) -> Tensor:
         """What all shards tell."""
         return torch.stack(
             [
                 kernels_on_host.partial(
-                    shard, labels, k, start, ignore_index, num_spans=self.num_spans, seed=seed
+                    shard,
+                    labels,
+                    k,
+                    start,
+                    ignore_index,
+                    num_spans=self.num_spans,
+                    seed=seed,
+                    family=family,
                 )
                 for start, shard in self.divide(logits)
             ]
@@ -71,14 +86,24 @@ class Shards:
         gate: Gate = EntropyGate(),  # noqa: B008, a constant
         ignore_index: int = IGNORED,
         seed: int = 0,
+        family: dict[str, float] | None = None,
         **gradient: Any,
     ) -> Outcome:
         """Loss, stats and the gradient of ``sum(upstream * loss)``."""
         upstream = upstream_of(labels) if upstream is None else upstream
-        partials = self.partials(logits, labels, k, ignore_index, seed)
+        of_family = TokenLoss(k, gate, ignore_index, **(family or {})).family()
+        partials = self.partials(logits, labels, k, ignore_index, seed, of_family)
         stats = kernels_on_host.merge(
-            partials, labels, gate.name, gate.parameters(), ignore_index, seed=seed
+            partials,
+            labels,
+            gate.name,
+            gate.parameters(),
+            ignore_index,
+            seed=seed,
+            family=of_family,
         )
+        if of_family:
+            gradient |= {"family": of_family, "upstream": upstream}
         saved = (labels, stats.row_max, stats.log_sum, ignore_index)
         gradients = [
             kernels_on_host.backward(
@@ -109,6 +134,12 @@ WAYS = [
 def test_vocab_sizes(dtype: torch.dtype, vocab_size: int, k: int) -> None:
     """Also a k that exceeds every shard, or all of them together."""
     assert_right(*make(9, vocab_size, dtype), [WHOLE, *WAYS], k=k)
+
+
+@each_dtype
+@pytest.mark.parametrize("family", FAMILY, ids=str)
+def test_family(dtype: torch.dtype, family: dict[str, float]) -> None:
+    assert_right(*make(9, 1003, dtype, ignored=0.2), WAYS[:4], family=family)
 
 
 @each_dtype

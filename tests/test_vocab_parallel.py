@@ -9,7 +9,7 @@ import pytest
 import torch
 from inputs import IGNORED, TRAPS, agree, make, same_bits, upstream_of
 from parity import Outcome, outcome
-from test_parity import GATES
+from test_parity import FAMILY, GATES
 from tolerances import FLOOR_IN_EPSILONS
 from torch import Tensor
 from vocab_shards import NUM_SHARDS, assert_shards_match, divide, outcome_of_shards, shards_at
@@ -101,6 +101,14 @@ def test_k(device: str, k: int, vocab_size: int) -> None:
 def test_gates(device: str, dtype: torch.dtype, gate: Any, widths: list[int]) -> None:
     logits, labels = make(12, sum(widths), dtype, device=device, ignored=0.2)
     _assert_match(logits, labels, widths, gate=gate)
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("widths", [[100, 100, 100], [3, 5, 2]], ids=str)
+@pytest.mark.parametrize("family", FAMILY, ids=str)
+def test_family(device: str, dtype: torch.dtype, family: dict[str, Any], widths: list[int]) -> None:
+    logits, labels = make(12, sum(widths), dtype, device=device, ignored=0.2)
+    _assert_match(logits, labels, widths, **family)
 
 
 class _OfK(Gate):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from inputs import same_bits
-from parity import Outcome, outcome
+from parity import Outcome, error_weights, outcome
 from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
 from torch import Tensor
 
@@ -39,14 +39,16 @@ class Losses(NamedTuple):
     stats: eaft_ext.TokenStats
 
 
-def partial_of(
-    logits: Tensor, labels: Tensor, k: int, shard: VocabShard, ignore_index: int
-) -> Tensor:
+def partial_of(logits: Tensor, labels: Tensor, of_token: TokenLoss, shard: VocabShard) -> Tensor:
     """What a shard tells the others, by the kernel or by the reference, as they are chosen."""
     logits = logits.detach()
+    k, ignore_index = of_token.k, of_token.ignore_index
     if _shard.takes_kernel("gated_ce_merge", logits):
-        return ops.gated_ce_partial(logits, labels, k, shard.start, shard.vocab_size, ignore_index)
-    words = logits[..., : num_words(logits.size(-1), shard)]
+        words_of_all = (shard.start, shard.vocab_size)
+        return ops.gated_ce_partial(
+            logits, labels, k, *words_of_all, ignore_index, of_token.family()
+        )
+    words = of_token.map_logits(logits[..., : num_words(logits.size(-1), shard)])
     return reference.shard_partial(words, labels, k, shard.start, ignore_index)
 
 
@@ -71,9 +73,11 @@ def losses_of_shards(
     gate: Any = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    **family: Any,
 ) -> list[Losses]:
     """Per-token losses and stats as the process of every shard gets them."""
-    partials = [partial_of(x, labels, k, shard, ignore_index) for x, shard in shards]
+    of_token = TokenLoss(k, EntropyGate() if gate is None else gate, ignore_index, **family)
+    partials = [partial_of(x, labels, of_token, shard) for x, shard in shards]
     found = []
     for own, (logits, shard) in zip(partials, shards, strict=True):
         told: list[Tensor] = []
@@ -82,7 +86,6 @@ def losses_of_shards(
             told.append(partial)
             return torch.stack(partials)
 
-        of_token = TokenLoss(k, EntropyGate() if gate is None else gate, ignore_index)
         loss, stats = _shard.token_losses(logits, labels, of_token, shard, gather, inplace_backward)
         assert len(told) == 1, "one exchange a call"
         assert told[0].shape == (*labels.shape, k + 3) and same_bits(told[0], own)
@@ -125,10 +128,7 @@ def assert_matches(
     whole = outcome(eaft_ext.gated_ce, logits, labels, upstream, **options)
     ref = outcome(reference.gated_ce, logits, labels, upstream, **options)
     gt = outcome(reference.gated_ce, logits.double(), labels, upstream.double(), **options)
-    weights: dict[str, Any] = dict.fromkeys(Outcome._fields, 1.0) | {
-        "loss": 1 + max(gt.nll.nan_to_num(posinf=0.0).abs().flatten().tolist(), default=0.0),
-        "gradient": (upstream * gt.gate).abs().nan_to_num(),
-    }
+    weights = error_weights(gt, upstream, options.get("z_loss", 0.0))
     for name, *values in zip(Outcome._fields, found, ref, whole, gt, strict=True):
         op, *others, truth = (value if value.dim() else value.unsqueeze(0) for value in values)
         factor = GRADIENT_FACTOR if name == "gradient" else LOSS_FACTOR

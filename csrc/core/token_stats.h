@@ -3,14 +3,14 @@
 
 #include <cmath>
 
-#include "gates.h"
 #include "host_device.h"
+#include "token_loss.h"
 
 namespace eaft_ext {
 
 template <typename Real>
 struct TokenStats {
-  Real loss = 0;     // gate * nll, and 0 where the gate is 0
+  Real loss = 0;     // gate * nll, and 0 where the gate is 0; and the z-loss
   Real nll = 0;      // -ln p(y) = (m - x_y) + ln S
   Real entropy = 0;  // of the k largest logits, nats
   Real gate = 0;
@@ -31,6 +31,14 @@ EAFT_HOST_DEVICE inline TokenStats<Real> token_stats(const Gate& gate, Real row_
   token.gate = gate_weight(gate, token.nll, token.entropy);
   // A muted token adds nothing, also where its nll is infinite.
   token.loss = token.gate == 0 ? Real(0) : token.gate * token.nll;
+  return token;
+}
+
+// The same with the z-loss.
+template <typename Real>
+EAFT_HOST_DEVICE inline TokenStats<Real> with_z_loss(TokenStats<Real> token, double z_loss) {
+  const Real lse = token.row_max + token.log_sum;
+  if (z_loss != 0) token.loss += static_cast<Real>(z_loss) * lse * lse;
   return token;
 }
 

@@ -55,10 +55,44 @@ EAFT_ALWAYS_INLINE float exp_nonpositive(float x) {
 
 EAFT_ALWAYS_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
+// cap tanh(x / cap), within 2 ulp. Near 0 by an odd polynomial (Cephes' tanhf), beyond as cap less
+// what is missing: the product with the cap is then not a rounding of its own.
+EAFT_ALWAYS_INLINE float capped(float x, float cap) {
+  const float z = x / cap;
+  const float magnitude = std::fabs(z);
+  const float e = exp_nonpositive(-2.0f * magnitude);
+  const float far = std::copysign(cap - (2.0f * cap) * (e / (1.0f + e)), x);
+  const float square = z * z;
+  float p = -5.70498872745e-3f;
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const float near = p * square * x + x;
+  return magnitude < 0.625f ? near : far;  // NaN is far, and passes
+}
+
+EAFT_ALWAYS_INLINE double capped(double x, double cap) { return cap * std::tanh(x / cap); }
+
 // Written so that NaN in x is passed over.
 template <typename Real>
 EAFT_ALWAYS_INLINE Real larger(Real x, Real largest) {
   return x > largest ? x : largest;
+}
+
+template <typename Real>
+EAFT_ALWAYS_INLINE void map_logits_loop(Real* x, LogitMap<Real> map, int count) {
+  if (map.cap == 0) {
+    for (int i = 0; i < count; ++i) x[i] = map.scale * x[i];
+    return;
+  }
+  for (int i = 0; i < count; ++i) x[i] = capped(map.scale * x[i], map.cap);
+}
+
+template <typename Real>
+EAFT_ALWAYS_INLINE void times_slope_loop(Real* gradient, const Real* mapped, LogitMap<Real> map,
+                                         int count) {
+  for (int i = 0; i < count; ++i) gradient[i] *= map.slope(mapped[i]);
 }
 
 template <typename Real>
@@ -141,6 +175,20 @@ void narrow(const float* source, BFloat16* target, int count) {
 EAFT_TARGET_CLONES
 void narrow(const float* source, Half* target, int count) {
   for (int i = 0; i < count; ++i) target[i] = from_real<Half>(source[i]);
+}
+
+EAFT_TARGET_CLONES
+void map_logits(float* x, LogitMap<float> map, int count) { map_logits_loop(x, map, count); }
+EAFT_TARGET_CLONES
+void map_logits(double* x, LogitMap<double> map, int count) { map_logits_loop(x, map, count); }
+
+EAFT_TARGET_CLONES
+void times_slope(float* gradient, const float* mapped, LogitMap<float> map, int count) {
+  times_slope_loop(gradient, mapped, map, count);
+}
+EAFT_TARGET_CLONES
+void times_slope(double* gradient, const double* mapped, LogitMap<double> map, int count) {
+  times_slope_loop(gradient, mapped, map, count);
 }
 
 EAFT_TARGET_CLONES

@@ -5,6 +5,7 @@
 // `count` is at most kBlockSize. exp(x - max) is 0 for x = -inf and NaN for x = NaN.
 #pragma once
 
+#include "../core/logit_map.h"
 #include "element_types.h"
 
 namespace eaft_ext::cpu {
@@ -29,6 +30,14 @@ void widen(const BFloat16* source, float* target, int count);
 void widen(const Half* source, float* target, int count);
 void narrow(const float* source, BFloat16* target, int count);
 void narrow(const float* source, Half* target, int count);
+
+// x_j = map(x_j)
+void map_logits(float* x, LogitMap<float> map, int count);
+void map_logits(double* x, LogitMap<double> map, int count);
+
+// gradient_j *= dx'_j/dx_j, from mapped_j = x'_j.
+void times_slope(float* gradient, const float* mapped, LogitMap<float> map, int count);
+void times_slope(double* gradient, const double* mapped, LogitMap<double> map, int count);
 
 // group_max[g] = the largest of group g, NaN left out. count is a multiple of kGroupSize.
 void group_maxima(const float* x, float* group_max, int count);

@@ -92,7 +92,7 @@ void scan_rows(const Rows<const Element>& rows, const RowList& list, Division di
 template <typename Element, typename AfterRow>
 void forward_rows(const ForwardArguments& arguments, const RowList& list, Division division,
                   const Stats& stats, const AfterRow& after_row) {
-  const auto rows = rows_of<const Element>(arguments.logits);
+  const auto rows = rows_of<const Element>(arguments.logits, arguments.loss.map);
   const int64_t* labels = arguments.labels.const_data_ptr<int64_t>();
   scan_rows<Scan::kSum, Element>(rows, list, division, [&](int64_t row, auto scan) {
     const auto token = finish_row(rows, row, scan, labels[row], arguments.loss);
@@ -109,9 +109,10 @@ RowList valid_rows(const ForwardArguments& arguments) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cpu(
     const Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
-    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, bool inplace_backward) {
+    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, bool inplace_backward,
+    c10::ArrayRef<double> family) {
   const char* op = "gated_ce_forward";
-  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index);
+  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
   const ForwardArguments arguments(op, logits, labels, loss);
   // Said before the work is done, not in the backward.
   if (inplace_backward) check_writable(op, logits);
@@ -124,32 +125,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cpu(
   return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.row_max, stats.log_sum};
 }
 
-// Writes weight * (softmax(logits) - onehot(labels)) into gradient, which may be the logits.
+// Writes the gradient of the logits, which may be written over.
 void backward_into(const char* op, const Tensor& gradient, const Tensor& logits,
                    const RowsOfBackward& given, const VocabShard& shard) {
   const Tensor labels = shard.is_whole
-                            ? checked_labels(op, given.labels, logits, given.ignore_index)
+                            ? checked_labels(op, given.labels, logits, given.loss.ignore_index)
                             : int64_labels(op, given.labels, logits);
   const Tensor weight = per_row(op, "weight", given.weight, logits);
   const Tensor row_max = per_row(op, "row_max", given.row_max, logits);
   const Tensor log_sum = per_row(op, "log_sum", given.log_sum, logits);
+  // Without a z-loss it is not looked at.
+  const bool has_z_loss = given.loss.z_loss != 0;
+  const Tensor upstream = has_z_loss ? per_row(op, "upstream", given.upstream, logits) : weight;
   dispatch_element(op, logits, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
     using Real = Compute<Element>;
-    const auto source = rows_of<const Element>(logits);
+    const auto source = rows_of<const Element>(logits, given.loss.map);
     const auto target = rows_of<Element>(gradient);
     const int64_t* label = labels.const_data_ptr<int64_t>();
     const Real* row_weight = weight.const_data_ptr<Real>();
     const Real* max = row_max.const_data_ptr<Real>();
     const Real* log = log_sum.const_data_ptr<Real>();
+    const Real* row_upstream = upstream.const_data_ptr<Real>();
+    const auto weights = [&](int64_t row) {
+      return row_weights(given.loss.z_loss, row_upstream[row], row_weight[row], max[row], log[row]);
+    };
     const auto is_muted = [&](int64_t row) {
-      return label[row] == given.ignore_index || row_weight[row] == 0;
+      return label[row] == given.loss.ignore_index || weights(row).muted();
     };
     const auto active = rows_where(source.num_rows, [&](int64_t row) { return !is_muted(row); });
     for_each_block(active, source.num_blocks(), [&](int64_t row, int64_t block) {
-      gradient_block(
-          source, target, row, block,
-          {row_weight[row], max[row], log[row], column_in_shard(label[row], shard.start)});
+      gradient_block(source, target, row, block,
+                     {weights(row), max[row], log[row], column_in_shard(label[row], shard.start)});
     });
     for_each_block(rows_where(source.num_rows, is_muted), source.num_blocks(),
                    [&](int64_t row, int64_t block) { zero_block(target, row, block); });
@@ -158,10 +165,12 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& logits,
 
 Tensor gated_ce_backward_cpu(const Tensor& weight, const Tensor& logits, const Tensor& labels,
                              const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
-                             std::optional<int64_t> vocab_start,
-                             std::optional<int64_t> vocab_size) {
+                             std::optional<int64_t> vocab_start, std::optional<int64_t> vocab_size,
+                             const std::optional<Tensor>& upstream, c10::ArrayRef<double> family) {
   const char* op = "gated_ce_backward";
-  const RowsOfBackward rows{weight, labels, row_max, log_sum, ignore_index};
+  const RowsOfBackward rows =
+      checked_rows(op, {weight, labels, row_max, log_sum, upstream.value_or(Tensor()),
+                        checked_family(op, ignore_index, family)});
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   return write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
     shard.clear_padding(target);
@@ -172,9 +181,12 @@ Tensor gated_ce_backward_cpu(const Tensor& weight, const Tensor& logits, const T
 
 void gated_ce_backward_cpu_(const Tensor& weight, Tensor& logits, const Tensor& labels,
                             const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
-                            std::optional<int64_t> vocab_start, std::optional<int64_t> vocab_size) {
+                            std::optional<int64_t> vocab_start, std::optional<int64_t> vocab_size,
+                            const std::optional<Tensor>& upstream, c10::ArrayRef<double> family) {
   const char* op = "gated_ce_backward_";
-  const RowsOfBackward rows{weight, labels, row_max, log_sum, ignore_index};
+  const RowsOfBackward rows =
+      checked_rows(op, {weight, labels, row_max, log_sum, upstream.value_or(Tensor()),
+                        checked_family(op, ignore_index, family)});
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   if (logits.size(-1) == 0) return;
   check_writable(op, logits);
@@ -186,10 +198,11 @@ void gated_ce_backward_cpu_(const Tensor& weight, Tensor& logits, const Tensor& 
 
 Tensor gated_ce_partial_cpu(const Tensor& logits, const Tensor& raw_labels, int64_t k,
                             int64_t vocab_start, std::optional<int64_t> vocab_size,
-                            int64_t ignore_index) {
+                            int64_t ignore_index, c10::ArrayRef<double> family) {
   const char* op = "gated_ce_partial";
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   check_k(op, k, kMinTopK, kMaxTopK);
+  const TokenLoss loss = checked_family(op, ignore_index, family);
   const Tensor labels = int64_labels(op, raw_labels, logits);
   auto sizes = logits.sizes().vec();
   sizes.back() = k + kPartialTop;
@@ -206,7 +219,7 @@ Tensor gated_ce_partial_cpu(const Tensor& logits, const Tensor& raw_labels, int6
     }
     if (shard.num_words == 0) return;
     const Tensor words = with_readable_rows(shard.words(logits));
-    const auto rows = rows_of<const Element>(words);
+    const auto rows = rows_of<const Element>(words, loss.map);
     const RowList valid =
         rows_where(rows.num_rows, [&](int64_t row) { return label[row] != ignore_index; });
     scan_rows<Scan::kSum, Element>(rows, valid, division_of(valid), [&](int64_t row, auto scan) {
@@ -220,13 +233,14 @@ Tensor gated_ce_partial_cpu(const Tensor& logits, const Tensor& raw_labels, int6
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cpu(
     const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_partials,
     std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
-    int64_t vocab_start, std::optional<int64_t> vocab_size, bool inplace_backward) {
+    int64_t vocab_start, std::optional<int64_t> vocab_size, bool inplace_backward,
+    c10::ArrayRef<double> family) {
   const char* op = "gated_ce_merge";
   checked_shard(op, logits, vocab_start, vocab_size);
   if (inplace_backward && logits.size(-1) > 0) check_writable(op, logits);
   const Tensor labels = int64_labels(op, raw_labels, logits);
   const int k = check_partials(op, raw_partials, labels, stats_dtype(logits));
-  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index);
+  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
   const Tensor partials = raw_partials.contiguous();
   const Stats stats(logits);
   dispatch_element(op, logits, [&](auto* element) {
@@ -257,16 +271,17 @@ void forward_with_grad_into(const char* op, const Tensor& gradient, const Stats&
   dispatch_element(op, logits, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
     using Real = Compute<Element>;
-    const auto source = rows_of<const Element>(logits);
+    const auto source = rows_of<const Element>(logits, arguments.loss.map);
     const auto target = rows_of<Element>(gradient);
     const int64_t* label = arguments.labels.const_data_ptr<int64_t>();
     const Real* row_upstream = upstream.const_data_ptr<Real>();
     const auto write_block = [&](int64_t row, int64_t block) {
       const Real weight = row_upstream[row] * stats.gate.const_data_ptr<Real>()[row];
-      if (weight == 0) return zero_block(target, row, block);
-      gradient_block(source, target, row, block,
-                     {weight, stats.row_max.const_data_ptr<Real>()[row],
-                      stats.log_sum.const_data_ptr<Real>()[row], label[row]});
+      const Real max = stats.row_max.const_data_ptr<Real>()[row];
+      const Real log = stats.log_sum.const_data_ptr<Real>()[row];
+      const auto weights = row_weights(arguments.loss.z_loss, row_upstream[row], weight, max, log);
+      if (weights.muted()) return zero_block(target, row, block);
+      gradient_block(source, target, row, block, {weights, max, log, label[row]});
     };
     const RowList valid = valid_rows(arguments);
     const Division division = division_of(valid);
@@ -284,10 +299,11 @@ void forward_with_grad_into(const char* op, const Tensor& gradient, const Stats&
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cpu(
     const Tensor& upstream, const Tensor& logits, const Tensor& labels, int64_t k,
-    std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
+    std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
+    c10::ArrayRef<double> family) {
   const char* op = "gated_ce_forward_with_grad";
   check_logits(op, logits);
-  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index);
+  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
   const Stats stats(logits);
   const Tensor gradient =
       write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
@@ -299,9 +315,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cp
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cpu_(
     const Tensor& upstream, Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
-    c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
+    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, c10::ArrayRef<double> family) {
   const char* op = "gated_ce_forward_with_grad_";
-  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index);
+  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
   const ForwardArguments arguments(op, logits, labels, loss);
   check_writable(op, logits);
   const Stats stats(logits);

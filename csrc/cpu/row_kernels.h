@@ -25,15 +25,25 @@ namespace eaft_ext::cpu {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A (num_rows, vocab_size) tensor: its rows are contiguous, their starts follow the layout.
+// A (num_rows, vocab_size) tensor: its rows are contiguous, their starts follow the layout. Logits
+// are what the map makes of its elements.
 template <typename Element>
 struct Rows {
+  using Real = Compute<std::remove_const_t<Element>>;
+
   Element* data;
   RowLayout layout;
   int64_t num_rows;
   int64_t vocab_size;
+  LogitMap<Real> map{};
 
   Element* operator[](int64_t row) const { return data + layout.offset(row); }
+  Real logit(int64_t row, int64_t column) const {
+    Real x = to_real((*this)[row][column]);
+    // By the same loop as its row: a label that is the largest is so in every bit.
+    if (!map.is_identity()) map_logits(&x, map, 1);
+    return x;
+  }
   int64_t num_blocks() const { return ceil_div(vocab_size, kBlockSize); }
   int64_t num_groups() const { return ceil_div(vocab_size, kGroupSize); }
   int block_length(int64_t block) const {
@@ -70,18 +80,21 @@ class RowScans {
   std::vector<MaxSum<double>> block_sums_;
 };
 
-// `count` elements in the type they are computed in, filled up to whole groups with -inf: in place
-// where that is the row itself, else in `scratch`.
+// `count` logits of a row in the type they are computed in, filled up to whole groups with -inf: in
+// place where that is the row itself, else in `scratch`.
 template <typename Element>
-const Compute<Element>* load(const Element* source, Compute<Element>* scratch, int count) {
+const Compute<Element>* load(const Rows<const Element>& rows, const Element* source,
+                             Compute<Element>* scratch, int count) {
   using Real = Compute<Element>;
   constexpr bool kConverts = !std::is_same_v<Element, Real>;
-  if (!kConverts && count % kGroupSize == 0) return reinterpret_cast<const Real*>(source);
+  const bool as_they_are = !kConverts && rows.map.is_identity();
+  if (as_they_are && count % kGroupSize == 0) return reinterpret_cast<const Real*>(source);
   if constexpr (kConverts) {
     widen(source, scratch, count);
   } else {
     std::copy_n(source, count, scratch);
   }
+  if (!rows.map.is_identity()) map_logits(scratch, rows.map, count);
   std::fill(scratch + count, scratch + ceil_div(count, kGroupSize) * kGroupSize,
             -std::numeric_limits<Real>::infinity());
   return scratch;
@@ -98,7 +111,7 @@ void scan_block(const Rows<const Element>& rows, int64_t row, int64_t block,
   Real scratch[kBlockSize];
   const int length = rows.block_length(block);
   const Element* source = rows[row] + block * kBlockSize;
-  const Real* x = load(source, scratch, length);
+  const Real* x = load(rows, source, scratch, length);
   const int padded = static_cast<int>(ceil_div(length, kGroupSize)) * kGroupSize;
   Real* group_max = scan.group_max + block * kGroupsPerBlock;
   group_maxima(x, group_max, padded);
@@ -148,7 +161,7 @@ std::vector<Candidate<Compute<Element>>> select_top_k(const Rows<const Element>&
     if (!top.accepts(group_max[group])) continue;
     const int64_t begin = group * kGroupSize;
     const int length = static_cast<int>(std::min<int64_t>(kGroupSize, rows.vocab_size - begin));
-    const Real* x = load(rows[row] + begin, scratch, length);
+    const Real* x = load(rows, rows[row] + begin, scratch, length);
     bool reaching[kGroupSize];
     reaching_of_group(x, top.threshold(), reaching);
     for (int eight = 0; eight < length; eight += 8) {
@@ -200,28 +213,30 @@ TokenStats<double> finish_row(const Rows<const Element>& rows, int64_t row,
   double values[kMaxTopK];
   const auto top = select_top_k(rows, row, scan.group_max, loss.k);
   for (int i = 0; i < loss.k; ++i) values[i] = top[i].value;
-  const double target_logit = to_real(rows[row][label]);
-  return token_stats(loss.gate, total.max, std::log(total.sum), target_logit,
-                     topk_entropy(values, loss.k));
+  const double target_logit = rows.logit(row, label);
+  const auto token = token_stats(loss.gate, total.max, std::log(total.sum), target_logit,
+                                 topk_entropy(values, loss.k));
+  return with_z_loss(token, loss.z_loss);
 }
 
 // What the backward needs of a row.
 template <typename Real>
 struct RowGradient {
-  Real weight;   // upstream gradient times gate
+  RowWeights<Real> weights;
   Real row_max;  // as the forward saved it
   Real log_sum;
   int64_t label;
 };
 
-// A row of weight 0 is written without being read.
+// A muted row is written without being read.
 template <typename Element>
 void zero_block(const Rows<Element>& gradient, int64_t row, int64_t block) {
   std::memset(static_cast<void*>(gradient[row] + block * kBlockSize), 0,
               gradient.block_length(block) * sizeof(Element));
 }
 
-// One block of weight * (softmax(x) - onehot(label)). `gradient` may be the logits themselves.
+// One block of (all softmax(x') - target onehot(label)) dx'/dx. `gradient` may be the logits
+// themselves.
 template <typename Element>
 void gradient_block(const Rows<const Element>& logits, const Rows<Element>& gradient, int64_t row,
                     int64_t block, RowGradient<Compute<Element>> r) {
@@ -231,11 +246,28 @@ void gradient_block(const Rows<const Element>& logits, const Rows<Element>& grad
   Element* target = gradient[row] + begin;
   const Element* source = logits[row] + begin;
   const bool has_label = r.label >= begin && r.label < begin + length;
-  const Real at_label = has_label ? to_real(source[r.label - begin]) : Real(0);
-  const Real scale = r.weight * std::exp(-r.log_sum);
+  const Real scale = r.weights.all * std::exp(-r.log_sum);
   // p - 1 before any rounding, to the logits' type or to p: close to p = 1 it is all there is.
-  const Real label_gradient = r.weight * std::expm1((at_label - r.row_max) - r.log_sum);
-  if constexpr (std::is_same_v<Element, Real>) {
+  Real label_gradient = 0;
+  if (has_label) {
+    const Real log_p = (logits.logit(row, r.label) - r.row_max) - r.log_sum;
+    label_gradient = r.weights.target * std::expm1(log_p);
+    const Real beside = r.weights.all - r.weights.target;
+    if (beside != 0) label_gradient += beside * std::exp(log_p);
+  }
+  if (!logits.map.is_identity()) {
+    Real scratch[kBlockSize];
+    Real result[kBlockSize];
+    const Real* x = load(logits, source, scratch, length);
+    scaled_exp(x, result, r.row_max, scale, length);
+    if (has_label) result[r.label - begin] = label_gradient;
+    times_slope(result, x, logits.map, length);
+    if constexpr (std::is_same_v<Element, Real>) {
+      std::copy_n(result, length, target);
+    } else {
+      narrow(result, target, length);
+    }
+  } else if constexpr (std::is_same_v<Element, Real>) {
     scaled_exp(source, target, r.row_max, scale, length);
     if (has_label) target[r.label - begin] = label_gradient;
   } else {

@@ -28,7 +28,7 @@ void finish_partial(const Rows<const Element>& rows, int64_t row, RowScan<Comput
                     int64_t label, int64_t column, int k, Compute<Element>* partial) {
   const bool has_target = column >= 0 && column < rows.vocab_size;
   write_partial_head(partial, label, total_sum(rows, scan).sum,
-                     has_target ? to_real(rows[row][column]) : partial[kPartialTarget]);
+                     has_target ? rows.logit(row, column) : partial[kPartialTarget]);
   const auto count = static_cast<int>(std::min<int64_t>(k, rows.vocab_size));
   const auto top = select_top_k(rows, row, scan.group_max, count);
   for (int i = 0; i < count; ++i) partial[kPartialTop + i] = top[i].value;
@@ -66,8 +66,9 @@ TokenStats<double> merge_row(const std::vector<const Real*>& partials, int64_t l
   }
   double values[kMaxTopK];
   const int count = merge_top_k(partials, loss.k, values);
-  return token_stats<double>(for_k(loss.gate, count), total.max, std::log(total.sum), target.get(),
-                             topk_entropy(values, count));
+  const auto token = token_stats<double>(for_k(loss.gate, count), total.max, std::log(total.sum),
+                                         target.get(), topk_entropy(values, count));
+  return with_z_loss(token, loss.z_loss);
 }
 
 }  // namespace eaft_ext::cpu

@@ -42,14 +42,16 @@ inline at::ScalarType stats_dtype(const Tensor& logits) {
 
 // The rows of a tensor to be read, or, with an Element that is not const, to be written.
 template <typename Element>
-Rows<Element> rows_of(const Tensor& tensor) {
+Rows<Element> rows_of(const Tensor& tensor, const LogitMap<double>& map = {}) {
+  using Real = typename Rows<Element>::Real;
   Element* data;
   if constexpr (std::is_const_v<Element>) {
     data = static_cast<Element*>(tensor.const_data_ptr());
   } else {
     data = static_cast<Element*>(tensor.mutable_data_ptr());
   }
-  return {data, row_layout(tensor), tensor.numel() / tensor.size(-1), tensor.size(-1)};
+  const LogitMap<Real> of_real{static_cast<Real>(map.scale), static_cast<Real>(map.cap)};
+  return {data, row_layout(tensor), tensor.numel() / tensor.size(-1), tensor.size(-1), of_real};
 }
 
 // int64 and contiguous; every label is in [0, V) or ignored.

@@ -61,10 +61,11 @@ struct BackwardArguments {
   void* gradient;       // (num_rows, vocab_size); may be the logits
   RowLayout gradient_layout;
   const int64_t* labels;  // [num_rows]
-  int64_t ignore_index;
-  const float* weight;   // [num_rows]
-  const float* row_max;  // [num_rows]
-  const float* log_sum;  // [num_rows]
+  TokenLoss loss;         // without k and gate
+  const float* weight;    // [num_rows], upstream times gate
+  const float* upstream;  // [num_rows], or null without a z-loss
+  const float* row_max;   // [num_rows]
+  const float* log_sum;   // [num_rows]
 };
 
 struct ForwardWithGradArguments {

@@ -1,4 +1,4 @@
-// From an element type that is known at run time to one that is known to the compiler.
+// From an element type, or a loss, that is known at run time to one that is known to the compiler.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include "arguments.h"
+#include "compiled_loss.cuh"
 
 namespace eaft_ext::cuda {
 
@@ -21,6 +22,14 @@ cudaError_t dispatch_element(ElementType type, const Body& body) {
       return body(__half{});
   }
   return cudaErrorInvalidValue;
+}
+
+// body(Element{}, PlainLoss(loss)) or body(Element{}, FamilyLoss(loss))
+template <typename Body>
+cudaError_t dispatch_both(ElementType type, const TokenLoss& loss, const Body& body) {
+  return dispatch_element(type, [&](auto element) {
+    return loss.is_plain() ? body(element, PlainLoss(loss)) : body(element, FamilyLoss(loss));
+  });
 }
 
 }  // namespace eaft_ext::cuda

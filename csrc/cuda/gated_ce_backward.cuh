@@ -33,7 +33,7 @@ __device__ inline int label_in_span(int64_t label, int64_t begin) {
 }
 
 // A block for each span of each row.
-template <typename Element>
+template <typename Element, typename Loss>
 __global__ void __launch_bounds__(BackwardTraits<Element>::kThreads)
     gated_ce_backward_kernel(const __grid_constant__ BackwardArguments arguments) {
   using Traits = BackwardTraits<Element>;
@@ -52,9 +52,14 @@ __global__ void __launch_bounds__(BackwardTraits<Element>::kThreads)
   const int64_t end =
       min((span_index + 1) * int64_t{Traits::kSpanLength} + shift, logits.vocab_size);
   if (begin >= end) return;
-  const float weight = label == arguments.ignore_index ? 0 : row_weight;
-  const RowGradient gradient(arguments.row_max[row], arguments.log_sum[row], weight,
-                             label_in_span(column_in_shard(label, arguments.vocab_start), begin));
+  const Loss loss(arguments.loss);
+  const float row_max = arguments.row_max[row];
+  const float log_sum = arguments.log_sum[row];
+  RowWeights<float> weights = loss.weights(arguments.upstream, row, row_weight, row_max, log_sum);
+  if (label == arguments.loss.ignore_index) weights = {0, 0};
+  const RowGradient<Loss> gradient(
+      loss, row_max, log_sum, weights,
+      label_in_span(column_in_shard(label, arguments.vocab_start), begin));
   write_gradient<Traits::kThreads>(RowSpan<Element>(x + begin, static_cast<int>(end - begin)),
                                    target + begin, gradient);
 }

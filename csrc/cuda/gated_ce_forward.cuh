@@ -14,6 +14,7 @@
 #include "../core/entropy.h"
 #include "../core/token_stats.h"
 #include "arguments.h"
+#include "compiled_loss.cuh"
 #include "scan_span.cuh"
 #include "split.h"
 
@@ -43,11 +44,11 @@ __device__ inline const Element* row_of(const LogitsArguments& logits, int64_t r
 }
 
 // The label's logit. A label outside the vocabulary spoils its own row: nothing is read for it.
-template <typename Element>
-__device__ inline float target_logit_of(const LogitsArguments& logits, int64_t row,
-                                        int64_t column) {
+template <typename Element, typename Loss>
+__device__ inline float target_logit_of(const LogitsArguments& logits, int64_t row, int64_t column,
+                                        const Loss& loss) {
   if (column < 0 || column >= logits.vocab_size) return NAN;
-  return to_float(row_of<Element>(logits, row)[column]);
+  return loss.logit(to_float(row_of<Element>(logits, row)[column]));
 }
 
 __device__ inline void write_stats(const StatsPointers& stats, int64_t row,
@@ -76,17 +77,20 @@ __device__ inline double warp_entropy(int k, const Get& get) {
 // Stats of a row from its sum and the keys of its k largest logits, which come in no order; the
 // first lane gets them. In double: a loss is a gate times an nll, and beside an nll of 1e4 the last
 // bit of a float gate shows. By one warp.
-template <typename Element>
+template <typename Element, typename Loss>
 __device__ inline TokenStats<double> warp_token_stats(const ForwardArguments& arguments,
                                                       const SoftmaxSum& sum, float target_logit,
                                                       const uint32_t* top, uint32_t* sorted) {
+  const Loss loss(arguments.loss);
   // Sorted first, since the order in which the keys came to the list changes from run to run, and
   // rounded sums would with it.
   warp_sort(top, arguments.loss.k, sorted);
-  const auto value = [&](int i) -> double { return value_of<Element>(sorted[i]); };
+  const auto value = [&](int i) -> double { return loss.logit(value_of<Element>(sorted[i])); };
   const double entropy = warp_entropy(arguments.loss.k, value);
   if (lane_index() != 0) return {};
-  return token_stats<double>(arguments.loss.gate, sum.max, sum.log_sum(), target_logit, entropy);
+  const auto token =
+      token_stats<double>(arguments.loss.gate, sum.max, sum.log_sum(), target_logit, entropy);
+  return Loss::kIsPlain ? token : with_z_loss(token, arguments.loss.z_loss);
 }
 
 // What differs between the forward of whole rows and that of a shard (gated_ce_partial.cuh):
@@ -99,21 +103,22 @@ __device__ inline void write_ignored(const ForwardArguments& arguments, int64_t 
 }
 
 // By one warp.
-template <typename Element>
+template <typename Element, typename Loss>
 __device__ inline void write_row(const ForwardArguments& arguments, int64_t row,
                                  const SoftmaxSum& sum, float target_logit, const uint32_t* top,
                                  uint32_t* sorted) {
-  const auto token = warp_token_stats<Element>(arguments, sum, target_logit, top, sorted);
+  const auto token = warp_token_stats<Element, Loss>(arguments, sum, target_logit, top, sorted);
   if (lane_index() == 0) write_stats(arguments.stats, row, token);
 }
 
 // A block for each span of each row.
-template <typename Element, int kThreads, typename Arguments>
+template <typename Element, int kThreads, typename Loss, typename Arguments>
 __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads)
     gated_ce_forward_kernel(const __grid_constant__ Arguments arguments,
                             const __grid_constant__ RowSplit<uint32_t> split) {
   auto& storage = *reinterpret_cast<ForwardStorage<kThreads>*>(block_memory());
   const LogitsArguments& logits = arguments.logits;
+  const Loss loss(arguments.loss);
   const int64_t row = blockIdx.x / split.num_spans;
   const int begin = static_cast<int>(blockIdx.x % split.num_spans) * split.span_length;
   if (arguments.labels[row] == arguments.loss.ignore_index) {
@@ -122,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
   }
   const int length = min(split.span_length, static_cast<int>(logits.vocab_size) - begin);
   const RowSpan<Element> span(row_of<Element>(logits, row) + begin, length);
-  const SoftmaxSum sum = scan_span<kThreads>(span, arguments.loss.k, storage.scan);
+  const SoftmaxSum sum = scan_span<kThreads>(span, arguments.loss.k, loss, storage.scan);
   if (warp_index() != 0) return;
   if (split.num_spans > 1) {
     warp_select_top_k(storage.scan.list, arguments.loss.k,
@@ -134,13 +139,13 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
     return;
   }
   const int64_t column = column_of(arguments, arguments.labels[row]);
-  const float target_logit = target_logit_of<Element>(logits, row, column);
+  const float target_logit = target_logit_of<Element>(logits, row, column, loss);
   warp_select_top_k(storage.scan.list, arguments.loss.k, storage.top);
-  write_row<Element>(arguments, row, sum, target_logit, storage.top, storage.sorted);
+  write_row<Element, Loss>(arguments, row, sum, target_logit, storage.top, storage.sorted);
 }
 
 // Combines the spans of each row: a block for each row.
-template <typename Element, typename Arguments>
+template <typename Element, typename Loss, typename Arguments>
 __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks)
     gated_ce_forward_combine_kernel(const __grid_constant__ Arguments arguments,
                                     const __grid_constant__ RowSplit<uint32_t> split) {
@@ -153,13 +158,13 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks)
   select_span<ReadyKeys<uint32_t>, kCombineThreads>(keys, 0, arguments.loss.k, storage.list,
                                                     storage.scratch);
   if (warp_index() != 0) return;
-  const float target_logit =
-      target_logit_of<Element>(arguments.logits, row, column_of(arguments, label));
+  const float target_logit = target_logit_of<Element>(
+      arguments.logits, row, column_of(arguments, label), Loss(arguments.loss));
   const SoftmaxSum sum = warp_merge(split.num_spans, [&](int i) {
     return SoftmaxSum{split.max[row * split.num_spans + i], split.sum[row * split.num_spans + i]};
   });
   warp_select_top_k(storage.list, arguments.loss.k, storage.top);
-  write_row<Element>(arguments, row, sum, target_logit, storage.top, storage.sorted);
+  write_row<Element, Loss>(arguments, row, sum, target_logit, storage.top, storage.sorted);
 }
 
 }  // namespace eaft_ext::cuda

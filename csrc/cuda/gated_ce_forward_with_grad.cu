@@ -56,10 +56,10 @@ struct ClusterLaunch {
 
 // A row in the shared memory of as few blocks as leave room for kStagedBlocks on a multiprocessor,
 // of more where rows are few. Leaves the plan as it is where that cannot be.
-template <typename Element>
+template <typename Element, typename Loss>
 cudaError_t plan_shared_memory(const DeviceLimits& limits, const LogitsArguments& logits,
                                ForwardWithGradPlan* plan) {
-  const auto kernel = gated_ce_forward_with_grad_staged_kernel<Element, kStagedThreads>;
+  const auto kernel = gated_ce_forward_with_grad_staged_kernel<Element, kStagedThreads, Loss>;
   cudaFuncAttributes attributes{};
   if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel)) return error;
   // Also on a newer device: code compiled for an older one has no bulk copies and no clusters.
@@ -109,7 +109,7 @@ cudaError_t plan_shared_memory(const DeviceLimits& limits, const LogitsArguments
 }
 
 // A row for a block, and both reads and the write of all rows at once within half of L2.
-template <typename Element>
+template <typename Element, typename Loss>
 cudaError_t plan_l2(const DeviceLimits& limits, const ForwardWithGradArguments& arguments,
                     ForwardWithGradPlan* plan) {
   const LogitsArguments& logits = arguments.forward.logits;
@@ -117,7 +117,7 @@ cudaError_t plan_l2(const DeviceLimits& limits, const ForwardWithGradArguments& 
   plan->home = RowHome::kL2;
   plan->shared_bytes = sizeof(ForwardWithGradStorage<kCachedThreads>);
   if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-          &blocks, gated_ce_forward_with_grad_cached_kernel<Element, kCachedThreads>,
+          &blocks, gated_ce_forward_with_grad_cached_kernel<Element, kCachedThreads, Loss>,
           kCachedThreads, plan->shared_bytes)) {
     return error;
   }
@@ -129,7 +129,7 @@ cudaError_t plan_l2(const DeviceLimits& limits, const ForwardWithGradArguments& 
   return cudaSuccess;
 }
 
-template <typename Element>
+template <typename Element, typename Loss>
 cudaError_t make_plan(const DeviceLimits& limits, const ForwardWithGradArguments& arguments,
                       ForwardWithGradPlan* plan) {
   const LogitsArguments& logits = arguments.forward.logits;
@@ -139,9 +139,9 @@ cudaError_t make_plan(const DeviceLimits& limits, const ForwardWithGradArguments
     plan->home = RowHome::kTwoKernels;
     return cudaSuccess;
   }
-  const cudaError_t error = plan_shared_memory<Element>(limits, logits, plan);
+  const cudaError_t error = plan_shared_memory<Element, Loss>(limits, logits, plan);
   if (error != cudaSuccess || plan->home == RowHome::kSharedMemory) return error;
-  if (const cudaError_t l2_error = plan_l2<Element>(limits, arguments, plan)) return l2_error;
+  if (const cudaError_t l2_error = plan_l2<Element, Loss>(limits, arguments, plan)) return l2_error;
   // Where so few rows fit that most of the device would idle, two passes of all of it are faster.
   if (2 * plan->grid < std::min<int64_t>(logits.num_rows, limits.multiprocessors)) {
     plan->home = RowHome::kTwoKernels;
@@ -155,7 +155,7 @@ cudaError_t plan_gated_ce_forward_with_grad(ElementType type,
                                             const ForwardWithGradArguments& arguments,
                                             ForwardWithGradPlan* plan) {
   // Asking the device takes longer than a launch, and shapes repeat.
-  using Shape = std::tuple<int, ElementType, int64_t, int64_t, bool>;
+  using Shape = std::tuple<int, ElementType, bool, int64_t, int64_t, bool>;
   static std::mutex mutex;
   static std::map<Shape, ForwardWithGradPlan> plans;
   constexpr size_t kMaxPlans = 4096;
@@ -163,7 +163,11 @@ cudaError_t plan_gated_ce_forward_with_grad(ElementType type,
   const LogitsArguments& logits = arguments.forward.logits;
   DeviceLimits limits;
   if (const cudaError_t error = cudaGetDevice(&limits.device)) return error;
-  const Shape shape{limits.device, type, logits.num_rows, logits.vocab_size,
+  const Shape shape{limits.device,
+                    type,
+                    arguments.forward.loss.is_plain(),
+                    logits.num_rows,
+                    logits.vocab_size,
                     arguments.gradient == logits.logits};
   const std::lock_guard<std::mutex> lock(mutex);
   if (const auto known = plans.find(shape); known != plans.end()) {
@@ -171,8 +175,10 @@ cudaError_t plan_gated_ce_forward_with_grad(ElementType type,
     return cudaSuccess;
   }
   if (const cudaError_t error = ask_device(&limits)) return error;
-  const cudaError_t error = dispatch_element(
-      type, [&](auto element) { return make_plan<decltype(element)>(limits, arguments, plan); });
+  const cudaError_t error =
+      dispatch_both(type, arguments.forward.loss, [&](auto element, auto loss) {
+        return make_plan<decltype(element), decltype(loss)>(limits, arguments, plan);
+      });
   if (error != cudaSuccess) return error;
   if (plans.size() == kMaxPlans) plans.clear();
   plans[shape] = *plan;
@@ -183,16 +189,17 @@ cudaError_t launch_gated_ce_forward_with_grad(ElementType type,
                                               const ForwardWithGradArguments& arguments,
                                               const ForwardWithGradPlan& plan,
                                               cudaStream_t stream) {
-  return dispatch_element(type, [&](auto element) {
+  return dispatch_both(type, arguments.forward.loss, [&](auto element, auto loss) {
     using Element = decltype(element);
+    using Loss = decltype(loss);
     if (arguments.forward.logits.num_rows == 0) return cudaSuccess;
     if (plan.home == RowHome::kSharedMemory) {
       ClusterLaunch launch(plan, stream);
-      return cudaLaunchKernelEx(&launch.config,
-                                gated_ce_forward_with_grad_staged_kernel<Element, kStagedThreads>,
-                                arguments, plan.span_length);
+      return cudaLaunchKernelEx(
+          &launch.config, gated_ce_forward_with_grad_staged_kernel<Element, kStagedThreads, Loss>,
+          arguments, plan.span_length);
     }
-    gated_ce_forward_with_grad_cached_kernel<Element, kCachedThreads>
+    gated_ce_forward_with_grad_cached_kernel<Element, kCachedThreads, Loss>
         <<<plan.grid, kCachedThreads, plan.shared_bytes, stream>>>(arguments);
     return cudaGetLastError();
   });

@@ -36,7 +36,7 @@ struct ForwardWithGradStorage {
   SoftmaxSum block_sum;          // read by the other blocks
   float row_max;
   float log_sum;
-  float weight;
+  RowWeights<float> weights;
   Arrival arrivals[kMaxStagedTiles<kThreads>];
 };
 
@@ -45,28 +45,31 @@ template <int kThreads>
 constexpr size_t kStagedOffset = (sizeof(ForwardWithGradStorage<kThreads>) + 127) / 128 * 128;
 
 // Finishes the row by one warp: its stats, and what the gradient needs for all threads.
-template <typename Element, int kThreads>
+template <typename Element, typename Loss, int kThreads>
 __device__ inline void finish_row(const ForwardWithGradArguments& arguments, int64_t row,
                                   float upstream, const SoftmaxSum& sum, float target_logit,
                                   bool writes_stats, ForwardWithGradStorage<kThreads>& storage) {
   const ForwardArguments& forward = arguments.forward;
-  const TokenStats<double> token = warp_token_stats<Element>(
+  const TokenStats<double> token = warp_token_stats<Element, Loss>(
       forward, sum, target_logit, storage.forward.top, storage.forward.sorted);
   if (lane_index() != 0) return;
   storage.row_max = static_cast<float>(token.row_max);
   storage.log_sum = static_cast<float>(token.log_sum);
-  storage.weight = upstream * static_cast<float>(token.gate);
+  storage.weights = Loss(forward.loss)
+                        .weights(arguments.upstream, row, upstream * static_cast<float>(token.gate),
+                                 storage.row_max, storage.log_sum);
   if (writes_stats) write_stats(forward.stats, row, token);
 }
 
 // One row by one cluster; the grid has a cluster for each row. span_length: elements of each
 // block's span but the last, a multiple of the vector size.
-template <typename Element, int kThreads>
+template <typename Element, int kThreads, typename Loss>
 __global__ void __launch_bounds__(kThreads, kStagedBlocks) gated_ce_forward_with_grad_staged_kernel(
     const __grid_constant__ ForwardWithGradArguments arguments, int span_length) {
   auto& storage = *reinterpret_cast<ForwardWithGradStorage<kThreads>*>(block_memory());
   auto* staged = reinterpret_cast<Vector<Element>*>(block_memory() + kStagedOffset<kThreads>);
   const ForwardArguments& forward = arguments.forward;
+  const Loss loss(forward.loss);
   const int k = forward.loss.k;
   const int num_blocks = cluster_size();
   const int rank = cluster_rank();
@@ -83,19 +86,19 @@ __global__ void __launch_bounds__(kThreads, kStagedBlocks) gated_ce_forward_with
   if (forward.labels[row] == forward.loss.ignore_index) {
     // So do all blocks of the cluster: none waits for the others.
     if (threadIdx.x == 0 && rank == 0) write_stats(forward.stats, row, {});
-    write_gradient<kThreads>(span, target(), RowGradient(0, 0, 0, -1));
+    write_gradient<kThreads>(span, target(), RowGradient<Loss>(loss, 0, 0, {0, 0}, -1));
     return;
   }
   if (threadIdx.x == 0) span.start();
   __syncthreads();  // the arrivals are made
 
-  const SoftmaxSum block_sum = scan_span<kThreads>(span, k, storage.forward.scan);
+  const SoftmaxSum block_sum = scan_span<kThreads>(span, k, loss, storage.forward.scan);
   CandidateList<uint32_t>& list = storage.forward.scan.list;
   const int64_t label = forward.labels[row];
   float target_logit = 0;
   if (warp_index() == 0) {
     // Read now: when all have arrived, the gradient may be written over it.
-    target_logit = target_logit_of<Element>(forward.logits, row, label);
+    target_logit = target_logit_of<Element>(forward.logits, row, label, loss);
     warp_select_top_k(list, k, storage.block_top);
     if (lane_index() == 0) storage.block_sum = block_sum;
     cluster_arrive();
@@ -124,41 +127,44 @@ __global__ void __launch_bounds__(kThreads, kStagedBlocks) gated_ce_forward_with
   cluster_arrive_relaxed();  // this block has read the others
   if (warp_index() == 0) {
     warp_select_top_k(list, k, storage.forward.top);
-    finish_row<Element, kThreads>(arguments, row, upstream, sum, target_logit, rank == 0, storage);
+    finish_row<Element, Loss, kThreads>(arguments, row, upstream, sum, target_logit, rank == 0,
+                                        storage);
   }
   __syncthreads();  // the row is finished
-  const RowGradient gradient(storage.row_max, storage.log_sum, storage.weight,
-                             label_in_span(label, begin));
+  const RowGradient<Loss> gradient(loss, storage.row_max, storage.log_sum, storage.weights,
+                                   label_in_span(label, begin));
   write_gradient<kThreads>(span, target(), gradient);
   cluster_wait();  // and they have read this one, whose memory ends with it
 }
 
 // A persistent block takes one row after the other; the second read comes from L2.
-template <typename Element, int kThreads>
+template <typename Element, int kThreads, typename Loss>
 __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads)
     gated_ce_forward_with_grad_cached_kernel(
         const __grid_constant__ ForwardWithGradArguments arguments) {
   auto& storage = *reinterpret_cast<ForwardWithGradStorage<kThreads>*>(block_memory());
   const ForwardArguments& forward = arguments.forward;
+  const Loss loss(forward.loss);
   for (int64_t row = blockIdx.x; row < forward.logits.num_rows; row += gridDim.x) {
     const int64_t label = forward.labels[row];
     const RowSpan<Element> span(row_of<Element>(forward.logits, row),
                                 static_cast<int>(forward.logits.vocab_size));
     const bool ignored = label == forward.loss.ignore_index;
     SoftmaxSum sum{};
-    if (!ignored) sum = scan_span<kThreads>(span, forward.loss.k, storage.forward.scan);
+    if (!ignored) sum = scan_span<kThreads>(span, forward.loss.k, loss, storage.forward.scan);
     if (ignored) {
       if (threadIdx.x == 0) write_stats(forward.stats, row, {});
-      if (threadIdx.x == 0) storage.weight = 0;
+      if (threadIdx.x == 0) storage.weights = {0, 0};
     } else if (warp_index() == 0) {
-      const float target_logit = target_logit_of<Element>(forward.logits, row, label);
+      const float target_logit = target_logit_of<Element>(forward.logits, row, label, loss);
       const float upstream = arguments.upstream[row];
       warp_select_top_k(storage.forward.scan.list, forward.loss.k, storage.forward.top);
-      finish_row<Element, kThreads>(arguments, row, upstream, sum, target_logit, true, storage);
+      finish_row<Element, Loss, kThreads>(arguments, row, upstream, sum, target_logit, true,
+                                          storage);
     }
     __syncthreads();  // the row is finished
-    const RowGradient gradient(storage.row_max, storage.log_sum, storage.weight,
-                               label_in_span(label, 0));
+    const RowGradient<Loss> gradient(loss, storage.row_max, storage.log_sum, storage.weights,
+                                     label_in_span(label, 0));
     __syncthreads();  // and its numbers are read, before the next row's take their place
     Element* target =
         static_cast<Element*>(arguments.gradient) + arguments.gradient_layout.offset(row);

@@ -109,9 +109,9 @@ __global__ void __launch_bounds__(kRowsPerMergeBlock* kWarpSize)
   });
   const double entropy = warp_entropy(count, [&](int i) -> double { return before[i]; });
   if (lane_index() != 0) return;
-  write_stats(arguments.stats, row,
-              token_stats<double>(for_k(arguments.loss.gate, count), sum.max, sum.log_sum(),
-                                  target.get(), entropy));
+  const auto token = token_stats<double>(for_k(arguments.loss.gate, count), sum.max, sum.log_sum(),
+                                         target.get(), entropy);
+  write_stats(arguments.stats, row, with_z_loss(token, arguments.loss.z_loss));
 }
 
 }  // namespace eaft_ext::cuda

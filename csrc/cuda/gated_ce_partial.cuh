@@ -28,15 +28,16 @@ __device__ inline void write_ignored(const PartialArguments& arguments, int64_t 
   }
 }
 
-template <typename Element>
+template <typename Element, typename Loss>
 __device__ inline void write_row(const PartialArguments& arguments, int64_t row,
                                  const SoftmaxSum& sum, float target_logit, const uint32_t* top,
                                  uint32_t* sorted) {
+  const Loss loss(arguments.loss);
   warp_sort(top, arguments.loss.k, sorted);
   float* partial = partial_of(arguments, row);
   for (int i = lane_index(); i < arguments.loss.k; i += kWarpSize) {
     const bool exists = i < arguments.logits.vocab_size;
-    partial[kPartialTop + i] = exists ? value_of<Element>(sorted[i]) : NAN;
+    partial[kPartialTop + i] = exists ? loss.logit(value_of<Element>(sorted[i])) : NAN;
   }
   if (lane_index() == 0) {
     write_partial_head(partial, arguments.labels[row], sum.sum, target_logit);

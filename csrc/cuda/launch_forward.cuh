@@ -20,8 +20,9 @@ bool is_short_row(const LogitsArguments& logits) {
 
 template <typename Arguments>
 cudaError_t plan_forward_rows(ElementType type, const Arguments& arguments, SplitPlan* plan) {
-  return dispatch_element(type, [&](auto element) {
+  const auto of_loss = [&](auto element, auto loss) {
     using Element = decltype(element);
+    using Loss = decltype(loss);
     const LogitsArguments& logits = arguments.logits;
     *plan = {};
     plan->span_length = static_cast<int>(logits.vocab_size);
@@ -29,7 +30,7 @@ cudaError_t plan_forward_rows(ElementType type, const Arguments& arguments, Spli
     static ResidentBlocks resident;
     int resident_blocks = 0;
     if (const cudaError_t error = resident.get(
-            gated_ce_forward_kernel<Element, kForwardThreads, Arguments>, kForwardThreads,
+            gated_ce_forward_kernel<Element, kForwardThreads, Loss, Arguments>, kForwardThreads,
             sizeof(ForwardStorage<kForwardThreads>), &resident_blocks)) {
       return error;
     }
@@ -40,14 +41,15 @@ cudaError_t plan_forward_rows(ElementType type, const Arguments& arguments, Spli
     RowSplit<uint32_t> split{plan->num_spans, plan->span_length};
     plan->workspace_bytes = lay_out_split(&split, logits.num_rows, arguments.loss.k, true, nullptr);
     return cudaSuccess;
-  });
+  };
+  return dispatch_both(type, arguments.loss, of_loss);
 }
 
-template <typename Element, int kThreads, typename Arguments>
+template <typename Element, int kThreads, typename Loss, typename Arguments>
 cudaError_t launch_forward_kernel(const Arguments& arguments, const RowSplit<uint32_t>& split,
                                   cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(arguments.logits.num_rows * split.num_spans);
-  gated_ce_forward_kernel<Element, kThreads, Arguments>
+  gated_ce_forward_kernel<Element, kThreads, Loss, Arguments>
       <<<blocks, kThreads, sizeof(ForwardStorage<kThreads>), stream>>>(arguments, split);
   return cudaGetLastError();
 }
@@ -55,23 +57,26 @@ cudaError_t launch_forward_kernel(const Arguments& arguments, const RowSplit<uin
 template <typename Arguments>
 cudaError_t launch_forward_rows(ElementType type, const Arguments& arguments, const SplitPlan& plan,
                                 void* workspace, cudaStream_t stream) {
-  return dispatch_element(type, [&](auto element) {
+  const auto of_loss = [&](auto element, auto loss) {
     using Element = decltype(element);
+    using Loss = decltype(loss);
     const int64_t num_rows = arguments.logits.num_rows;
     if (num_rows == 0) return cudaSuccess;
     RowSplit<uint32_t> split{plan.num_spans, plan.span_length};
     lay_out_split(&split, num_rows, arguments.loss.k, true, workspace);
     if (is_short_row<Element>(arguments.logits)) {
-      return launch_forward_kernel<Element, kForwardThreadsOfShortRow>(arguments, split, stream);
+      return launch_forward_kernel<Element, kForwardThreadsOfShortRow, Loss>(arguments, split,
+                                                                             stream);
     }
     const cudaError_t error =
-        launch_forward_kernel<Element, kForwardThreads>(arguments, split, stream);
+        launch_forward_kernel<Element, kForwardThreads, Loss>(arguments, split, stream);
     if (error != cudaSuccess || split.num_spans == 1) return error;
-    gated_ce_forward_combine_kernel<Element, Arguments>
+    gated_ce_forward_combine_kernel<Element, Loss, Arguments>
         <<<static_cast<unsigned>(num_rows), kCombineThreads, sizeof(CombineStorage), stream>>>(
             arguments, split);
     return cudaGetLastError();
-  });
+  };
+  return dispatch_both(type, arguments.loss, of_loss);
 }
 
 }  // namespace eaft_ext::cuda

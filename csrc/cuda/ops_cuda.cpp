@@ -32,10 +32,11 @@ void run_forward(const CheckedForward& forward) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cuda(
     const Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
-    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, bool inplace_backward) {
+    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, bool inplace_backward,
+    c10::ArrayRef<double> family) {
   const char* op = "gated_ce_forward";
   check_logits(op, logits);
-  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index);
+  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
   const c10::cuda::CUDAGuard guard(logits.device());
   // Said before the work is done, not in the backward.
   if (inplace_backward) check_writable(op, logits);
@@ -45,21 +46,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cuda
   return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.row_max, stats.log_sum};
 }
 
-// Writes weight * (softmax(logits) - onehot(labels)) into gradient, which may be the logits.
+// Writes the gradient of the logits, which may be written over.
 void backward_into(const char* op, const Tensor& gradient, const Tensor& logits,
                    const RowsOfBackward& given, int64_t vocab_start) {
   const Tensor labels = int64_labels(op, given.labels, logits);
   const Tensor weight = per_row(op, "weight", given.weight, logits);
   const Tensor row_max = per_row(op, "row_max", given.row_max, logits);
   const Tensor log_sum = per_row(op, "log_sum", given.log_sum, logits);
+  Tensor upstream;
+  if (given.loss.z_loss != 0) upstream = per_row(op, "upstream", given.upstream, logits);
   BackwardArguments arguments{};
   arguments.logits = logits_arguments(op, logits);
   arguments.vocab_start = vocab_start;
   arguments.gradient = gradient.mutable_data_ptr();
   arguments.gradient_layout = row_layout(gradient);
   arguments.labels = labels.const_data_ptr<int64_t>();
-  arguments.ignore_index = given.ignore_index;
+  arguments.loss = given.loss;
   arguments.weight = weight.const_data_ptr<float>();
+  arguments.upstream = upstream.defined() ? upstream.const_data_ptr<float>() : nullptr;
   arguments.row_max = row_max.const_data_ptr<float>();
   arguments.log_sum = log_sum.const_data_ptr<float>();
   C10_CUDA_CHECK(launch_gated_ce_backward(element_type(op, logits), arguments,
@@ -68,10 +72,12 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& logits,
 
 Tensor gated_ce_backward_cuda(const Tensor& weight, const Tensor& logits, const Tensor& labels,
                               const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
-                              std::optional<int64_t> vocab_start,
-                              std::optional<int64_t> vocab_size) {
+                              std::optional<int64_t> vocab_start, std::optional<int64_t> vocab_size,
+                              const std::optional<Tensor>& upstream, c10::ArrayRef<double> family) {
   const char* op = "gated_ce_backward";
-  const RowsOfBackward rows{weight, labels, row_max, log_sum, ignore_index};
+  const RowsOfBackward rows =
+      checked_rows(op, {weight, labels, row_max, log_sum, upstream.value_or(Tensor()),
+                        checked_family(op, ignore_index, family)});
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   const c10::cuda::CUDAGuard guard(logits.device());
   return write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
@@ -83,10 +89,12 @@ Tensor gated_ce_backward_cuda(const Tensor& weight, const Tensor& logits, const 
 
 void gated_ce_backward_cuda_(const Tensor& weight, Tensor& logits, const Tensor& labels,
                              const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
-                             std::optional<int64_t> vocab_start,
-                             std::optional<int64_t> vocab_size) {
+                             std::optional<int64_t> vocab_start, std::optional<int64_t> vocab_size,
+                             const std::optional<Tensor>& upstream, c10::ArrayRef<double> family) {
   const char* op = "gated_ce_backward_";
-  const RowsOfBackward rows{weight, labels, row_max, log_sum, ignore_index};
+  const RowsOfBackward rows =
+      checked_rows(op, {weight, labels, row_max, log_sum, upstream.value_or(Tensor()),
+                        checked_family(op, ignore_index, family)});
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   if (logits.size(-1) == 0) return;
   check_writable(op, logits);
@@ -101,7 +109,7 @@ void gated_ce_backward_cuda_(const Tensor& weight, Tensor& logits, const Tensor&
 
 Tensor gated_ce_partial_cuda(const Tensor& logits, const Tensor& raw_labels, int64_t k,
                              int64_t vocab_start, std::optional<int64_t> vocab_size,
-                             int64_t ignore_index) {
+                             int64_t ignore_index, c10::ArrayRef<double> family) {
   const char* op = "gated_ce_partial";
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   check_k(op, k, kMinTopK, kMaxTopK);
@@ -121,8 +129,8 @@ Tensor gated_ce_partial_cuda(const Tensor& logits, const Tensor& raw_labels, int
   PartialArguments arguments{};
   arguments.logits = logits_arguments(op, words);
   arguments.labels = labels.const_data_ptr<int64_t>();
+  arguments.loss = checked_family(op, ignore_index, family);
   arguments.loss.k = static_cast<int>(k);
-  arguments.loss.ignore_index = ignore_index;
   arguments.vocab_start = shard.start;
   arguments.partials = partials.mutable_data_ptr<float>();
   SplitPlan plan;
@@ -136,14 +144,15 @@ Tensor gated_ce_partial_cuda(const Tensor& logits, const Tensor& raw_labels, int
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cuda(
     const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_partials,
     std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
-    int64_t vocab_start, std::optional<int64_t> vocab_size, bool inplace_backward) {
+    int64_t vocab_start, std::optional<int64_t> vocab_size, bool inplace_backward,
+    c10::ArrayRef<double> family) {
   const char* op = "gated_ce_merge";
   checked_shard(op, logits, vocab_start, vocab_size);
   const c10::cuda::CUDAGuard guard(logits.device());
   if (inplace_backward && logits.size(-1) > 0) check_writable(op, logits);
   const Tensor labels = int64_labels(op, raw_labels, logits);
   const int k = check_partials(op, raw_partials, labels, at::kFloat);
-  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index);
+  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
   const Tensor partials = raw_partials.contiguous();
   const Stats stats(logits);
   MergeArguments arguments{};
@@ -173,9 +182,10 @@ void forward_with_grad_into(const char* op, const Tensor& gradient, const Stats&
   if (plan.home == RowHome::kTwoKernels) {
     run_forward(forward);
     const Tensor weight = at::mul(upstream, stats.gate);
-    const int64_t ignore_index = forward.arguments.loss.ignore_index;
-    backward_into(op, gradient, logits,
-                  {weight, forward.labels, stats.row_max, stats.log_sum, ignore_index}, 0);
+    backward_into(
+        op, gradient, logits,
+        {weight, forward.labels, stats.row_max, stats.log_sum, upstream, forward.arguments.loss},
+        0);
     return;
   }
   C10_CUDA_CHECK(launch_gated_ce_forward_with_grad(forward.type, arguments, plan,
@@ -184,10 +194,11 @@ void forward_with_grad_into(const char* op, const Tensor& gradient, const Stats&
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cuda(
     const Tensor& upstream, const Tensor& logits, const Tensor& labels, int64_t k,
-    std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
+    std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
+    c10::ArrayRef<double> family) {
   const char* op = "gated_ce_forward_with_grad";
   check_logits(op, logits);
-  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index);
+  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
   const c10::cuda::CUDAGuard guard(logits.device());
   const Stats stats(logits);
   const Tensor gradient =
@@ -200,10 +211,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cu
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cuda_(
     const Tensor& upstream, Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
-    c10::ArrayRef<double> gate_parameters, int64_t ignore_index) {
+    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, c10::ArrayRef<double> family) {
   const char* op = "gated_ce_forward_with_grad_";
   check_logits(op, logits);
-  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index);
+  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
   const c10::cuda::CUDAGuard guard(logits.device());
   check_writable(op, logits);
   const Stats stats(logits);

@@ -8,26 +8,31 @@
 
 #include <cstdint>
 
+#include "compiled_loss.cuh"
 #include "reduce.cuh"
 #include "row_span.cuh"
 
 namespace eaft_ext::cuda {
 
+template <typename Loss>
 struct RowGradient {
+  Loss loss;
   float max;
   float log_sum;
-  float weight;
-  float scale;  // weight / sum
+  RowWeights<float> weights;
+  float scale;  // of all words: their weight / sum
   int label;    // its place in the span, or outside of it
 
-  __device__ RowGradient(float row_max, float row_log_sum, float row_weight, int label_in_span)
-      : max(row_max),
+  __device__ RowGradient(const Loss& loss_, float row_max, float row_log_sum,
+                         RowWeights<float> row_weights, int label_in_span)
+      : loss(loss_),
+        max(row_max),
         log_sum(row_log_sum),
-        weight(row_weight),
-        scale(row_weight * expf(-row_log_sum)),
+        weights(row_weights),
+        scale(row_weights.all * expf(-row_log_sum)),
         label(label_in_span) {}
 
-  __device__ bool muted() const { return weight == 0.0f; }
+  __device__ bool muted() const { return Loss::kIsPlain ? weights.all == 0.0f : weights.muted(); }
 
   // Of `size` elements that begin at that place of the span.
   template <typename Element>
@@ -38,12 +43,19 @@ struct RowGradient {
     // Beside the loop, where it would be compiled once for each element.
     float label_gradient = 0;
     if (has_label) {
-      const float x = to_float(element_at(vector, static_cast<int>(at_label)));
-      label_gradient = weight * expm1f((x - max) - log_sum);
+      const float x = loss.logit(to_float(element_at(vector, static_cast<int>(at_label))));
+      const float log_p = (x - max) - log_sum;
+      label_gradient = weights.target * expm1f(log_p);
+      if (!Loss::kIsPlain) {
+        label_gradient += (weights.all - weights.target) * expf(log_p);
+        label_gradient *= loss.slope(x);
+      }
     }
 #pragma unroll
     for (int e = 0; e < kVectorSize<Element>; ++e) {
-      const float gradient = scale * exp_relative(to_float(vector.elements[e]), max);
+      const float x = loss.logit(to_float(vector.elements[e]));
+      float gradient = scale * exp_relative(x, max);
+      if (!Loss::kIsPlain) gradient *= loss.slope(x);
       vector.elements[e] = from_float<Element>(gradient);
     }
     if (!has_label) return;

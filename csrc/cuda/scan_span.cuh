@@ -2,6 +2,9 @@
 //
 //     max = max_j x_j       sum = sum_j exp(x_j - max)       the k largest x_j
 //
+// where the sum, and its maximum, are of what the loss makes of the logits, and the selection,
+// since that rises with them, of the logits themselves.
+//
 // Work: a thread takes kVectorsPerThread vectors of 16 bytes at a time and keeps a maximum and a
 // sum of its own, rescaled when the maximum rises. After the first tile the threads' maxima give
 // the threshold of candidate_list.cuh; from then on an element is compared with it, and the few
@@ -15,6 +18,7 @@
 #include <cstdint>
 
 #include "candidate_list.cuh"
+#include "compiled_loss.cuh"
 #include "row_span.cuh"
 #include "select_span.cuh"
 
@@ -30,23 +34,27 @@ struct ScanStorage {
 // A thread's online softmax. A tile's sum joins the others by compensated summation, the rounding
 // error kept apart, so that thousands of small terms are not lost beside the maximum's 1.
 struct ThreadSum {
-  float max = -INFINITY;
+  float max = -INFINITY;  // of the logits themselves
   float sum = 0;
   float error = 0;
 
-  // The elements of a tile, of which tile_max is the largest.
-  template <typename Element>
-  __device__ void add(const Vector<Element> (&vectors)[kVectorsPerThread], float tile_max) {
-    const float old_reference = reference_of(max);
+  // The elements of a tile, of which tile_max is the largest. size_of(v): how many of vector v are
+  // no fillers, which a soft cap would make a number of.
+  template <typename Element, typename Loss, typename SizeOf>
+  __device__ void add(const Vector<Element> (&vectors)[kVectorsPerThread], float tile_max,
+                      const Loss& loss, const SizeOf& size_of) {
+    const float old_reference = reference_of(loss.logit(max));
     max = fmaxf(max, tile_max);
-    const float reference = reference_of(max);
+    const float reference = reference_of(loss.logit(max));
     float tile = 0;
 #pragma unroll
     for (int v = 0; v < kVectorsPerThread; ++v) {
       float vector_sum = 0;
+      const int size = Loss::kIsPlain ? kVectorSize<Element> : size_of(v);
 #pragma unroll
       for (int e = 0; e < kVectorSize<Element>; ++e) {
-        vector_sum += exp_relative(to_float(vectors[v].elements[e]), reference);
+        if (!Loss::kIsPlain && e >= size) continue;
+        vector_sum += exp_relative(loss.logit(to_float(vectors[v].elements[e])), reference);
       }
       tile += vector_sum;
     }
@@ -58,16 +66,18 @@ struct ThreadSum {
     sum = total;
   }
 
-  __device__ SoftmaxSum get() const {
-    return {max, static_cast<double>(sum) + static_cast<double>(error)};
+  template <typename Loss>
+  __device__ SoftmaxSum get(const Loss& loss) const {
+    return {loss.logit(max), static_cast<double>(sum) + static_cast<double>(error)};
   }
 };
 
 // By all threads of the block, between two barriers. The first warp gets the maximum and the sum,
 // and finds what the k largest can be in the list. k may exceed the span's length: fillers are
 // -inf.
-template <int kThreads, typename Span>
-__device__ inline SoftmaxSum scan_span(const Span& span, int k, ScanStorage<kThreads>& storage) {
+template <int kThreads, typename Span, typename Loss>
+__device__ inline SoftmaxSum scan_span(const Span& span, int k, const Loss& loss,
+                                       ScanStorage<kThreads>& storage) {
   using Element = typename Span::Element;
   using Keys = ValueKeys<Element>;
   const int many = max(2 * k, kWarpSize);  // candidates, which make raising the threshold worth it
@@ -84,7 +94,10 @@ __device__ inline SoftmaxSum scan_span(const Span& span, int k, ScanStorage<kThr
     float tile_max = -INFINITY;
 #pragma unroll
     for (int v = 0; v < kVectorsPerThread; ++v) tile_max = fmaxf(tile_max, largest_of(vectors[v]));
-    sum.add(vectors, tile_max);
+    sum.add(vectors, tile_max, loss, [&](int v) {
+      const int vector = vector_of_tile<kThreads>(tile, v);
+      return vector < span.num_vectors() ? span.size(vector) : 0;
+    });
     if (tile == 0) {
       const uint32_t own = key_of<Element>(sum.max);
       threshold = value_of<Element>(threshold_of_threads<kThreads>(own, lowest, k, list));
@@ -118,7 +131,7 @@ __device__ inline SoftmaxSum scan_span(const Span& span, int k, ScanStorage<kThr
     threshold_of_threads<kThreads>(key_of<Element>(sum.max), lowest, k, list);
     offer_span<Keys, kThreads>(span, 0, k, list, storage.scratch);
   }
-  const SoftmaxSum own = sum.get();
+  const SoftmaxSum own = sum.get(loss);
   const SoftmaxSum of_warp = warp_merge(kWarpSize, [&](int) { return own; });
   if (lane_index() == 0) storage.warp_sums[warp_index()] = of_warp;
   __syncthreads();  // sums and candidates of all warps are there

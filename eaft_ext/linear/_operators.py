@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eaft_ext._checks import check_label_values
-from eaft_ext._options import TokenLoss
+from eaft_ext._options import TokenLoss, from_family
 from eaft_ext._registration import (
     define,
     fake_stats,
@@ -29,15 +29,16 @@ from eaft_ext._registration import (
 from eaft_ext._scalar_loss import scaled
 from eaft_ext.gates import BUILT_IN
 from eaft_ext.linear._chunks import VECTOR, BiasSum, Chunk, WeightSum, chunks_of, put
-from eaft_ext.linear._rows import Rows
+from eaft_ext.linear._rows import Rows, RowsOfBackward
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._group import all_gather, all_reduce
 from eaft_ext.parallel._shard import Gather, VocabShard, num_words
+from eaft_ext.reference import weigh
 
 # by_kernel: not in plain PyTorch. accumulate_in_float32: the weight's gradient; None: if it is
 # small. total: words of all shards. reduce_hidden: add up the hidden's gradients of the group.
 _OPTIONS = (
-    "int k, str gate, float[] gate_parameters, int ignore_index, bool by_kernel, "
+    "int k, str gate, float[] gate_parameters, int ignore_index, float[] family, bool by_kernel, "
     "SymInt? chunk_size, bool? accumulate_in_float32, SymInt vocab_start, SymInt? vocab_size, "
     "SymInt total, str? group, int group_size, bool reduce_hidden"
 )
@@ -50,13 +51,13 @@ define(
 # -> the gradients of hidden, weight and bias for those that are wanted, else tensors of no elements
 define(
     "eaft_ext::linear_gated_ce_backward",
-    "(Tensor row_weight, Tensor row_max, Tensor log_sum, bool[] wanted, "
+    "(Tensor upstream, Tensor gate_weight, Tensor row_max, Tensor log_sum, bool[] wanted, "
     f"{_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
-# -> sum(loss) / divisor, nll, entropy, gate, and the gradients of the first as above
+# -> sum(token_weight * loss) / divisor, nll, entropy, gate, and the gradients of the first as above
 define(
     "eaft_ext::linear_gated_ce_forward_with_grad",
-    f"({_INPUTS}, Tensor divisor, bool[] wanted, {_OPTIONS}) "
+    f"({_INPUTS}, Tensor divisor, Tensor? token_weight, bool[] wanted, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -68,6 +69,7 @@ class _Options(NamedTuple):
     gate: str
     gate_parameters: Sequence[float]
     ignore_index: int
+    family: Sequence[float]
     by_kernel: bool
     chunk_size: int | None
     accumulate_in_float32: bool | None
@@ -97,7 +99,12 @@ class _Call:
         self.labels = labels.reshape(-1)
         gate = next(known for known in BUILT_IN if known.name == given.gate)
         self.rows = Rows(
-            TokenLoss(given.k, gate(*given.gate_parameters), given.ignore_index),
+            TokenLoss(
+                given.k,
+                gate(*given.gate_parameters),
+                given.ignore_index,
+                *from_family(given.family),
+            ),
             given.by_kernel,
             given.vocab_start,
             given.total,
@@ -230,7 +237,8 @@ def _(
 
 @impl("eaft_ext::linear_gated_ce_backward", "CompositeExplicitAutograd")
 def _(
-    row_weight: Tensor,
+    upstream: Tensor,
+    gate_weight: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
     wanted: Sequence[bool],
@@ -243,12 +251,11 @@ def _(
     with _autocast_off(hidden):
         call = _Call(hidden, weight, bias, labels, *options)
         gradients = _Gradients(call, wanted, weight, bias)
-        stats = [stat.reshape(-1) for stat in (row_weight, row_max, log_sum)]
+        stats = [stat.reshape(-1) for stat in (upstream, gate_weight, row_max, log_sum)]
         for chunk in call.chunks:
             rows, logits = call.logits(chunk)
-            of_chunk, its_max, its_log_sum = (stat[chunk.where] for stat in stats)
-            its_labels = call.labels[chunk.where]
-            call.rows.gradient_(of_chunk, logits, its_labels, its_max, its_log_sum)
+            given = RowsOfBackward(*(stat[chunk.where] for stat in stats))
+            call.rows.gradient_(given, logits, call.labels[chunk.where])
             gradients.add(chunk, rows, logits)
         return gradients.results(hidden.shape)
 
@@ -260,6 +267,7 @@ def _(
     bias: Tensor | None,
     labels: Tensor,
     divisor: Tensor,
+    token_weight: Tensor | None,
     wanted: Sequence[bool],
     *options: Any,
 ) -> tuple[Tensor, ...]:
@@ -267,15 +275,19 @@ def _(
         call = _Call(hidden, weight, bias, labels, *options)
         gradients = _Gradients(call, wanted, weight, bias)
         loss, *stats = call.stats(4)
-        upstream = divisor.reciprocal()
+        upstream = divisor.reciprocal().expand(call.labels.shape)
+        if token_weight is not None:
+            upstream = weigh(upstream, token_weight.reshape(-1).to(upstream.dtype))
         for chunk in call.chunks:
             rows, logits = call.logits(chunk)
             of_chunk = call.rows.losses_and_gradient_(
-                upstream.expand(chunk.size), logits, call.labels[chunk.where]
+                upstream[chunk.where], logits, call.labels[chunk.where]
             )
             for stat, part in zip((loss, *stats), of_chunk, strict=True):
                 put(stat, chunk.where, part)
             gradients.add(chunk, rows, logits)
+        if token_weight is not None:
+            loss = weigh(loss, token_weight.reshape(-1).to(loss.dtype))
         return loss.sum() / divisor, *call.shaped(stats), *gradients.results(hidden.shape)
 
 
@@ -301,7 +313,8 @@ def _(
 
 @register_fake("eaft_ext::linear_gated_ce_backward")
 def _(
-    row_weight: Tensor,
+    upstream: Tensor,
+    gate_weight: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
     wanted: Sequence[bool],
@@ -320,6 +333,7 @@ def _(
     bias: Tensor | None,
     labels: Tensor,
     divisor: Tensor,
+    token_weight: Tensor | None,
     wanted: Sequence[bool],
     *options: Any,
 ) -> tuple[Tensor, ...]:
@@ -346,15 +360,16 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
         return None, None, None, *rest
     hidden, weight, bias, labels, gate, row_max, log_sum = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
+    stats = (grad_loss, gate, row_max, log_sum)
     gradients = ops.linear_gated_ce_backward(
-        grad_loss * gate, row_max, log_sum, wanted, hidden, weight, bias, labels, *ctx.options
+        *stats, wanted, hidden, weight, bias, labels, *ctx.options
     )
     found = [g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)]
     return *found, *rest
 
 
 def _save_forward_with_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.num_inputs, ctx.wanted = len(inputs), inputs[5]
+    ctx.num_inputs, ctx.wanted = len(inputs), inputs[6]
     _, *others = output
     ctx.mark_non_differentiable(*others)
     gradients = others[3:]

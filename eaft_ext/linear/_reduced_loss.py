@@ -92,7 +92,7 @@ def reduced_loss(
         shard = shard._replace(group=None)
     total = shard.total
     by_kernel = takes_kernel("gated_ce_forward_with_grad", hidden)
-    options = (*of_token.kernel_arguments(), by_kernel, *chunking, *shard)
+    options = (*of_token.kernel_arguments(), of_token.family(), by_kernel, *chunking, *shard)
     valid = labels != of_token.ignore_index
     wanted = [t is not None and t.requires_grad for t in product]
     # Where the gradient is a number times one that is known already, it is computed at once. Not
@@ -108,7 +108,7 @@ def reduced_loss(
         dtype = stats_dtype(hidden)
         divisor = torch.ones((), dtype=dtype, device=hidden.device) * reduce.divisor(valid, dtype)
         loss, nll, entropy, given, _, _, _ = ops.linear_gated_ce_forward_with_grad(
-            hidden, weight, bias, labels, divisor, wanted, *options
+            hidden, weight, bias, labels, divisor, reduce.token_weight, wanted, *options
         )
         return loss, TokenStats(nll, entropy, given, valid)
     loss, nll, entropy, given, _, _ = ops.linear_gated_ce_forward(
@@ -118,4 +118,7 @@ def reduced_loss(
         # The loss of NoGate is the nll, with its gradient: any weight can be put on it.
         given = of_token.gate_weights(total, nll, entropy, valid)
         loss = reference.weigh(loss, given)
+    if (rest := of_token.z_loss_alone) is not None:
+        unreduced = Reduce("none", None)
+        loss = loss + reduced_loss(product, labels, rest, unreduced, chunking, shard)[0]
     return reduce(loss, valid), TokenStats(nll, entropy, given, valid)

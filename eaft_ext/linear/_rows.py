@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,15 @@ from eaft_ext import reference
 from eaft_ext._options import TokenLoss
 from eaft_ext._registration import ops
 from eaft_ext.parallel._shard import Gather
+
+
+class RowsOfBackward(NamedTuple):
+    """What a backward is told of each row, (rows)."""
+
+    upstream: Tensor
+    gate: Tensor
+    row_max: Tensor
+    log_sum: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,29 +43,45 @@ class Rows:
         if not self.by_kernel:
             return self._reference_losses(logits, labels)
         k, *gate = self.of_token.kernel_arguments()
+        family = self.of_token.family()
         if self.gather is None:
-            whole: tuple[Tensor, ...] = ops.gated_ce_forward(logits, labels, k, *gate)
+            whole: tuple[Tensor, ...] = ops.gated_ce_forward(
+                logits, labels, k, *gate, False, family
+            )
             return whole
         start = self.vocab_start
-        partial = ops.gated_ce_partial(logits, labels, k, start, None, self.of_token.ignore_index)
+        partial = ops.gated_ce_partial(
+            logits, labels, k, start, None, self.of_token.ignore_index, family
+        )
         merged: tuple[Tensor, ...] = ops.gated_ce_merge(
-            logits, labels, self.gather(partial), *gate, start, None
+            logits, labels, self.gather(partial), *gate, start, None, False, family
         )
         return merged
 
-    def gradient_(
-        self, weight: Tensor, logits: Tensor, labels: Tensor, row_max: Tensor, log_sum: Tensor
-    ) -> None:
-        """Write ``weight * (softmax(logits) - onehot(labels))`` over the logits."""
+    def gradient_(self, given: RowsOfBackward, logits: Tensor, labels: Tensor) -> None:
+        """Write the gradient over the logits."""
+        of_token = self.of_token
+        upstream, gate_weight, row_max, log_sum = given
+        weight = upstream * gate_weight
         if self.by_kernel:
-            shard = () if self.gather is None else (self.vocab_start,)
+            start = None if self.gather is None else self.vocab_start
+            shard = (of_token.ignore_index, start, None)
+            family = of_token.family()
             ops.gated_ce_backward_(
-                weight, logits, labels, row_max, log_sum, self.of_token.ignore_index, *shard
+                weight, logits, labels, row_max, log_sum, *shard, upstream, family
             )
             return
-        weight = torch.where(labels == self.of_token.ignore_index, 0.0, weight)
+        ignored = labels == of_token.ignore_index
+        weights = reference.row_weights(of_token.z_loss, upstream, weight, row_max, log_sum)
         logits[:] = reference.shard_gradient(
-            weight, logits, labels, row_max, log_sum, self.vocab_start
+            reference.RowWeights(*(torch.where(ignored, 0.0, each) for each in weights)),
+            logits,
+            labels,
+            row_max,
+            log_sum,
+            self.vocab_start,
+            of_token.softcap,
+            of_token.logit_scale,
         )
 
     def losses_and_gradient_(
@@ -64,20 +90,29 @@ class Rows:
         """loss, nll, entropy and gate; the gradient of ``sum(upstream * loss)`` over the logits."""
         if self.by_kernel and self.gather is None:
             at_once: tuple[Tensor, ...] = ops.gated_ce_forward_with_grad_(
-                upstream, logits, labels, *self.of_token.kernel_arguments()
+                upstream,
+                logits,
+                labels,
+                *self.of_token.kernel_arguments(),
+                self.of_token.family(),
             )
             return at_once
         loss, nll, entropy, gate_weight, row_max, log_sum = self.losses(logits, labels)
-        self.gradient_(upstream * gate_weight, logits, labels, row_max, log_sum)
+        self.gradient_(RowsOfBackward(upstream, gate_weight, row_max, log_sum), logits, labels)
         return loss, nll, entropy, gate_weight
 
     def _reference_losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """As a shard, the only one where there is no other."""
         ignore_index = self.of_token.ignore_index
+        x = self.of_token.map_logits(logits)
         partial = reference.shard_partial(
-            logits, labels, self.of_token.k, self.vocab_start, ignore_index
+            x, labels, self.of_token.k, self.vocab_start, ignore_index
         )
         partials = partial.unsqueeze(0) if self.gather is None else self.gather(partial)
         nll, entropy, row_max, log_sum = reference.merge_partials(partials, labels, ignore_index)
         weight = self.of_token.gate_weights(self.total, nll, entropy, labels != ignore_index)
-        return reference.weigh(nll, weight), nll, entropy, weight, row_max, log_sum
+        loss = reference.weigh(nll, weight)
+        if self.of_token.z_loss != 0:
+            lse = torch.where(labels == ignore_index, 0.0, row_max + log_sum)
+            loss = loss + self.of_token.z_loss * lse**2
+        return loss, nll, entropy, weight, row_max, log_sum

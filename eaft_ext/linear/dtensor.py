@@ -142,7 +142,9 @@ def linear_gated_ce_of_dtensor(
         check_labels(op, labels)
         of_token, reduce = checked(op, k, hidden, "hidden", **options)
         check_chunks(op, *chunking)
+        given = labels
         product, labels, rows, columns = _local_call(op, hidden, weight, labels, bias, dim)
+        reduce = rows.local_reduce(op, reduce, given, hidden, product.hidden, "hidden")
     if is_transformed(*product):
         raise RuntimeError(f"{op}: torch.func and forward mode cannot look into DTensors")
     shard = None

@@ -13,6 +13,7 @@ from eaft_ext._checks import (
     check_linear,
     check_placement,
     check_same_dtype,
+    check_weight_values,
 )
 from eaft_ext._dispatch import is_dtensor, is_transformed
 from eaft_ext._options import Keywords, checked, with_keywords
@@ -128,6 +129,7 @@ def linear_gated_ce(
     check_labels(op, labels)
     of_token, reduce = checked(op, k, hidden, "hidden", **options)
     check_placement(op, labels, hidden, "hidden")
+    check_weight_values(op, reduce.token_weight, labels)
     check_chunks(op, *chunking)
     if is_dtensor(weight) or is_dtensor(bias):
         from eaft_ext.linear.dtensor import gathered
@@ -145,6 +147,10 @@ def linear_gated_ce(
             ignore_index=of_token.ignore_index,
             reduction=reduce.reduction,
             num_items_in_batch=reduce.num_items_in_batch,
+            softcap=of_token.softcap,
+            logit_scale=of_token.logit_scale,
+            z_loss=of_token.z_loss,
+            token_weight=reduce.token_weight,
             return_stats=return_stats,
         )
         return result

@@ -15,6 +15,7 @@ from eaft_ext._checks import (
     check_linear,
     check_placement,
     check_same_dtype,
+    check_weight_values,
     wants_value_checks,
 )
 from eaft_ext._dispatch import is_transformed
@@ -163,6 +164,7 @@ def vocab_parallel_linear_gated_ce(
         check_labels(_OP, labels)
         check_placement(_OP, labels, hidden, "hidden")
         of_token, reduce = checked(_OP, k, hidden, "hidden", **options)
+        check_weight_values(_OP, reduce.token_weight, labels)
         check_chunks(_OP, chunk_size, accumulate_in_float32)
         shard = check_shard(_OP, weight_shard.size(0), member, vocab_start, vocab_size)
         if shard.total is None:

@@ -39,7 +39,7 @@ def num_words(columns: int, shard: VocabShard) -> int:
 
 
 class _ReferenceNll(torch.autograd.Function):
-    """nll and entropy in plain PyTorch; the gradient is of this shard alone."""
+    """nll, lse and entropy in plain PyTorch; the gradient is of this shard alone."""
 
     @staticmethod
     def forward(
@@ -47,24 +47,27 @@ class _ReferenceNll(torch.autograd.Function):
         logits: Tensor,
         labels: Tensor,
         partials: Tensor,
-        ignore_index: int,
+        of_token: TokenLoss,
         shard: VocabShard,
-    ) -> tuple[Tensor, Tensor]:
-        merged = reference.merge_partials(partials, labels, ignore_index)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        merged = reference.merge_partials(partials, labels, of_token.ignore_index)
         nll, entropy, row_max, log_sum = merged
+        ignored = labels == of_token.ignore_index
+        lse = torch.where(ignored, 0.0, row_max + log_sum)
         ctx.mark_non_differentiable(entropy)
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, labels, row_max, log_sum)
-        ctx.ignore_index, ctx.shard = ignore_index, shard
-        return nll, entropy
+        ctx.of_token, ctx.shard = of_token, shard
+        return nll, lse, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_nll: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad_nll is None:
-            return (None,) * 5
+    def backward(ctx: Any, grad_nll: Tensor, grad_lse: Tensor, _: Tensor) -> tuple[Any, ...]:
         logits, labels, row_max, log_sum = ctx.saved_tensors
-        weight = torch.where(labels == ctx.ignore_index, 0.0, grad_nll)
-        gradient = _ReferenceGradient.apply(weight, logits, labels, row_max, log_sum, ctx.shard)
+        ignored = labels == ctx.of_token.ignore_index
+        target = torch.where(ignored, 0.0, grad_nll)
+        everywhere = target + torch.where(ignored, 0.0, grad_lse)
+        gradient = _ReferenceGradient.apply(
+            everywhere, target, logits, labels, row_max, log_sum, ctx.of_token, ctx.shard
+        )
         return gradient, *(None,) * 4
 
 
@@ -74,17 +77,26 @@ class _ReferenceGradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        weight: Tensor,
+        everywhere: Tensor,
+        target: Tensor,
         logits: Tensor,
         labels: Tensor,
         row_max: Tensor,
         log_sum: Tensor,
+        of_token: TokenLoss,
         shard: VocabShard,
     ) -> Tensor:
         words = num_words(logits.size(-1), shard)
         gradient = torch.zeros_like(logits)
         gradient[..., :words] = reference.shard_gradient(
-            weight, logits[..., :words], labels, row_max, log_sum, shard.start
+            reference.RowWeights(everywhere, target),
+            logits[..., :words],
+            labels,
+            row_max,
+            log_sum,
+            shard.start,
+            of_token.softcap,
+            of_token.logit_scale,
         )
         return gradient
 
@@ -127,28 +139,37 @@ def token_losses(
     by_kernel = takes_kernel("gated_ce_merge", logits)
     # Here the loss is the nll, with its gradient, and any weight can be put on it.
     weighed_here = not (of_token.is_known_to_kernels and by_kernel)
+    rest = of_token.z_loss_alone if by_kernel else None
     if by_kernel:
         k, *gate, _ = of_token.kernel_arguments()
+        family = of_token.family()
         partial = ops.gated_ce_partial(
-            logits.detach(), labels, k, shard.start, shard.vocab_size, ignore_index
+            logits.detach(), labels, k, shard.start, shard.vocab_size, ignore_index, family
         )
         partials = gather(partial)
         # In a compiled graph the compiler decides about memory.
         has_backward = torch.is_grad_enabled() and logits.requires_grad
         inplace = inplace_backward and has_backward and not torch.compiler.is_compiling()
+        # Two losses of the same logits cannot both overwrite them.
+        inplace = inplace and rest is None
         of_shard = (shard.start, shard.vocab_size)
         loss, nll, entropy, weight, _, _ = ops.gated_ce_merge(
-            logits, labels, partials, *gate, ignore_index, *of_shard, inplace
+            logits, labels, partials, *gate, ignore_index, *of_shard, inplace, family
         )
     else:
-        words = logits[..., : num_words(logits.size(-1), shard)]
+        words = of_token.map_logits(logits[..., : num_words(logits.size(-1), shard)])
         partials = gather(
             reference.shard_partial(words, labels, of_token.k, shard.start, ignore_index)
         )
-        loss, entropy = _ReferenceNll.apply(logits, labels, partials, ignore_index, shard)
+        loss, lse, entropy = _ReferenceNll.apply(logits, labels, partials, of_token, shard)
         nll = loss.detach()
     if weighed_here:
         k = _k_of_gate(of_token.k, logits, partials, shard)
         weight = of_token.gate_weights(k, nll, entropy, valid)
         loss = reference.weigh(loss, weight)
+        if not by_kernel and of_token.z_loss != 0:
+            loss = loss + of_token.z_loss * lse**2
+    if rest is not None:
+        # From what the shards have told already.
+        loss = loss + token_losses(logits, labels, rest, shard, lambda _: partials)[0]
     return loss, TokenStats(nll, entropy, weight, valid)

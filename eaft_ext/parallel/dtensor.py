@@ -12,7 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from eaft_ext._checks import check_labels, check_logits, check_placement
+from eaft_ext._checks import (
+    check_labels,
+    check_logits,
+    check_placement,
+    check_weight_shape,
+    check_weight_values,
+)
 from eaft_ext._options import Keywords, Reduce, check_gradient_in_forward, checked
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._agreement import NotInGroupError
@@ -64,6 +70,24 @@ class PlacedRows(NamedTuple):
         everywhere = [Replicate()] * self.mesh.ndim
         replicated = DTensor.from_local(labels, self.mesh, everywhere, run_check=False)
         return replicated.redistribute(placements=self.placements).to_local()
+
+    def local_reduce(
+        self,
+        op: str,
+        reduce: Reduce,
+        labels: Tensor,
+        whole: DTensor,
+        local: Tensor,
+        name: str = "logits",
+    ) -> Reduce:
+        """With the weights of this process's tokens, placed as the labels may be."""
+        weight = reduce.token_weight
+        if weight is None:
+            return reduce
+        check_weight_shape(op, weight, labels)
+        weight = self.local_labels(op, weight, whole, local, name)
+        check_weight_values(op, weight, weight)
+        return replace(reduce, token_weight=weight)
 
     def per_token(self, local: Tensor) -> DTensor:
         """A number for each token."""
@@ -146,11 +170,13 @@ def gated_ce_of_dtensor(
         rows = PlacedRows(mesh, placements, logits.shape[:-1])
         local_logits = logits.to_local()
         local_labels = rows.local_labels(op, labels, logits, local_logits)
+        reduce = rows.local_reduce(op, reduce, labels, logits, local_logits)
         shard = shard_of(op, mesh, logits.size(-1), local_logits.size(-1), dim)
     words = Words(shard, member)
     loss, stats = group_losses(
         op, local_logits, local_labels, of_token, reduce.reduction, words, inplace_backward
     )
+    loss = reduce.weighted(loss)
     placed = TokenStats(*(rows.per_token(stat) for stat in stats))
     if reduce.reduction == "none":
         return rows.per_token(loss), placed

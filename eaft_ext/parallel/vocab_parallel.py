@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
-from eaft_ext._checks import check_labels, check_logits, check_placement
+from eaft_ext._checks import (
+    check_labels,
+    check_logits,
+    check_placement,
+    check_weight_values,
+)
 from eaft_ext._options import Keywords, checked, with_keywords
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._group import Words, check_group, check_shard, group_losses
@@ -114,6 +119,7 @@ def vocab_parallel_gated_ce(
         check_labels(_OP, labels)
         check_placement(_OP, labels, logits_shard)
         of_token, reduce = checked(_OP, k, logits_shard, **options)
+        check_weight_values(_OP, reduce.token_weight, labels)
         shard = check_shard(_OP, logits_shard.size(-1), member, vocab_start, vocab_size)
     words = Words(shard, member, is_assumed=vocab_start is None and vocab_size is None)
     loss, stats = group_losses(

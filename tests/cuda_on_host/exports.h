@@ -40,15 +40,16 @@ inline RowLayout layout_from(const int64_t* numbers) {
 }
 
 // normalizer: 0 is ln k.
+// family: softcap (0: none), logit_scale, z_loss.
 inline TokenLoss token_loss_from(int k, int64_t ignore_index, int kind, double first, double second,
-                                 double normalizer) {
+                                 double normalizer, const double* family) {
   Gate gate;
   gate.kind = static_cast<GateKind>(kind);
   gate.first = first;
   gate.second = second;
   gate.normalizer = normalizer;
   gate.normalizer_is_log_k = normalizer == 0;
-  return {k, for_k(gate, k), ignore_index};
+  return {k, for_k(gate, k), ignore_index, {family[1], family[0]}, family[2]};
 }
 
 inline void leave(const std::string& message, char* error, int64_t error_size) {
@@ -61,15 +62,15 @@ inline void leave(const std::string& message, char* error, int64_t error_size) {
 EXPORT forward_on_host(int type, const void* logits, const int64_t* logits_layout, int64_t num_rows,
                        int64_t vocab_size, const int64_t* labels, int64_t ignore_index, int k,
                        int gate_kind, double gate_first, double gate_second, double gate_normalizer,
-                       float* loss, float* nll, float* entropy, float* gate, float* row_max,
-                       float* log_sum, int num_spans, uint64_t seed, char* error,
+                       const double* family, float* loss, float* nll, float* entropy, float* gate,
+                       float* row_max, float* log_sum, int num_spans, uint64_t seed, char* error,
                        int64_t error_size) {
   using namespace eaft_ext::cuda;
   ForwardArguments arguments{};
   arguments.logits = {logits, layout_from(logits_layout), num_rows, vocab_size};
   arguments.labels = labels;
   arguments.loss =
-      token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second, gate_normalizer);
+      token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second, gate_normalizer, family);
   arguments.stats = {loss, nll, entropy, gate, row_max, log_sum};
   leave(run_forward(static_cast<ElementType>(type), arguments, num_spans, seed), error, error_size);
 }
@@ -77,12 +78,12 @@ EXPORT forward_on_host(int type, const void* logits, const int64_t* logits_layou
 // partials: (num_rows, k + 3). labels: [num_rows].
 EXPORT partial_on_host(int type, const void* logits, const int64_t* logits_layout, int64_t num_rows,
                        int64_t vocab_size, const int64_t* labels, int64_t ignore_index, int k,
-                       int64_t vocab_start, float* partials, int num_spans, uint64_t seed,
-                       char* error, int64_t error_size) {
+                       const double* family, int64_t vocab_start, float* partials, int num_spans,
+                       uint64_t seed, char* error, int64_t error_size) {
   using namespace eaft_ext::cuda;
   const PartialArguments arguments{{logits, layout_from(logits_layout), num_rows, vocab_size},
                                    labels,
-                                   {k, {}, ignore_index},
+                                   {k, {}, ignore_index, {family[1], family[0]}, family[2]},
                                    vocab_start,
                                    partials};
   leave(run_partial(static_cast<ElementType>(type), arguments, num_spans, seed), error, error_size);
@@ -91,9 +92,9 @@ EXPORT partial_on_host(int type, const void* logits, const int64_t* logits_layou
 // partials: (num_shards, num_rows, k + 3). labels and the stats: [num_rows].
 EXPORT merge_on_host(const float* partials, int num_shards, int64_t num_rows, const int64_t* labels,
                      int64_t ignore_index, int k, int gate_kind, double gate_first,
-                     double gate_second, double gate_normalizer, float* loss, float* nll,
-                     float* entropy, float* gate, float* row_max, float* log_sum, uint64_t seed,
-                     char* error, int64_t error_size) {
+                     double gate_second, double gate_normalizer, const double* family, float* loss,
+                     float* nll, float* entropy, float* gate, float* row_max, float* log_sum,
+                     uint64_t seed, char* error, int64_t error_size) {
   using namespace eaft_ext::cuda;
   MergeArguments arguments{};
   arguments.partials = partials;
@@ -101,7 +102,7 @@ EXPORT merge_on_host(const float* partials, int num_shards, int64_t num_rows, co
   arguments.num_rows = num_rows;
   arguments.labels = labels;
   arguments.loss =
-      token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second, gate_normalizer);
+      token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second, gate_normalizer, family);
   arguments.stats = {loss, nll, entropy, gate, row_max, log_sum};
   leave(run_merge(arguments, seed), error, error_size);
 }
@@ -110,8 +111,9 @@ EXPORT merge_on_host(const float* partials, int num_shards, int64_t num_rows, co
 EXPORT backward_on_host(int type, const void* logits, const int64_t* logits_layout,
                         int64_t num_rows, int64_t vocab_size, int64_t vocab_start, void* gradient,
                         const int64_t* gradient_layout, const int64_t* labels, int64_t ignore_index,
-                        const float* weight, const float* row_max, const float* log_sum,
-                        uint64_t seed, char* error, int64_t error_size) {
+                        const double* family, const float* weight, const float* upstream,
+                        const float* row_max, const float* log_sum, uint64_t seed, char* error,
+                        int64_t error_size) {
   using namespace eaft_ext::cuda;
   BackwardArguments arguments{};
   arguments.logits = {logits, layout_from(logits_layout), num_rows, vocab_size};
@@ -119,8 +121,9 @@ EXPORT backward_on_host(int type, const void* logits, const int64_t* logits_layo
   arguments.gradient = gradient;
   arguments.gradient_layout = layout_from(gradient_layout);
   arguments.labels = labels;
-  arguments.ignore_index = ignore_index;
+  arguments.loss = token_loss_from(0, ignore_index, 0, 0, 0, 1, family);
   arguments.weight = weight;
+  arguments.upstream = upstream;
   arguments.row_max = row_max;
   arguments.log_sum = log_sum;
   leave(run_backward(static_cast<ElementType>(type), arguments, seed), error, error_size);
@@ -132,16 +135,16 @@ EXPORT forward_with_grad_on_host(int type, const float* upstream, const void* lo
                                  void* gradient, const int64_t* gradient_layout,
                                  const int64_t* labels, int64_t ignore_index, int k, int gate_kind,
                                  double gate_first, double gate_second, double gate_normalizer,
-                                 float* loss, float* nll, float* entropy, float* gate,
-                                 float* row_max, float* log_sum, int cluster_size, uint64_t seed,
-                                 char* error, int64_t error_size) {
+                                 const double* family, float* loss, float* nll, float* entropy,
+                                 float* gate, float* row_max, float* log_sum, int cluster_size,
+                                 uint64_t seed, char* error, int64_t error_size) {
   using namespace eaft_ext::cuda;
   ForwardWithGradArguments arguments{};
   ForwardArguments& forward = arguments.forward;
   forward.logits = {logits, layout_from(logits_layout), num_rows, vocab_size};
   forward.labels = labels;
   forward.loss =
-      token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second, gate_normalizer);
+      token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second, gate_normalizer, family);
   forward.stats = {loss, nll, entropy, gate, row_max, log_sum};
   arguments.upstream = upstream;
   arguments.gradient = gradient;

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/compiled_loss.cuh"
 #include "cuda/gated_ce_backward.cuh"
 #include "cuda/gated_ce_forward.cuh"
 #include "cuda/gated_ce_forward_with_grad.cuh"
@@ -34,6 +35,15 @@ std::string for_element(ElementType type, const Function& function) {
       return function(__half{});
   }
   return "no element type";
+}
+
+// function(Element{}, PlainLoss or FamilyLoss), as dispatch_both().
+template <typename Function>
+std::string for_both(ElementType type, const TokenLoss& loss, const Function& function) {
+  return for_element(type, [&](auto element) {
+    return loss.is_plain() ? function(element, PlainLoss(loss))
+                           : function(element, FamilyLoss(loss));
+  });
 }
 
 // The split of all rows into spans, cut at multiples of 128 bytes, and a poisoned workspace for it.
@@ -72,10 +82,10 @@ class Split {
   size_t guard_begin_ = 0;
 };
 
-template <typename Element, int kBlockThreads, typename Arguments>
+template <typename Element, int kBlockThreads, typename Loss, typename Arguments>
 std::string run_forward_kernel(const Arguments& arguments, const RowSplit<uint32_t>& split,
                                uint64_t seed) {
-  return launch<gated_ce_forward_kernel<Element, kBlockThreads, Arguments>>(
+  return launch<gated_ce_forward_kernel<Element, kBlockThreads, Loss, Arguments>>(
       {arguments.logits.num_rows * split.num_spans, 1, kBlockThreads,
        sizeof(ForwardStorage<kBlockThreads>)},
       seed, arguments, split);
@@ -87,16 +97,17 @@ std::string run_forward_rows(ElementType type, const Arguments& arguments, int n
                              uint64_t seed) {
   const int64_t num_rows = arguments.logits.num_rows;
   if (num_rows == 0) return {};
-  return for_element(type, [&](auto element) {
+  return for_both(type, arguments.loss, [&](auto element, auto loss) {
     using Element = decltype(element);
+    using Loss = decltype(loss);
     const Split<Element, uint32_t> split(arguments.logits, num_spans, arguments.loss.k, true);
     constexpr int kShortRow = kFewThreads * kVectorsPerThread * kVectorSize<Element>;
     const bool few_threads = arguments.logits.vocab_size <= kShortRow;
-    const std::string error =
-        split.check(few_threads ? run_forward_kernel<Element, kFewThreads>(arguments, *split, seed)
-                                : run_forward_kernel<Element, kThreads>(arguments, *split, seed));
+    const std::string error = split.check(
+        few_threads ? run_forward_kernel<Element, kFewThreads, Loss>(arguments, *split, seed)
+                    : run_forward_kernel<Element, kThreads, Loss>(arguments, *split, seed));
     if (!error.empty() || split.num_spans() == 1) return error;
-    return split.check(launch<gated_ce_forward_combine_kernel<Element, Arguments>>(
+    return split.check(launch<gated_ce_forward_combine_kernel<Element, Loss, Arguments>>(
         {num_rows, 1, kCombineThreads, sizeof(CombineStorage)}, seed, arguments, *split));
   });
 }
@@ -121,14 +132,14 @@ std::string run_merge(const MergeArguments& arguments, uint64_t seed) {
 }
 
 std::string run_backward(ElementType type, const BackwardArguments& arguments, uint64_t seed) {
-  return for_element(type, [&](auto element) {
+  return for_both(type, arguments.loss, [&](auto element, auto loss) {
     using Element = decltype(element);
     using Traits = BackwardTraits<Element>;
     const int64_t items =
         arguments.logits.num_rows * Traits::num_spans(arguments.logits.vocab_size);
     if (items == 0) return std::string();
-    return launch<gated_ce_backward_kernel<Element>>({items, 1, Traits::kThreads, 0}, seed,
-                                                     arguments);
+    return launch<gated_ce_backward_kernel<Element, decltype(loss)>>(
+        {items, 1, Traits::kThreads, 0}, seed, arguments);
   });
 }
 
@@ -136,19 +147,20 @@ std::string run_forward_with_grad(ElementType type, const ForwardWithGradArgumen
                                   int cluster_size, uint64_t seed) {
   const LogitsArguments& logits = arguments.forward.logits;
   if (logits.num_rows == 0) return {};
-  return for_element(type, [&](auto element) {
+  return for_both(type, arguments.forward.loss, [&](auto element, auto loss) {
     using Element = decltype(element);
+    using Loss = decltype(loss);
     if (cluster_size == 0) {
       // Few blocks, that take one row after the other.
       const int64_t grid = std::min<int64_t>(logits.num_rows, 1 + static_cast<int64_t>(seed % 4));
-      return launch<gated_ce_forward_with_grad_cached_kernel<Element, kCachedThreads>>(
+      return launch<gated_ce_forward_with_grad_cached_kernel<Element, kCachedThreads, Loss>>(
           {grid, 1, kCachedThreads, sizeof(ForwardWithGradStorage<kCachedThreads>)}, seed,
           arguments);
     }
     constexpr int kLine = 128 / sizeof(Element);
     const int wanted = (static_cast<int>(logits.vocab_size) + cluster_size - 1) / cluster_size;
     const int span_length = (wanted + kLine - 1) / kLine * kLine;
-    return launch<gated_ce_forward_with_grad_staged_kernel<Element, kStagedThreads>>(
+    return launch<gated_ce_forward_with_grad_staged_kernel<Element, kStagedThreads, Loss>>(
         {logits.num_rows * cluster_size, cluster_size, kStagedThreads,
          kStagedOffset<kStagedThreads> + span_length * sizeof(Element)},
         seed, arguments, span_length);

@@ -1,0 +1,38 @@
+// The loss as kernels are compiled for it. PlainLoss is the gated cross-entropy of the logits as
+// they are, and its code has nothing of the options; FamilyLoss has all of core/token_loss.h.
+#pragma once
+
+#include "../core/token_loss.h"
+#include "device.cuh"
+
+namespace eaft_ext::cuda {
+
+struct PlainLoss {
+  static constexpr bool kIsPlain = true;
+
+  __host__ __device__ explicit PlainLoss(const TokenLoss&) {}
+  __device__ float logit(float x) const { return x; }
+  __device__ float slope(float) const { return 1; }
+  __device__ RowWeights<float> weights(const float*, int64_t, float weight, float, float) const {
+    return {weight, weight};
+  }
+};
+
+struct FamilyLoss {
+  static constexpr bool kIsPlain = false;
+  LogitMap<float> map;
+  double z_loss;
+
+  __host__ __device__ explicit FamilyLoss(const TokenLoss& loss)
+      : map{static_cast<float>(loss.map.scale), static_cast<float>(loss.map.cap)},
+        z_loss(loss.z_loss) {}
+  __device__ float logit(float x) const { return map(x); }
+  __device__ float slope(float mapped) const { return map.slope(mapped); }
+  // upstream: [num_rows], read if there is a z-loss.
+  __device__ RowWeights<float> weights(const float* upstream, int64_t row, float weight,
+                                       float row_max, float log_sum) const {
+    return row_weights(z_loss, z_loss == 0 ? 0.0f : upstream[row], weight, row_max, log_sum);
+  }
+};
+
+}  // namespace eaft_ext::cuda
