@@ -6,7 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include "arguments.h"
-#include "compiled_loss.cuh"
+#include "compiled_loss.h"
 
 namespace eaft_ext::cuda {
 

@@ -14,7 +14,7 @@
 #include "../core/entropy.h"
 #include "../core/token_stats.h"
 #include "arguments.h"
-#include "compiled_loss.cuh"
+#include "compiled_loss.h"
 #include "scan_span.cuh"
 #include "split.h"
 

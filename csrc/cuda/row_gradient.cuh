@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "compiled_loss.cuh"
+#include "compiled_loss.h"
 #include "reduce.cuh"
 #include "row_span.cuh"
 

@@ -18,7 +18,7 @@
 #include <cstdint>
 
 #include "candidate_list.cuh"
-#include "compiled_loss.cuh"
+#include "compiled_loss.h"
 #include "row_span.cuh"
 #include "select_span.cuh"
 

@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/compiled_loss.cuh"
+#include "cuda/compiled_loss.h"
 #include "cuda/gated_ce_backward.cuh"
 #include "cuda/gated_ce_forward.cuh"
 #include "cuda/gated_ce_forward_with_grad.cuh"

@@ -2,18 +2,21 @@
 // they are, and its code has nothing of the options; FamilyLoss has all of core/token_loss.h.
 #pragma once
 
+#include <cstdint>
+
+#include "../core/host_device.h"
 #include "../core/token_loss.h"
-#include "device.cuh"
 
 namespace eaft_ext::cuda {
 
 struct PlainLoss {
   static constexpr bool kIsPlain = true;
 
-  __host__ __device__ explicit PlainLoss(const TokenLoss&) {}
-  __device__ float logit(float x) const { return x; }
-  __device__ float slope(float) const { return 1; }
-  __device__ RowWeights<float> weights(const float*, int64_t, float weight, float, float) const {
+  EAFT_HOST_DEVICE explicit PlainLoss(const TokenLoss&) {}
+  EAFT_HOST_DEVICE float logit(float x) const { return x; }
+  EAFT_HOST_DEVICE float slope(float) const { return 1; }
+  EAFT_HOST_DEVICE RowWeights<float> weights(const float*, int64_t, float weight, float,
+                                             float) const {
     return {weight, weight};
   }
 };
@@ -23,14 +26,14 @@ struct FamilyLoss {
   LogitMap<float> map;
   double z_loss;
 
-  __host__ __device__ explicit FamilyLoss(const TokenLoss& loss)
+  EAFT_HOST_DEVICE explicit FamilyLoss(const TokenLoss& loss)
       : map{static_cast<float>(loss.map.scale), static_cast<float>(loss.map.cap)},
         z_loss(loss.z_loss) {}
-  __device__ float logit(float x) const { return map(x); }
-  __device__ float slope(float mapped) const { return map.slope(mapped); }
+  EAFT_HOST_DEVICE float logit(float x) const { return map(x); }
+  EAFT_HOST_DEVICE float slope(float mapped) const { return map.slope(mapped); }
   // upstream: [num_rows], read if there is a z-loss.
-  __device__ RowWeights<float> weights(const float* upstream, int64_t row, float weight,
-                                       float row_max, float log_sum) const {
+  EAFT_HOST_DEVICE RowWeights<float> weights(const float* upstream, int64_t row, float weight,
+                                             float row_max, float log_sum) const {
     return row_weights(z_loss, z_loss == 0 ? 0.0f : upstream[row], weight, row_max, log_sum);
   }
 };
