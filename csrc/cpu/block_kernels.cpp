@@ -55,24 +55,25 @@ EAFT_ALWAYS_INLINE float exp_nonpositive(float x) {
 
 EAFT_ALWAYS_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
-// cap tanh(x / cap), within 2 ulp. Near 0 by an odd polynomial (Cephes' tanhf), beyond as cap less
-// what is missing: the product with the cap is then not a rounding of its own.
-EAFT_ALWAYS_INLINE float capped(float x, float cap) {
-  const float z = x / cap;
-  const float magnitude = std::fabs(z);
-  const float e = exp_nonpositive(-2.0f * magnitude);
-  const float far = std::copysign(cap - (2.0f * cap) * (e / (1.0f + e)), x);
+// cap tanh(x / cap) within 2 ulp, for the two ranges of z = x / cap. Near 0 an odd polynomial
+// (Cephes' tanhf).
+constexpr float kNearZero = 0.625f;
+
+EAFT_ALWAYS_INLINE float capped_near(float x, float z) {
   const float square = z * z;
   float p = -5.70498872745e-3f;
   p = p * square + 2.06390887954e-2f;
   p = p * square - 5.37397155531e-2f;
   p = p * square + 1.33314422036e-1f;
   p = p * square - 3.33332819422e-1f;
-  const float near = p * square * x + x;
-  return magnitude < 0.625f ? near : far;  // NaN is far, and passes
+  return p * square * x + x;
 }
 
-EAFT_ALWAYS_INLINE double capped(double x, double cap) { return cap * std::tanh(x / cap); }
+// Beyond, the cap less what is missing: the product with the cap is then not a rounding of its own.
+EAFT_ALWAYS_INLINE float capped_far(float z, float cap) {
+  const float e = exp_nonpositive(-2.0f * std::fabs(z));
+  return std::copysign(cap - (2.0f * cap) * (e / (1.0f + e)), z);
+}
 
 // Written so that NaN in x is passed over.
 template <typename Real>
@@ -81,12 +82,52 @@ EAFT_ALWAYS_INLINE Real larger(Real x, Real largest) {
 }
 
 template <typename Real>
-EAFT_ALWAYS_INLINE void map_logits_loop(Real* x, LogitMap<Real> map, int count) {
-  if (map.cap == 0) {
-    for (int i = 0; i < count; ++i) x[i] = map.scale * x[i];
-    return;
+EAFT_ALWAYS_INLINE void scale_loop(const Real* x, Real* target, Real scale, int count) {
+  for (int i = 0; i < count; ++i) target[i] = scale * x[i];
+}
+
+EAFT_ALWAYS_INLINE float capped(float x, float cap, float to_cap) {
+  const float z = x * to_cap;
+  const float near = capped_near(x, z);
+  const float far = capped_far(z, cap);
+  return std::fabs(z) < kNearZero ? near : far;  // NaN is far, and passes
+}
+
+// A group at a time: few have a logit that is not near 0, beside a cap.
+EAFT_ALWAYS_INLINE void cap_loop(const float* x, float* target, LogitMap<float> map, int count) {
+  const float to_cap = 1 / map.cap;
+  const float* const end = x + count;
+  for (; end - x >= kGroupSize; x += kGroupSize, target += kGroupSize) {
+    float scaled[kGroupSize];
+    for (int i = 0; i < kGroupSize; ++i) scaled[i] = map.scale * x[i];
+    // Magnitudes are ordered as their bits are, and a maximum of integers is vectorised.
+    uint32_t bits = 0;
+    for (int i = 0; i < kGroupSize; ++i) {
+      const uint32_t magnitude = bit_cast<uint32_t>(scaled[i]) & 0x7fffffffu;
+      bits = magnitude > bits ? magnitude : bits;
+    }
+    const auto largest = bit_cast<float>(bits);
+    if (largest * to_cap < kNearZero) {
+      for (int i = 0; i < kGroupSize; ++i) target[i] = capped_near(scaled[i], scaled[i] * to_cap);
+    } else {
+      for (int i = 0; i < kGroupSize; ++i) target[i] = capped(scaled[i], map.cap, to_cap);
+    }
   }
-  for (int i = 0; i < count; ++i) x[i] = capped(map.scale * x[i], map.cap);
+  for (; x != end; ++x, ++target) *target = capped(map.scale * *x, map.cap, to_cap);
+}
+
+EAFT_ALWAYS_INLINE void cap_loop(const double* x, double* target, LogitMap<double> map, int count) {
+  for (int i = 0; i < count; ++i) target[i] = map(x[i]);
+}
+
+template <typename Real>
+EAFT_ALWAYS_INLINE void map_logits_loop(const Real* x, Real* target, LogitMap<Real> map,
+                                        int count) {
+  if (map.cap == 0) {
+    scale_loop(x, target, map.scale, count);
+  } else {
+    cap_loop(x, target, map, count);
+  }
 }
 
 template <typename Real>
@@ -178,9 +219,13 @@ void narrow(const float* source, Half* target, int count) {
 }
 
 EAFT_TARGET_CLONES
-void map_logits(float* x, LogitMap<float> map, int count) { map_logits_loop(x, map, count); }
+void map_logits(const float* x, float* target, LogitMap<float> map, int count) {
+  map_logits_loop(x, target, map, count);
+}
 EAFT_TARGET_CLONES
-void map_logits(double* x, LogitMap<double> map, int count) { map_logits_loop(x, map, count); }
+void map_logits(const double* x, double* target, LogitMap<double> map, int count) {
+  map_logits_loop(x, target, map, count);
+}
 
 EAFT_TARGET_CLONES
 void times_slope(float* gradient, const float* mapped, LogitMap<float> map, int count) {

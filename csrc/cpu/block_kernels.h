@@ -31,9 +31,9 @@ void widen(const Half* source, float* target, int count);
 void narrow(const float* source, BFloat16* target, int count);
 void narrow(const float* source, Half* target, int count);
 
-// x_j = map(x_j)
-void map_logits(float* x, LogitMap<float> map, int count);
-void map_logits(double* x, LogitMap<double> map, int count);
+// target_j = map(x_j). target may be x.
+void map_logits(const float* x, float* target, LogitMap<float> map, int count);
+void map_logits(const double* x, double* target, LogitMap<double> map, int count);
 
 // gradient_j *= dx'_j/dx_j, from mapped_j = x'_j.
 void times_slope(float* gradient, const float* mapped, LogitMap<float> map, int count);

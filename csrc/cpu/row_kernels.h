@@ -41,7 +41,7 @@ struct Rows {
   Real logit(int64_t row, int64_t column) const {
     Real x = to_real((*this)[row][column]);
     // By the same loop as its row: a label that is the largest is so in every bit.
-    if (!map.is_identity()) map_logits(&x, map, 1);
+    if (!map.is_identity()) map_logits(&x, &x, map, 1);
     return x;
   }
   int64_t num_blocks() const { return ceil_div(vocab_size, kBlockSize); }
@@ -91,10 +91,12 @@ const Compute<Element>* load(const Rows<const Element>& rows, const Element* sou
   if (as_they_are && count % kGroupSize == 0) return reinterpret_cast<const Real*>(source);
   if constexpr (kConverts) {
     widen(source, scratch, count);
-  } else {
+    if (!rows.map.is_identity()) map_logits(scratch, scratch, rows.map, count);
+  } else if (rows.map.is_identity()) {
     std::copy_n(source, count, scratch);
+  } else {
+    map_logits(source, scratch, rows.map, count);
   }
-  if (!rows.map.is_identity()) map_logits(scratch, rows.map, count);
   std::fill(scratch + count, scratch + ceil_div(count, kGroupSize) * kGroupSize,
             -std::numeric_limits<Real>::infinity());
   return scratch;
@@ -235,48 +237,47 @@ void zero_block(const Rows<Element>& gradient, int64_t row, int64_t block) {
               gradient.block_length(block) * sizeof(Element));
 }
 
+// At the label, before any rounding: p - 1 by expm1, since close to p = 1 it is all there is.
+template <typename Real>
+Real label_gradient(const RowGradient<Real>& r, Real logit) {
+  const Real log_p = (logit - r.row_max) - r.log_sum;
+  const Real gradient = r.weights.target * std::expm1(log_p);
+  const Real beside = r.weights.all - r.weights.target;
+  return beside == 0 ? gradient : gradient + beside * std::exp(log_p);
+}
+
 // One block of (all softmax(x') - target onehot(label)) dx'/dx. `gradient` may be the logits
 // themselves.
 template <typename Element>
 void gradient_block(const Rows<const Element>& logits, const Rows<Element>& gradient, int64_t row,
                     int64_t block, RowGradient<Compute<Element>> r) {
   using Real = Compute<Element>;
+  constexpr bool kConverts = !std::is_same_v<Element, Real>;
+  const auto& map = logits.map;
   const int64_t begin = block * kBlockSize;
   const int length = logits.block_length(block);
   Element* target = gradient[row] + begin;
   const Element* source = logits[row] + begin;
   const bool has_label = r.label >= begin && r.label < begin + length;
-  const Real scale = r.weights.all * std::exp(-r.log_sum);
-  // p - 1 before any rounding, to the logits' type or to p: close to p = 1 it is all there is.
-  Real label_gradient = 0;
-  if (has_label) {
-    const Real log_p = (logits.logit(row, r.label) - r.row_max) - r.log_sum;
-    label_gradient = r.weights.target * std::expm1(log_p);
-    const Real beside = r.weights.all - r.weights.target;
-    if (beside != 0) label_gradient += beside * std::exp(log_p);
-  }
-  if (!logits.map.is_identity()) {
-    Real scratch[kBlockSize];
-    Real result[kBlockSize];
-    const Real* x = load(logits, source, scratch, length);
-    scaled_exp(x, result, r.row_max, scale, length);
-    if (has_label) result[r.label - begin] = label_gradient;
-    times_slope(result, x, logits.map, length);
-    if constexpr (std::is_same_v<Element, Real>) {
-      std::copy_n(result, length, target);
-    } else {
-      narrow(result, target, length);
-    }
-  } else if constexpr (std::is_same_v<Element, Real>) {
-    scaled_exp(source, target, r.row_max, scale, length);
-    if (has_label) target[r.label - begin] = label_gradient;
+  // Read before it may be written over.
+  const Real at_label = has_label ? label_gradient(r, logits.logit(row, r.label)) : Real(0);
+  // The slope of a scale alone is a number, and goes with the others.
+  const Real factor = map.cap == 0 ? map.scale : Real(1);
+  const Real scale = factor * r.weights.all * std::exp(-r.log_sum);
+  Real scratch[kBlockSize];
+  const Real* x = load(logits, source, scratch, length);
+  // Where it fits: in the gradient itself, or over x, but for a cap, whose slope is of x.
+  [[maybe_unused]] Real beside_x[kConverts ? kBlockSize : 1];
+  Real* result;
+  if constexpr (kConverts) {
+    result = map.cap == 0 ? scratch : beside_x;
   } else {
-    Real scratch[kBlockSize];
-    widen(source, scratch, length);
-    scaled_exp(scratch, scratch, r.row_max, scale, length);
-    if (has_label) scratch[r.label - begin] = label_gradient;
-    narrow(scratch, target, length);
+    result = target;
   }
+  scaled_exp(x, result, r.row_max, scale, length);
+  if (has_label) result[r.label - begin] = factor * at_label;
+  if (map.cap != 0) times_slope(result, x, map, length);
+  if constexpr (kConverts) narrow(result, target, length);
 }
 
 }  // namespace eaft_ext::cpu
