@@ -1,237 +1,265 @@
-"""What a call of the loss costs in one process of many: a model, to be printed as tables.
+"""Tables of what the loss costs on 1 to 1,024 GPUs, by the model of costs.py: nothing is measured.
 
-    python benchmarks/cost_model.py            prints the tables of docs/scaling.md
-    python benchmarks/cost_model.py --write    puts them into it
-    python benchmarks/cost_model.py --check    exits with 1 if that would change it
-
-A byte counts as often as an operator reads or writes it: each operand once, so that these are
-floors. What has one number a token (labels, losses, stats) is left out. tests/test_cost_model.py
-counts operands, collectives and memory in real runs, which must be these to the byte.
+python benchmarks/cost_model.py            prints them
+python benchmarks/cost_model.py --write    puts them into docs/scaling.md
+python benchmarks/cost_model.py --check    exits with 1 if that would change the page
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
 
-STAT = 4
-"""Bytes of what is added up and told to others: float32, whatever the logits are."""
-PARTIAL_HEAD = 3
-"""Numbers that a shard tells of a token, beside its k largest logits."""
-NOTE_BYTES = 1024
-"""A process's note in the store, where processes compare their calls, at most."""
-STATS_BYTES = 40
-"""Of a token, at most: loss, stats, mask, and the gradient of the loss."""
+import costs
+from costs import Call, Collective, Cost
+from pages import fill
+from report import number, table
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
+
+WORDS, HIDDEN, SEQUENCE, LAYERS = 151_936, 4_096, 16_384, 32
+# Parameters of a layer, in squares of the hidden.
+LAYER_SQUARES = 12
+# Of an H100: bytes a second of memory, as docs/performance.md has it, and of NVLink in one
+# direction; operations a second in bfloat16.
+MEMORY, LINK, OPERATIONS = 3.0e12, 450e9, 989e12
+KILO, MEBI = 1e3, 2**20
+MS, MICRO, NS = 1e3, 1e6, 1e9
 
 
-@dataclass(frozen=True)
-class Call:
-    """A call in one process."""
+class Division(NamedTuple):
+    """How GPUs divide a model and its tokens."""
 
-    tokens: int
-    words: int
-    """Of the whole vocabulary, V."""
-    hidden: int = 0
-    """H, where the output layer is part of it."""
-    k: int = 20
-    item: int = 2
-    """Bytes of an element of logits, hidden and weight."""
-    processes: int = 1
-    """Those that share the vocabulary."""
-    own_words: int | None = None
-    """The shard of this process; by default an equal one."""
-
-    @property
-    def columns(self) -> int:
-        """Of the logits in this process."""
-        return -(-self.words // self.processes) if self.own_words is None else self.own_words
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    data: int = 1
 
     @property
-    def logits(self) -> int:
-        """Bytes of this process's logits."""
-        return self.tokens * self.columns * self.item
+    def gpus(self) -> int:
+        """All of them."""
+        return self.tensor * self.pipeline * self.context * self.data
 
-    @property
-    def hiddens(self) -> int:
-        """Bytes of the hidden of all tokens."""
-        return self.tokens * self.hidden * self.item
+    def __str__(self) -> str:
+        names = ("TP", "PP", "CP", "DP")
+        parts = [f"{name} {n}" for name, n in zip(names, self, strict=True) if n > 1]
+        return " · ".join(parts) or "none"
 
-    @property
-    def weight(self) -> int:
-        """Bytes of this process's rows of the output layer."""
-        return self.columns * self.hidden * self.item
-
-    @property
-    def partial(self) -> int:
-        """Bytes of what this process tells the others."""
-        return self.tokens * (self.k + PARTIAL_HEAD) * STAT if self.processes > 1 else 0
-
-    @property
-    def product(self) -> int:
-        """Floating-point operations of one product with the output layer."""
-        return 2 * self.tokens * self.columns * self.hidden
+    def call(self) -> Call:
+        """That of a GPU of the last stage, for a micro-batch of one sequence."""
+        return Call(SEQUENCE // self.context, WORDS, HIDDEN, processes=self.tensor)
 
 
-@dataclass(frozen=True)
-class Collective:
-    """All of one kind in one direction of a call."""
+DIVISIONS = (
+    Division(),
+    Division(data=8),
+    Division(tensor=8),
+    Division(tensor=8, context=2, data=4),
+    Division(tensor=8, pipeline=4, context=2, data=8),
+    Division(tensor=8, pipeline=4, context=4, data=8),
+)
+ALONE, SHARED = Division().call(), Division(tensor=8).call()
 
-    name: str
-    count: int
-    given: int
-    """Bytes that this process brings, to all of them together."""
-    group: str = "vocabulary"
-    ours: bool = True
-    """Not the training stack's."""
 
-    def received(self, processes: int) -> float:
-        """Bytes that reach this process over its link, in a ring."""
-        rounds = {
-            "all_gather": processes - 1,
-            "reduce_scatter": (processes - 1) / processes,
-            "all_reduce": 2 * (processes - 1) / processes,
+def default_chunk(call: Call) -> int:
+    """Tokens that ``linear_gated_ce`` takes at a time on a GPU."""
+    import torch
+
+    from eaft_ext.linear._chunks import default_chunk_size
+
+    return default_chunk_size(call.tokens, call.columns * call.item, torch.device("cuda"))
+
+
+def linear(call: Call, sequence: bool = False) -> Cost:
+    """The linear loss in chunks of the default size."""
+    return costs.linear_loss(call, default_chunk(call), sequence=sequence)
+
+
+def received(cost: Cost, call: Call) -> float:
+    """Bytes over this GPU's link, forward and backward."""
+    sent = (*cost.sent_forward, *cost.sent_backward)
+    return sum(collective.received(call.processes) for collective in sent)
+
+
+def floor(cost: Cost, call: Call) -> float:
+    """Seconds that memory and link take for these bytes, one after the other."""
+    return cost.moved / MEMORY + received(cost, call) / LINK
+
+
+def times() -> str:
+    """Of each division: what a token moves, and the floors of a call."""
+    rows = []
+    for division in DIVISIONS:
+        call = division.call()
+        ours, eager = costs.logits_loss(call), costs.eager_loss(call)
+        row = [f"{division.gpus:,}", str(division), f"{call.tokens:,}", f"{call.columns:,}"]
+        for cost in (ours, eager):
+            row += [
+                number(cost.moved / call.tokens / KILO),
+                number(received(cost, call) / call.tokens / KILO),
+                number(MS * floor(cost, call)),
+            ]
+        rows.append(row)
+    head = ["GPUs", "divided by", "tokens a call", "words a GPU"]
+    for name in ("`gated_ce`", "eager"):
+        figures = ("KB a token in memory", "KB a token received", "ms a call")
+        head += [f"{name}: {figure}" for figure in figures]
+    return table(head, rows)
+
+
+def memory() -> str:
+    """Of each division: what is allocated in a GPU at once."""
+    rows = []
+    for division in DIVISIONS:
+        call = division.call()
+        fused = linear(call)
+        peaks = [
+            call.logits,
+            costs.logits_loss(call).peak,
+            costs.logits_loss(call, in_place=True).peak,
+            costs.eager_loss(call).peak,
+            fused.peak - fused.kept,
+        ]
+        row = [f"{division.gpus:,}", str(division), *(number(peak / MEBI) for peak in peaks)]
+        rows.append(row)
+    head = ["GPUs", "divided by", "logits", "`gated_ce` beside them", "the same in place"]
+    return table([*head, "eager beside them", "`linear_gated_ce` instead of them"], rows)
+
+
+def token() -> str:
+    """Of a token in each form, alone and with eight processes that share the vocabulary."""
+    rows = []
+    for call in (ALONE, SHARED):
+        forms = {
+            "`gated_ce`": costs.logits_loss(call),
+            "`gated_ce`, gradient in forward": costs.logits_loss(call, in_forward=True),
+            "eager EAFT": costs.eager_loss(call),
+            "output layer": costs.output_layer(call),
+            "`linear_gated_ce`": linear(call),
         }
-        return self.given * rounds[self.name]
-
-
-Collectives = tuple[Collective, ...]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of a call and its backward, in bytes."""
-
-    forward: int
-    """Read and written in memory."""
-    backward: int
-    kept: int
-    """Allocated by the forward and kept for the backward."""
-    peak: int
-    """Most that is allocated beyond the inputs at once, results included."""
-    sent_forward: Collectives = ()
-    sent_backward: Collectives = ()
-    products: int = 0
-    """Floating-point operations of the products with the output layer."""
-
-    @property
-    def moved(self) -> int:
-        """In memory, forward and backward."""
-        return self.forward + self.backward
-
-
-KEPT = 3 * STAT
-"""Of a token: its gate, and the maximum and log-sum of its row."""
-
-
-def _exchange(call: Call) -> int:
-    """A partial written and brought; all of them received, and read."""
-    return 2 * call.partial + 2 * call.processes * call.partial
-
-
-def _gather(call: Call, count: int = 1) -> Collectives:
-    return (Collective("all_gather", count, call.partial),) if call.partial else ()
-
-
-def logits_loss(call: Call, in_place: bool = False, in_forward: bool = False) -> Cost:
-    """``gated_ce``, or ``vocab_parallel_gated_ce`` where processes share the vocabulary.
-
-    One read; then one read and one write; ``in_forward`` has both in one read and one write.
-    """
-    gradient = 0 if in_place else call.logits
-    if in_forward:
-        return Cost(2 * call.logits, 0, gradient, gradient)
-    kept = call.tokens * KEPT
-    partials = (1 + call.processes) * call.partial
-    return Cost(
-        forward=call.logits + _exchange(call),
-        backward=2 * call.logits,
-        kept=kept,
-        peak=max(gradient, partials),
-        sent_forward=_gather(call),
+        for name, cost in forms.items():
+            if call.processes > 1 and "in forward" in name:
+                continue  # which shards do not have
+            each = (cost.forward, cost.backward, cost.moved, cost.kept, cost.peak)
+            figures = (number(n / call.tokens / KILO) for n in each)
+            rows.append([f"{name}, TP {call.processes}", *figures])
+    head = ["KB a token", "read and written forward", "backward", "both"]
+    head += ["kept for the backward", "allocated at most"]
+    cost = linear(ALONE)
+    each = number(MICRO * cost.moved / MEMORY / ALONE.tokens)
+    products = number(MICRO * cost.products / OPERATIONS / ALONE.tokens)
+    return (
+        table(head, rows)
+        + "\n\nThe linear loss moves more than one of logits, since each chunk adds to the gradient "
+        f"of the weight. On one GPU that is {each} µs a token at least, and its three products are "
+        f"{products} µs: what it saves is memory."
     )
 
 
-def linear_loss(
-    call: Call, chunk_size: int, reduce_hidden: bool = True, sequence: bool = False
-) -> Cost:
-    """``linear_gated_ce``, or its form for shards, with the gradients of hidden and weight.
-
-    The logits of a chunk are written by a product, read and overwritten by the loss (read once more
-    where it waits for the other shards), and read by two products; each product reads the weight or
-    its gradient, which every chunk but the first one adds to. With ``sequence`` the training stack
-    gathers the hidden, and adds up and divides its gradient.
-    """
-    chunks = -(-call.tokens // chunk_size)
-    longest = replace(call, tokens=min(call.tokens, chunk_size))
-    padded = longest.tokens * -(-call.columns // 8) * 8 * call.item
-    passes = 5 if call.processes == 1 else 6
-    gradients = call.weight + call.hiddens
-    # Of the hidden: two products read it; its gradient is zeroed, then written.
-    cost = Cost(
-        forward=passes * call.logits
-        + 4 * call.hiddens
-        + (4 * chunks - 1) * call.weight
-        + _exchange(call),
-        backward=0,
-        kept=gradients,
-        peak=gradients + padded + (1 + call.processes) * longest.partial,
-        sent_forward=_gather(call, chunks),
-        products=3 * call.product,
-    )
-    if call.processes == 1 or not (sequence or reduce_hidden):
-        return cost
-    if not sequence:
-        added_up = Collective("all_reduce", 1, call.hiddens)
-        return replace(
-            cost,
-            forward=cost.forward + 2 * call.hiddens,
-            sent_forward=(*cost.sent_forward, added_up),
-        )
-    own = call.hiddens // call.processes
-    return replace(
-        cost,
-        forward=cost.forward + own + call.hiddens,
-        backward=call.hiddens + own,
-        peak=cost.peak + call.hiddens,
-        sent_forward=(Collective("all_gather", 1, own, ours=False), *cost.sent_forward),
-        sent_backward=(Collective("reduce_scatter", 1, call.hiddens, ours=False),),
-    )
+def collectives() -> str:
+    """Of all calls in which there are some, with TP 8."""
+    call = SHARED
+    rows_too = costs.rows_divided(costs.logits_loss(call))
+    forms = {
+        "`vocab_parallel_gated_ce`": costs.logits_loss(call),
+        "`vocab_parallel_linear_gated_ce`": linear(call),
+        "the same, `reduce_hidden_gradient=False`": costs.linear_loss(
+            call, default_chunk(call), reduce_hidden=False
+        ),
+        "the same under sequence parallelism": linear(call, sequence=True),
+        "`gated_ce` of DTensors, rows divided too": rows_too,
+        "eager EAFT of gathered logits": costs.eager_loss(call),
+    }
+    rows = []
+    for name, cost in forms.items():
+        directions = {"forward": cost.sent_forward, "backward": cost.sent_backward}
+        for direction, sent in directions.items():
+            rows += [[name, direction, *_collective(each, call)] for each in sent]
+    head = ["call", "in the", "collective", "group", "how many", "bytes brought", "whose"]
+    return table(head, rows)
 
 
-def output_layer(call: Call) -> Cost:
-    """The logits by a product of their own, and the gradients by two: beside a loss of logits."""
-    operands = call.hiddens + call.weight + call.logits
-    return Cost(
-        forward=operands,
-        backward=2 * operands,
-        kept=call.logits,
-        peak=call.logits + call.weight + call.hiddens,
-        products=3 * call.product,
+def _collective(collective: Collective, call: Call) -> list[str]:
+    given = f"{collective.given} in all"
+    if collective.group == "vocabulary":
+        given = f"{collective.given / call.tokens:,.0f} a token"
+    whose = "ours" if collective.ours else "the stack's"
+    name = collective.name.replace("_", "-")
+    return [name, collective.group, str(collective.count), given, whose]
+
+
+def last_stage() -> str:
+    """What the loss is worth beside a layer of the transformer, by their floors."""
+    rows = []
+    parameters = LAYER_SQUARES * HIDDEN**2
+    for call in (ALONE, SHARED):
+        layer = 6 * call.tokens * parameters / call.processes / OPERATIONS
+        products = costs.output_layer(call).products / OPERATIONS
+        ours, eager = (floor(loss(call), call) for loss in (costs.logits_loss, costs.eager_loss))
+        row = [f"TP {call.processes}", number(NS * layer / call.tokens)]
+        row += [number(seconds / layer) for seconds in (products, ours, eager)]
+        rows.append(row)
+    head = ["", "a layer, ns a token", "output layer, in layers", "`gated_ce`", "eager EAFT"]
+    return (
+        f"A layer has {LAYER_SQUARES} H² parameters here; floors, forward and backward.\n\n"
+        + table(head, rows)
+        + f"\n\nThe output layer is worth V / {LAYER_SQUARES} H layers, however it is divided: "
+        "give the last stage so many less."
     )
 
 
-def eager_loss(call: Call) -> Cost:
-    """EAFT as training frameworks write it, of whole rows, which shards are gathered to first.
-
-    Operation by operation: a float32 copy, log-softmax, top k and its entropy; then the gradients
-    of the picked losses and of log-softmax, and that of the copy.
-    """
-    wide = call.tokens * call.words * STAT
-    whole = call.tokens * call.words * call.item
-    copy = wide + whole if call.item != STAT else 0
-    # What top k gives, float32 and int64, and the five operations from there to the entropy.
-    entropy = 48 * call.tokens * call.k
-    forward, backward = copy + 3 * wide + entropy, 4 * wide + copy
-    sent: Collectives = ()
-    if call.processes > 1:
-        # Received process by process, then put in the order of a row.
-        forward += call.logits + 3 * whole
-        backward += 2 * call.logits
-        sent = (Collective("all_gather", 1, call.logits),)
-    return Cost(forward, backward, kept=wide, peak=3 * wide, sent_forward=sent)
+def setting() -> str:
+    """What the tables are of."""
+    return (
+        f"A model of {WORDS:,} words and a hidden of {HIDDEN:,} in bfloat16, k = {ALONE.k}; one "
+        f"sequence of {SEQUENCE:,} tokens a micro-batch. Floors: {MEMORY / 1e12:.1f} TB/s of "
+        f"memory, {LINK / 1e9:.0f} GB/s into a GPU over its link, {OPERATIONS / 1e12:.0f} TFLOP/s, "
+        "nothing overlapping, no latency. **A model: no GPU has run this.**"
+    )
 
 
-def rows_divided(cost: Cost, counts: bool = True) -> Cost:
-    """Where DTensors divide rows as well: the mean is over all, so losses and counts are added."""
-    given = (8, STAT) if counts else (STAT,)
-    added = Collective("all_reduce", len(given), sum(given), "rows")
-    return replace(cost, sent_forward=(*cost.sent_forward, added))
+def notes() -> str:
+    """What the first call of a group writes beside its collectives."""
+    return (
+        "Before a group's first call each process writes a note of at most "
+        f"{costs.NOTE_BYTES:,} bytes into the store of torch.distributed and reads those of the "
+        "others: no collective."
+    )
+
+
+BLOCKS = {
+    "setting": setting,
+    "times": times,
+    "memory": memory,
+    "token": token,
+    "collectives": collectives,
+    "notes": notes,
+    "last-stage": last_stage,
+}
+
+
+def main() -> None:
+    """Print, write or check."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--page", type=Path, default=PAGE, help="default: docs/scaling.md")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--write", action="store_true", help="put the tables into the page")
+    group.add_argument("--check", action="store_true", help="exit with 1 if that would change it")
+    arguments = parser.parse_args()
+    blocks = {name: make() for name, make in BLOCKS.items()}
+    if not (arguments.write or arguments.check):
+        print("\n\n".join(blocks.values()))
+        return
+    text = new = arguments.page.read_text()
+    for name, block in blocks.items():
+        new = fill(new, f"scaling-model:{name}", block, arguments.page.name)
+    if arguments.write:
+        arguments.page.write_text(new)
+    elif new != text:
+        sys.exit(f"{arguments.page} does not show what the model says: --write does that")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -172,14 +174,30 @@ def _moved(make: Make, few: int, groups: dict[str, str]) -> dict[str, Any]:
     return {
         "forward": forward.moved,
         "backward": backward.moved,
+        "products": forward.products + backward.products,
         "sent forward": [(s.name, groups[s.group], s.given) for s in forward.sent],
         "sent backward": [(s.name, groups[s.group], s.given) for s in backward.sent],
     }
 
 
+@contextmanager
+def _patient() -> Iterator[None]:
+    """Gloo's thread lets go of what it copied after it has said that it is done."""
+    collectives = torch.ops._c10d_functional
+    wait = collectives.wait_tensor
+
+    def wait_longer(tensor: Tensor) -> Tensor:
+        result = wait(tensor)
+        time.sleep(0.02)
+        return result
+
+    with patch.object(collectives, "wait_tensor", wait_longer):
+        yield
+
+
 def _kept(make: Make) -> int:
     call = make()
-    with Allocations() as forward:
+    with _patient(), Allocations() as forward:
         loss = call()
     result = loss.to_local() if isinstance(loss, DTensor) else loss
     return forward.end - result.untyped_storage().nbytes()
@@ -187,7 +205,7 @@ def _kept(make: Make) -> int:
 
 def _peak(make: Make) -> int:
     call = make()
-    with Allocations() as both:
+    with _patient(), Allocations() as both:
         call().backward()
     return both.peak
 

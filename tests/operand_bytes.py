@@ -22,6 +22,7 @@ UNREAD = {
     "aten::nll_loss_backward": {"self"},
     "eaft_ext::gated_ce_merge": {"logits"},
 }
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_"}
 UNWRITTEN = {"aten::empty_like", "aten::new_empty"}
 WAITS = {"_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd"}
 
@@ -44,6 +45,7 @@ class Operands(TorchDispatchMode):
         super().__init__()
         self.few = few
         self.moved = 0
+        self.products = 0  # their floating-point operations
         self.sent: list[Sent] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -62,6 +64,8 @@ class Operands(TorchDispatchMode):
             kind = name.partition("::")[2].removesuffix("_")
             kind = kind.removesuffix("_into_tensor").removesuffix("_tensor")
             self.sent.append(Sent(kind, given["group_name"], args[0].nbytes))
+        if name in PRODUCTS:
+            self.products += 2 * result.numel() * given.get("mat1", given["self"]).size(1)
         if moves:
             self._count(op._schema, given, result)
         return result

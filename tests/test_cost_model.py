@@ -1,4 +1,4 @@
-"""The model of benchmarks/cost_model.py against real runs: bytes, collectives and memory.
+"""The model of benchmarks/costs.py against real runs: bytes, collectives and memory.
 
 Bytes that operators move and collectives that they ask for are those of the model, exactly. Memory
 is, but for what has one number a token.
@@ -21,7 +21,8 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import cost_model
-from cost_model import Call, Cost
+import costs
+from costs import Call, Cost
 
 Results = dict[int, list[dict[str, Any]]]
 
@@ -45,24 +46,24 @@ def predicted(name: str, world_size: int, columns: int) -> Cost:
     call = Call(TOKENS, words, HIDDEN, K, processes=world_size, own_words=columns)
     alone = replace(call, processes=1, words=columns)
     square = replace(call, tokens=TOKENS // 2, processes=2, words=2 * columns)
-    rows = cost_model.logits_loss(square)
+    rows = costs.logits_loss(square)
     wide = replace(call, item=FLOAT32)
-    costs = {
-        "logits": lambda: cost_model.logits_loss(call),
-        "logits in place": lambda: cost_model.logits_loss(call, in_place=True),
-        "logits in forward": lambda: cost_model.logits_loss(call, in_forward=True),
-        "logits in forward in place": lambda: cost_model.logits_loss(call, True, True),
-        "eager": lambda: cost_model.eager_loss(call),
-        "alone": lambda: cost_model.logits_loss(alone),
-        "rows and vocabulary": lambda: cost_model.rows_divided(rows),
-        "rows and vocabulary, counted": lambda: cost_model.rows_divided(rows, counts=False),
-        "output layer": lambda: cost_model.output_layer(wide),
-        "linear": lambda: cost_model.linear_loss(wide, CHUNK),
-        "linear parts": lambda: cost_model.linear_loss(wide, CHUNK, reduce_hidden=False),
-        "linear sequence": lambda: cost_model.linear_loss(wide, CHUNK, sequence=True),
-        "linear alone": lambda: cost_model.linear_loss(replace(alone, item=FLOAT32), CHUNK),
+    cases = {
+        "logits": lambda: costs.logits_loss(call),
+        "logits in place": lambda: costs.logits_loss(call, in_place=True),
+        "logits in forward": lambda: costs.logits_loss(call, in_forward=True),
+        "logits in forward in place": lambda: costs.logits_loss(call, True, True),
+        "eager": lambda: costs.eager_loss(call),
+        "alone": lambda: costs.logits_loss(alone),
+        "rows and vocabulary": lambda: costs.rows_divided(rows),
+        "rows and vocabulary, counted": lambda: costs.rows_divided(rows, counts=False),
+        "output layer": lambda: costs.output_layer(wide),
+        "linear": lambda: costs.linear_loss(wide, CHUNK),
+        "linear parts": lambda: costs.linear_loss(wide, CHUNK, reduce_hidden=False),
+        "linear sequence": lambda: costs.linear_loss(wide, CHUNK, sequence=True),
+        "linear alone": lambda: costs.linear_loss(replace(alone, item=FLOAT32), CHUNK),
     }
-    return costs[name]()
+    return cases[name]()
 
 
 CASES = [
@@ -84,10 +85,11 @@ each_case = pytest.mark.parametrize(("world_size", "name"), CASES)
 
 
 @each_case
-def test_bytes_moved_in_memory(results: Results, world_size: int, name: str) -> None:
+def test_bytes_moved_and_products(results: Results, world_size: int, name: str) -> None:
     for found in results[world_size]:
         cost = predicted(name, world_size, found["columns"])
         assert (found[name]["forward"], found[name]["backward"]) == (cost.forward, cost.backward)
+        assert found[name]["products"] == cost.products
 
 
 def _sums(sent: list[tuple[str, str, int, int]]) -> dict[tuple[str, str], tuple[int, int]]:
@@ -113,15 +115,15 @@ def test_collectives(results: Results, world_size: int, name: str) -> None:
 
 @each_case
 def test_memory(results: Results, world_size: int, name: str) -> None:
-    """Gloo copies what it gathers, and lets go of that, and of the last one's, in its own time."""
     for found in results[world_size]:
         cost = predicted(name, world_size, found["columns"])
-        limit = cost_model.STATS_BYTES * TOKENS + SCALARS
-        if name != "eager":  # whose peak is long after
-            gathers = [given for op, _, given in found[name]["sent forward"] if op == "all_gather"]
-            limit += (1 + 3 * world_size) * max(gathers, default=0)
-        for what, modelled in (("kept", cost.kept), ("peak", cost.peak)):
-            assert 0 <= found[name][what] - modelled <= limit, what
+        small = costs.STATS_BYTES * TOKENS + SCALARS
+        assert 0 <= found[name]["kept"] - cost.kept <= small
+        # Gloo copies what it gathers, which no other backend does.
+        sent = found[name]["sent forward"]
+        copy = world_size * max((given for op, _, given in sent if op == "all_gather"), default=0)
+        limit = small if name == "eager" else small + copy
+        assert 0 <= found[name]["peak"] - cost.peak <= limit
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -129,4 +131,27 @@ def test_notes_are_short_and_need_no_collective(results: Results, world_size: in
     """They go through the store; what test_collectives saw is all that goes through a group."""
     for found in results[world_size]:
         assert len(found["notes"]) == 2
-        assert max(found["notes"]) <= cost_model.NOTE_BYTES
+        assert max(found["notes"]) <= costs.NOTE_BYTES
+
+
+def test_the_page_shows_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "scaling.md"
+    page.write_text(cost_model.PAGE.read_text("utf-8"), "utf-8")
+
+    def run(*options: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["cost_model.py", "--page", str(page), *options])
+        cost_model.main()
+
+    run("--check")
+    run()
+    assert cost_model.times() in capsys.readouterr().out
+    monkeypatch.setattr(cost_model, "SEQUENCE", 2 * cost_model.SEQUENCE)
+    with pytest.raises(SystemExit, match="does not show what the model says"):
+        run("--check")
+    run("--write")
+    run("--check")
+    page.write_text(page.read_text("utf-8").replace("<!-- scaling-model:times -->", ""), "utf-8")
+    with pytest.raises(SystemExit, match="has no block from <!-- scaling-model:times -->"):
+        run("--write")
