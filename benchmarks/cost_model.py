@@ -152,8 +152,8 @@ def token() -> str:
     products = number(MICRO * cost.products / OPERATIONS / ALONE.tokens)
     return (
         table(head, rows)
-        + "\n\nThe linear loss moves more than one of logits, since each chunk adds to the gradient "
-        f"of the weight. On one GPU that is {each} µs a token at least, and its three products are "
+        + "\n\nThe linear loss moves more than one of logits, since each chunk adds to the weight's"
+        f" gradient. On one GPU that is {each} µs a token at least, and its three products are "
         f"{products} µs: what it saves is memory."
     )
 
