@@ -223,9 +223,9 @@ def setting() -> str:
 def notes() -> str:
     """What the first call of a group writes beside its collectives."""
     return (
-        "Before a group's first call each process writes a note of at most "
-        f"{costs.NOTE_BYTES:,} bytes into the store of torch.distributed and reads those of the "
-        "others: no collective."
+        "Before a group's first call, and over gloo before each, a process writes a note of at "
+        f"most {costs.NOTE_BYTES:,} bytes into the store of torch.distributed and reads those of "
+        "the others: no collective."
     )
 
 
