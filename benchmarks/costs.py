@@ -16,7 +16,7 @@ PARTIAL_HEAD = 3
 NOTE_BYTES = 1024
 """A process's note in the store, where processes compare their calls, at most."""
 STATS_BYTES = 40
-"""Of a token, at most, beside what memory is told here: loss, stats, mask, gradient of the loss."""
+"""Of a token, at most, of what is left out: loss, stats, mask, the gradient of the loss."""
 KEPT_BYTES = 3 * STAT
 """Of a token, for the backward: its gate, and the maximum and log-sum of its row."""
 VECTOR = 8

@@ -1,6 +1,6 @@
 """A process of test_cost_model.py: ``cost_model_worker.py RANK WORLD_SIZE FOLDER``.
 
-It makes each call twice, and gives what operators moved, what was sent, and what was allocated.
+It makes each call anew for each of: what operators moved and sent, what was kept, and the peak.
 """
 
 from __future__ import annotations
