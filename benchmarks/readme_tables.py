@@ -25,6 +25,7 @@ import report
 import scaling
 import vocab_parallel
 from machine import ROOT
+from pages import fill
 from report import bounds_table
 from results import FOLDER, Result
 
@@ -72,16 +73,6 @@ def newest(folder: Path) -> dict[str, Result]:
     return found
 
 
-def fill(text: str, name: str, block: str, page: str) -> str:
-    """The text of a page with its block of a name replaced."""
-    begin, end = f"<!-- benchmark:{name} -->", f"<!-- /benchmark:{name} -->"
-    before, found_begin, rest = text.partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not (found_begin and found_end):
-        sys.exit(f"{page} has no block from {begin} to {end}")
-    return f"{before}{begin}\n{block}\n{end}{after}"
-
-
 def main() -> None:
     """Write or check the pages."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -103,7 +94,7 @@ def main() -> None:
         path = arguments.root / page
         new = text = path.read_text()
         for name, block in texts.items():
-            new = fill(new, name, block, page)
+            new = fill(new, f"benchmark:{name}", block, page)
         if new == text:
             continue
         if arguments.check:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from operand_bytes import Operands
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from vocab_parallel_cases import CASES, GATES, NUM_ROWS, WORDS, Case, Process, cases_of
 from vocab_parallel_errors import checks, provoke_errors, use_other_groups
@@ -42,24 +42,12 @@ def _by_profiler(seen: list[Any]) -> Iterator[None]:
     seen.append([(e.name, e.input_shapes) for e in profiler.events() if e.name.startswith("gloo:")])
 
 
-class _Sent(TorchDispatchMode):
-    """The bytes that each functional collective is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: list[int] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        if "c10d" in function.namespace and "wait" not in str(function):
-            self.bytes.append(args[0].numel() * args[0].element_size())
-        return function(*args, **kwargs or {})
-
-
 @contextmanager
 def _by_dispatch(seen: list[Any]) -> Iterator[None]:
-    with _Sent() as sent:
+    """The bytes that each functional collective is given."""
+    with Operands() as operands:
         yield
-    seen.append(sent.bytes)
+    seen.append([sent.given for sent in operands.sent])
 
 
 WATCHES = {"debug_mode": _by_debug_mode, "profiler": _by_profiler, "dispatch": _by_dispatch}

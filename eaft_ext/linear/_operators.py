@@ -32,7 +32,7 @@ from eaft_ext.linear._chunks import VECTOR, BiasSum, Chunk, WeightSum, chunks_of
 from eaft_ext.linear._rows import Rows, RowsOfBackward
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._group import all_gather, all_reduce
-from eaft_ext.parallel._shard import Gather, VocabShard, num_words
+from eaft_ext.parallel._shard import VocabShard, num_words
 from eaft_ext.reference import weigh
 
 # by_kernel: not in plain PyTorch. accumulate_in_float32: the weight's gradient; None: if it is
@@ -81,6 +81,35 @@ class _Options(NamedTuple):
     reduce_hidden: bool
 
 
+class _Exchange:
+    """From this shard's partials of a chunk to those of all shards.
+
+    It does not know the call, which knows it: in a cycle the buffer of the logits would stay until
+    Python looks for those.
+    """
+
+    def __init__(self, labels: Tensor, shape: torch.Size, options: _Options) -> None:
+        self.chunk: Chunk | None = None
+        self._labels, self._shape, self._options = labels, shape, options
+
+    def __call__(self, partial: Tensor) -> Tensor:
+        given = self._options
+        assert given.group is not None and self.chunk is not None, "a chunk is being computed"
+        partials = all_gather(partial, given.group, given.group_size)
+        labels = self._labels[self.chunk.where]
+        op = "vocab_parallel_linear_gated_ce"
+        _agreement.check_labels(op, partials, labels, given.ignore_index, self._position)
+        return partials
+
+    def _position(self, row: int) -> list[int]:
+        """Where in the labels a row of the chunk is."""
+        assert self.chunk is not None, "a chunk is being computed"
+        where = self.chunk.where
+        token = where.start + row if isinstance(where, slice) else int(where[row])
+        place = torch.tensor(token, device="cpu")
+        return [int(i) for i in torch.unravel_index(place, self._shape)]
+
+
 class _Call:
     """What the operators have in common: the chunks, and how their logits become losses."""
 
@@ -97,6 +126,7 @@ class _Call:
         self.weight = weight[:words]
         self.bias = None if bias is None else bias[:words]
         self.labels = labels.reshape(-1)
+        self._exchange = None if given.group is None else _Exchange(self.labels, self.shape, given)
         gate = next(known for known in BUILT_IN if known.name == given.gate)
         self.rows = Rows(
             TokenLoss(
@@ -108,7 +138,7 @@ class _Call:
             given.by_kernel,
             given.vocab_start,
             given.total,
-            None if given.group is None else self._gather(given.group),
+            self._exchange,
         )
         if given.group is None:
             # The kernels would name a position in the chunk.
@@ -122,34 +152,11 @@ class _Call:
         longest = max((chunk.size for chunk in self.chunks), default=0)
         width = -(-words // VECTOR) * VECTOR
         self._buffer = hidden.new_empty(longest, width)[:, :words]
-        self._now: Chunk | None = None
-
-    def _gather(self, group: str) -> Gather:
-        def gather(partial: Tensor) -> Tensor:
-            partials = all_gather(partial, group, self.options.group_size)
-            assert self._now is not None, "a chunk is being computed"
-            _agreement.check_labels(
-                "vocab_parallel_linear_gated_ce",
-                partials,
-                self.labels[self._now.where],
-                self.options.ignore_index,
-                place=self._position,
-            )
-            return partials
-
-        return gather
-
-    def _position(self, row: int) -> list[int]:
-        """Where in the labels a row of the chunk is."""
-        assert self._now is not None, "a chunk is being computed"
-        where = self._now.where
-        token = where.start + row if isinstance(where, slice) else int(where[row])
-        place = torch.tensor(token, device="cpu")
-        return [int(i) for i in torch.unravel_index(place, self.shape)]
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Hidden (rows, H) of a chunk, and its logits (rows, V), over those of the last one."""
-        self._now = chunk
+        if self._exchange is not None:
+            self._exchange.chunk = chunk
         hidden = self.hidden[chunk.where]
         logits = self._buffer[: chunk.size]
         if self.bias is None:
