@@ -75,17 +75,17 @@ BENCH_MARGIN_SECONDS = 25.0
 # The commands are tried by use.py, and their tests are of the CPU; the compiler's report is in the
 # log of the build; what runs on the device need not run on the host.
 LEFT_OUT = (
-    "tests/test_demo.py",
-    "tests/test_demo_data.py",
-    "tests/test_demo_fused_linear.py",
-    "tests/test_demo_model.py",
-    "tests/test_inspect.py",
-    "tests/test_bench_command.py",
-    "tests/test_benchmarks_scaling.py",
-    "tests/test_build.py",
-    "tests/test_cuda_on_host.py",
-    "tests/test_kernels_on_host.py",
-    "tests/test_topk_on_host.py",
+    "tests/command_line/test_demo.py",
+    "tests/command_line/test_demo_data.py",
+    "tests/command_line/test_demo_fused_linear.py",
+    "tests/command_line/test_demo_model.py",
+    "tests/command_line/test_inspect.py",
+    "tests/command_line/test_bench_command.py",
+    "tests/benchmarks/test_benchmarks_scaling.py",
+    "tests/house/test_build.py",
+    "tests/cuda/test_cuda_on_host.py",
+    "tests/cuda/test_kernels_on_host.py",
+    "tests/cuda/test_topk_on_host.py",
 )
 MOST_WORKERS = 12
 BENCH_RUNS = 5

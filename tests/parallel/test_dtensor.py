@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from spawned import run_processes
 
 import eaft_ext
 
+WORKER = Path(__file__).with_name("dtensor_worker.py")
 WORLD_SIZES = (1, 3, 4)
 CASES = [(n, placement) for n in WORLD_SIZES for placement in placements_of(n)]
 
@@ -19,8 +21,7 @@ CASES = [(n, placement) for n in WORLD_SIZES for placement in placements_of(n)]
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What each process saved, for each number of processes."""
     return {
-        n: run_processes("dtensor_worker.py", n, tmp_path_factory.mktemp(f"dtensor{n}"))
-        for n in WORLD_SIZES
+        n: run_processes(WORKER, n, tmp_path_factory.mktemp(f"dtensor{n}")) for n in WORLD_SIZES
     }
 
 

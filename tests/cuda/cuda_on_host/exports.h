@@ -1,4 +1,4 @@
-// The operators as C functions with flat parameters, which tests/kernels_on_host.py calls. Each
+// The operators as C functions with flat parameters, which tests/cuda/kernels_on_host.py calls. Each
 // fills the arguments of csrc/cuda/arguments.h, calls run_<operator>() of kernels.cpp, and leaves
 // the sentence that it returns in `error`, empty if all went well.
 //

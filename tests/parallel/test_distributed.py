@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from ddp_worker import build_model, inputs_of
@@ -9,13 +11,14 @@ from spawned import run_processes
 
 import eaft_ext
 
+WORKER = Path(__file__).with_name("ddp_worker.py")
 WORLD_SIZE = 2
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
     """What each process of a run of ddp_worker.py saved."""
-    return run_processes("ddp_worker.py", WORLD_SIZE, tmp_path_factory.mktemp("ddp"))
+    return run_processes(WORKER, WORLD_SIZE, tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("step", ["all_ignored_on_one", "no_tokens_on_one", "both_learn"])

@@ -18,7 +18,7 @@ import torch
 
 import eaft_ext
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(eaft_ext.__file__).parent
 
 

@@ -14,6 +14,7 @@ import eaft_ext
 
 Results = dict[int, list[dict[str, Any]]]
 
+WORKER = Path(__file__).with_name("whole_logits_worker.py")
 WORLD_SIZES = (1, 2, 3)
 
 
@@ -24,7 +25,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     def folder(n: int) -> Path:
         return tmp_path_factory.mktemp(f"whole_logits{n}")
 
-    return {n: run_processes("whole_logits_worker.py", n, folder(n)) for n in WORLD_SIZES}
+    return {n: run_processes(WORKER, n, folder(n)) for n in WORLD_SIZES}
 
 
 def _loss(call: Call) -> torch.Tensor:

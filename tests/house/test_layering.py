@@ -12,7 +12,7 @@ import pytest
 from eaft_ext import Gate
 from eaft_ext._library import has_kernel
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "eaft_ext"
 

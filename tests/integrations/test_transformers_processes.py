@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ pytest.importorskip("transformers", reason=MISSING)
 from transformers_models import assert_same, batch, build, gradients, unfused
 from transformers_worker import GATES, GROUPS, ORDERS
 
+WORKER = Path(__file__).with_name("transformers_worker.py")
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("transformers")
-    return run_processes("transformers_worker.py", 2, folder, timeout=240)
+    return run_processes(WORKER, 2, folder, timeout=240)
 
 
 def expected(gate: str) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:

@@ -18,7 +18,7 @@ import pytest
 import eaft_ext
 from eaft_ext._library import has_kernel
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import gpu_check

@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the host by the shim in ``tests/cuda_on_host``, on torch CPU tensors.
+"""The CUDA kernels, run on the host by the shim in ``cuda_on_host``, on torch CPU tensors.
 
 Each function raises RuntimeError with the shim's sentence if a kernel goes wrong, and if it writes
 to an input or outside of an output. What it does not write is NaN, or the lowest int64 for an

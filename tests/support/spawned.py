@@ -1,6 +1,6 @@
 """Tests that need several processes: they are started here, and join each other over gloo.
 
-A test calls ``run_processes("some_worker.py", world_size, folder)``; the worker's ``main`` is
+A test calls ``run_processes(worker, world_size, folder)``; the worker's ``main`` is
 ``work(function)``, where ``function(rank, world_size)`` gives what shall be saved for the test.
 """
 
@@ -19,12 +19,12 @@ import torch
 
 import eaft_ext
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parent
 
 
 def environment(*folders: Path) -> dict[str, str]:
     """The package under test, the CPU, one thread; and gloo does not look up the host's name."""
-    paths = os.pathsep.join(map(str, [Path(eaft_ext.__file__).parents[1], *folders]))
+    paths = os.pathsep.join(map(str, [Path(eaft_ext.__file__).parents[1], SUPPORT, *folders]))
     gloo = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform.startswith("linux") else {}
     ours = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return gloo | os.environ | ours
@@ -50,7 +50,7 @@ def run_all(commands: Sequence[Sequence[object]], timeout: float, *folders: Path
             stderr=subprocess.STDOUT,
             text=True,
             env=environment(*folders),
-            cwd=TESTS,  # where there is no eaft_ext beside the one under test
+            cwd=SUPPORT,  # where there is no eaft_ext beside the one under test
         )
         for command in commands
     ]
@@ -67,7 +67,7 @@ def run_all(commands: Sequence[Sequence[object]], timeout: float, *folders: Path
 
 
 def run_processes(
-    worker: str,
+    worker: Path,
     world_size: int,
     folder: Path,
     *,
@@ -75,7 +75,7 @@ def run_processes(
     folders: Sequence[Path] = (),
 ) -> list[Any]:
     """Run a worker in several processes; gives what each of them saved."""
-    commands = [(TESTS / worker, rank, world_size, folder) for rank in range(world_size)]
+    commands = [(worker, rank, world_size, folder) for rank in range(world_size)]
     run_all(commands, timeout, *folders)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
 

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
+CSRC = HERE.parents[2] / "csrc"
 
 # For the switching between fibers, and for kernels that see one memory as several types.
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import eaft_ext
 
 Results = dict[int, list[dict[str, Any]]]
 
+WORKER = Path(__file__).with_name("linear_worker.py")
 WORLD_SIZES = (1, 2, 3, 4)
 SHARDS = [
     (n, kind)
@@ -28,10 +30,7 @@ NAMES = ("hidden", "weight", "bias")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each process saved, for each number of processes."""
-    return {
-        n: run_processes("linear_worker.py", n, tmp_path_factory.mktemp(f"linear{n}"))
-        for n in WORLD_SIZES
-    }
+    return {n: run_processes(WORKER, n, tmp_path_factory.mktemp(f"linear{n}")) for n in WORLD_SIZES}
 
 
 def _alone(option: str) -> dict[str, Any]:

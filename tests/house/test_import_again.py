@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from import_again_worker import WAYS, expected_of
-from spawned import TESTS, run_all, run_processes
+from spawned import run_all, run_processes
 
 import eaft_ext
+
+WORKER = Path(__file__).with_name("import_again_worker.py")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -19,13 +21,13 @@ def test_all_operators_work(way: str) -> None:
     warnings = (
         "error:Warning only once for all operators:UserWarning"  # of kernels that are replaced
     )
-    run_all([["-W", warnings, TESTS / "import_again_worker.py", way]], 120)
+    run_all([["-W", warnings, WORKER, way]], 120)
 
 
 def test_in_one_process_of_a_group_alone(tmp_path: Path) -> None:
     """It goes on to compare notes with the others."""
     expected, *_ = expected_of("gated_ce")
-    for losses in run_processes("import_again_worker.py", 2, tmp_path):
+    for losses in run_processes(WORKER, 2, tmp_path):
         for loss in losses:
             torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
 

@@ -368,7 +368,7 @@ def test_enough_of_them_were_built(table: dict[str, Row]) -> None:
     """After all others: what is not built, or not compilable, is not compared with anything."""
     rows = [table.get(name, Row()) for name in CASES]
     if any("not run" in (row.eager, row.compiled) for row in rows):
-        pytest.skip("a part of the sweep; pytest --slow tests/test_transformers_sweep.py runs all")
+        pytest.skip("a part of the sweep; --slow without -k runs all of it")
     counts = _counts(table)
     for outcome, at_least in AT_LEAST.items():
         assert counts[outcome] >= at_least, outcome

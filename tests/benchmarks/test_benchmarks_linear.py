@@ -18,7 +18,7 @@ from torch import Tensor
 import eaft_ext
 from eaft_ext.cli.bench import eager_eaft
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import linear_contenders

@@ -15,8 +15,9 @@ from torch import nn
 import eaft_ext
 from eaft_ext.integrations.megatron import use_gated_ce, vocab_parallel_cross_entropy
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
+WORKER = Path(__file__).with_name("megatron_worker.py")
 TIMEOUT = 240
 MISSING = importlib.util.find_spec("megatron") is None
 MEGATRON = pytest.mark.skipif(MISSING, reason="needs megatron-core: pip install '.[test,megatron]'")
@@ -29,7 +30,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each process of megatron_worker.py saved, with 1 and with 2 processes."""
     return {
         n: run_processes(
-            "megatron_worker.py",
+            WORKER,
             n,
             tmp_path_factory.mktemp(f"megatron{n}"),
             timeout=TIMEOUT,
