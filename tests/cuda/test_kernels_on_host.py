@@ -16,13 +16,12 @@ from typing import Any
 import kernels_on_host
 import pytest
 import torch
-from inputs import IGNORED, TRAPS, dtype_name, make, same_bits, upstream_of
+from gate_cases import GATES
+from inputs import IGNORED, TRAPS, dtype_name, make, same_bits, sparse_elements, upstream_of
+from layouts import READ_IN_PLACE
+from layouts import V as LAYOUT_VOCAB_SIZE
+from layouts import build as build_layout
 from parity import Outcome, outcome
-from test_large_offsets import _sparse_elements
-from test_layouts import READ_IN_PLACE
-from test_layouts import V as LAYOUT_VOCAB_SIZE
-from test_layouts import build as build_layout
-from test_parity import GATES
 from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
 from torch import Tensor
 
@@ -396,7 +395,7 @@ def test_rows_of_weight_0(dtype: torch.dtype, options: dict[str, Any]) -> None:
 def test_rows_that_are_not_read_may_be_missing() -> None:
     """Ignored rows, and rows of weight 0 in a backward, lie where reading ends the process."""
     vocab_size, step = 4 * mmap.PAGESIZE, 2**25  # further apart than what the harness copies
-    memory = _sparse_elements(2 * step + vocab_size + mmap.PAGESIZE)
+    memory = sparse_elements(2 * step + vocab_size + mmap.PAGESIZE)
     logits = memory.as_strided((3, vocab_size), (step, 1))
     values, labels = make(3, vocab_size, torch.bfloat16)
     logits.copy_(values)
@@ -478,7 +477,7 @@ def test_a_label_without_probability(way: Way) -> None:
 def test_far_rows(limit: int) -> None:
     """Their elements lie beyond what 31 or 32 bits can count."""
     both: list[dict[str, Any]] = [{}, {"inplace": True}]
-    memory = _sparse_elements(2 * limit + LAYOUT_VOCAB_SIZE)
+    memory = sparse_elements(2 * limit + LAYOUT_VOCAB_SIZE)
     logits = memory.as_strided((3, LAYOUT_VOCAB_SIZE), (limit, 1))
     plain, labels = make(3, LAYOUT_VOCAB_SIZE, torch.bfloat16)
     shape = (LAYOUT_VOCAB_SIZE + 5, 1)  # the same alignment

@@ -13,12 +13,12 @@ from typing import Any
 import kernels_on_host
 import pytest
 import torch
+from gate_cases import GATES
 from inputs import IGNORED, TRAPS, dtype_name, make, same_bits, upstream_of
+from layouts import READ_IN_PLACE
+from layouts import build as build_layout
 from parity import Outcome
 from test_kernels_on_host import Way, assert_others_unchanged, assert_right, each_dtype
-from test_layouts import READ_IN_PLACE
-from test_layouts import build as build_layout
-from test_parity import GATES
 from torch import Tensor
 
 from eaft_ext import EntropyGate, NoGate, reference

@@ -7,11 +7,10 @@ import math
 import kernels_on_host
 import pytest
 import torch
-from inputs import TRAPS, bits, make
+from inputs import TRAPS, bits, make, sparse_elements
+from layouts import READ_IN_PLACE
+from layouts import build as build_layout
 from test_kernels_on_host import CROWDS, crowd, each_dtype
-from test_large_offsets import _sparse_elements
-from test_layouts import READ_IN_PLACE
-from test_layouts import build as build_layout
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
@@ -106,7 +105,7 @@ def test_nan(dtype: torch.dtype, count: int) -> None:
 @pytest.mark.parametrize("limit", [2**31, 2**32], ids=["2^31", "2^32"])
 def test_far_rows(limit: int) -> None:
     """Their elements lie beyond what 31 or 32 bits can count."""
-    memory = _sparse_elements(2 * limit + 4200)
+    memory = sparse_elements(2 * limit + 4200)
     logits = memory.as_strided((3, 4099), (limit, 1), 1)
     logits.copy_(make(3, 4099, torch.bfloat16)[0])
     assert_topk(logits, 20)

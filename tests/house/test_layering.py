@@ -23,6 +23,9 @@ CPP_FILES = sorted(
 )
 PYTHON_FILES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 
+TESTS = ROOT / "tests"
+TEST_FILES = sorted(str(path.relative_to(TESTS)) for path in TESTS.rglob("*.py"))
+
 MAX_LINES = 500
 
 STANDARD = r"[a-z_]+"
@@ -152,8 +155,32 @@ def test_the_reading_of_imports(file: str, source: str, imported: list[str]) -> 
     assert list(_imported(file, source)) == imported
 
 
+# The files and folders of the rooms of tests, each with its room.
+IN_ROOMS = sorted({Path(file).parts[:2] for file in TEST_FILES if "/" in file})
+ROOM_OF = {Path(name).stem: room for room, name in IN_ROOMS}
+
+
+@pytest.mark.parametrize("file", TEST_FILES)
+def test_rooms_of_tests(file: str) -> None:
+    """A room of tests sees itself and tests/support, which sees no room."""
+    nodes = list(ast.walk(ast.parse((TESTS / file).read_text())))
+    named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    rooms = {ROOM_OF[first] for name in named if (first := name.split(".")[0]) in ROOM_OF}
+    assert rooms <= {Path(file).parts[0], "support"}, f"tests/{file} imports from {rooms}"
+
+
+def test_every_room_of_tests_is_found(pytestconfig: pytest.Config) -> None:
+    """What is in them is imported by its own name, which no two may share."""
+    assert {path.name for path in pytestconfig.getini("pythonpath")} == set(ROOM_OF.values())
+    assert len(ROOM_OF) == len(IN_ROOMS)
+
+
 @pytest.mark.parametrize(
-    "file", [f"csrc/{file}" for file in CPP_FILES] + [f"eaft_ext/{file}" for file in PYTHON_FILES]
+    "file",
+    [f"csrc/{file}" for file in CPP_FILES]
+    + [f"eaft_ext/{file}" for file in PYTHON_FILES]
+    + [f"tests/{file}" for file in TEST_FILES],
 )
 def test_length(file: str) -> None:
     assert len((ROOT / file).read_text().splitlines()) <= MAX_LINES

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from gate_cases import FIXED_GATES
 from inputs import make, same_bits
 from torch import Tensor
 
 import eaft_ext
-from eaft_ext import EntropyGate, HardGate, NoGate, gated_ce, topk
+from eaft_ext import NoGate, gated_ce, topk
 
 V = 300
 IN_PLACE = pytest.mark.parametrize("inplace", [False, True], ids=["out_of_place", "in_place"])
@@ -20,15 +21,6 @@ IN_PLACE = pytest.mark.parametrize("inplace", [False, True], ids=["out_of_place"
 def _inputs(device: str, **options: Any) -> tuple[Tensor, Tensor]:
     logits, labels = make(12, V, device=device, ignored=0.2, **options)
     return logits.requires_grad_(), labels
-
-
-# Gates that do not move with the logits, so that a numerical derivative has them fixed as well.
-FIXED_GATES: dict[str, Any] = {
-    "none": NoGate(),
-    "hard": HardGate(0.5),
-    "alpha_0": EntropyGate(alpha=0.0),
-    "callable": lambda nll, entropy: torch.linspace(-1, 2, nll.numel()).to(nll).view_as(nll),
-}
 
 
 @pytest.mark.usefixtures("route")

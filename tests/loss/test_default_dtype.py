@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from gate_cases import BUILT_IN
 from inputs import dtype_name, make, same_bits
 from linear_cases import linear_inputs
-from test_gates import BUILT_IN
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh

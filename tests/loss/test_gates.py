@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gate_cases import BUILT_IN
 from inputs import make, same_bits, upstream_of
 from parity import Outcome, outcome
 from torch import Tensor
@@ -20,22 +21,11 @@ from eaft_ext import (
     Gate,
     HardGate,
     NoGate,
-    ProbabilityGate,
     SigmoidGate,
     gated_ce,
 )
 
 V = 700
-BUILT_IN = [
-    EntropyGate(),
-    EntropyGate(2.0),
-    EntropyGate(0.5, 3.0),
-    SigmoidGate(),
-    HardGate(0.4),
-    ProbabilityGate(),
-    FocalGate(2.0),
-    NoGate(),
-]
 
 
 @pytest.mark.usefixtures("route")

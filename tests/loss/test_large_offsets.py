@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
-import sys
-
 import pytest
 import torch
-from inputs import make, same_bits, upstream_of
+from inputs import make, same_bits, sparse_elements, upstream_of
 from parity import outcome
-from torch import Tensor
 
 import eaft_ext
 
@@ -18,24 +14,11 @@ ops = torch.ops.eaft_ext
 V = 4200
 
 
-def _sparse_elements(count: int) -> Tensor:
-    """bfloat16 of which only what is written to takes memory."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("needs memory that is not backed until it is written, as on Linux")
-    no_reserve = 0x4000  # mmap.MAP_NORESERVE, from Python 3.13 on
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    try:
-        memory = mmap.mmap(-1, 2 * count, flags=flags)
-    except OSError as error:
-        pytest.skip(f"no address space for {2 * count >> 30} GB: {error}")
-    return torch.frombuffer(memory, dtype=torch.bfloat16)
-
-
 @pytest.mark.parametrize("num_rows", [3, 9], ids=["few_rows", "many_rows"])
 @pytest.mark.parametrize("limit", [2**31, 2**32], ids=["2^31", "2^32"])
 def test_far_rows(limit: int, num_rows: int) -> None:
     step = limit // (num_rows - 1) + 8
-    buffer = _sparse_elements((num_rows - 1) * step + V)
+    buffer = sparse_elements((num_rows - 1) * step + V)
     logits = buffer.as_strided((num_rows, V), (step, 1))
     plain, labels = make(num_rows, V, torch.bfloat16)
     logits.copy_(plain)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from gate_cases import GATES
 from inputs import make, same_bits, upstream_of
 from parity import Outcome, assert_parity, outcome
-from test_parity import GATES
 from torch import Tensor
 
 import eaft_ext

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from gate_cases import GATES
 from inputs import TRAPS, make
 from parity import assert_parity
-
-from eaft_ext import EntropyGate, FocalGate, HardGate, NoGate, ProbabilityGate, SigmoidGate
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -17,21 +16,6 @@ VOCAB_SIZES = [1, 2, 5, 31, 33, 127, 128, 129, 4095, 4096, 4097, 50257, 151936]
 
 # With fewer than 4 rows for each of the 2 threads they share the blocks of a row.
 NUM_ROWS = {"few_rows": 3, "many_rows": 9}
-
-GATES = [
-    EntropyGate(),
-    EntropyGate(alpha=2.0),
-    EntropyGate(alpha=0.5, normalizer=3.0),
-    EntropyGate(alpha=0.0),
-    SigmoidGate(),
-    SigmoidGate(beta=0.6, slope=-5.0),
-    HardGate(0.5),
-    ProbabilityGate(),
-    FocalGate(2.0),
-    FocalGate(0.5),
-    NoGate(),
-    lambda nll, entropy: nll / (1 + entropy),
-]
 
 
 @pytest.fixture(params=NUM_ROWS.values(), ids=NUM_ROWS.keys())

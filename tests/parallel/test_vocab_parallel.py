@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from gate_cases import GATES
 from inputs import IGNORED, TRAPS, agree, make, same_bits, upstream_of
 from parity import Outcome, outcome
-from test_parity import GATES
 from tolerances import FLOOR_IN_EPSILONS
 from torch import Tensor
 from vocab_shards import NUM_SHARDS, assert_shards_match, divide, outcome_of_shards, shards_at

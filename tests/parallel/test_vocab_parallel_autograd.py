@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from gate_cases import FIXED_GATES
 from inputs import make, same_bits, upstream_of
-from test_autograd import FIXED_GATES
 from torch import Tensor
 from vocab_shards import divide, losses_of_shards, outcome_of_shards, shards_at
 

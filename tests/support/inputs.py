@@ -6,9 +6,12 @@ Every builder gives float64 logits (num_rows, vocab_size) and int64 labels; ``ma
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -176,6 +179,19 @@ def agree(a: Tensor, b: Tensor) -> bool:
     relative = max(1e-5, 2 * torch.finfo(a.dtype).eps)
     same_kind = a.dtype == b.dtype and a.shape == b.shape
     return same_kind and torch.allclose(a.float(), b.float(), relative, 1e-6, equal_nan=True)
+
+
+def sparse_elements(count: int) -> Tensor:
+    """bfloat16 of which only what is written to takes memory."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs memory that is not backed until it is written, as on Linux")
+    no_reserve = 0x4000  # mmap.MAP_NORESERVE, from Python 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    try:
+        memory = mmap.mmap(-1, 2 * count, flags=flags)
+    except OSError as error:
+        pytest.skip(f"no address space for {2 * count >> 30} GB: {error}")
+    return torch.frombuffer(memory, dtype=torch.bfloat16)
 
 
 @contextmanager
