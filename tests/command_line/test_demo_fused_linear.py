@@ -18,15 +18,6 @@ from eaft_ext.cli.errors import CommandError
 __all__ = ["base", "demo", "tiny_folder"]
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip(
-            "needs a CUDA GPU; pytest tests/test_demo_fused_linear.py on a machine with one"
-        )
-    return str(request.param)
-
-
 class TestFusedLinear:
     """``--fused-linear``: the same training without all logits, and the memory that saves."""
 

@@ -186,17 +186,21 @@ def _no_columns(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.empty(5, 0, dtype=dtype, device=device), labels
 
 
+# What is laid out with the vocabulary first cannot be overwritten; test_layouts.py has the error.
+OF_SHARDS = [
+    (op, sample)
+    for op in (*SHARD_OPERATORS, "gated_ce_backward", "gated_ce_backward_")
+    for sample in ("plain", "cut_off", "vocabulary_first", "no_rows", "no_columns")
+    if (op, sample) != ("gated_ce_backward_", "vocabulary_first")
+]
+
+
 @pytest.mark.parametrize("shard", SHARDS.values(), ids=SHARDS.keys())
-@pytest.mark.parametrize(
-    "sample", ["plain", "cut_off", "vocabulary_first", "no_rows", "no_columns"]
-)
-@pytest.mark.parametrize("op", [*SHARD_OPERATORS, "gated_ce_backward", "gated_ce_backward_"])
+@pytest.mark.parametrize(("op", "sample"), OF_SHARDS, ids=map("-".join, OF_SHARDS))
 @pytest.mark.operator("gated_ce_merge")
 def test_opcheck_of_a_shard(
     device: str, op: str, sample: str, shard: tuple[int, int | None]
 ) -> None:
-    if op == "gated_ce_backward_" and sample == "vocabulary_first":
-        pytest.skip("cannot be overwritten; test_layouts.py has the error")
     build = _no_columns if sample == "no_columns" else SAMPLES[sample]
     arguments = _arguments_of_a_shard(op, *build(device, torch.bfloat16), *shard)
     _check(op, arguments)
