@@ -150,6 +150,7 @@ def test_a_run_on_a_gpu(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert (tmp_path / "cuda-fake-gpu-1.csv").read_text().count("latency") > 10
 
 
+@pytest.mark.slow
 def test_what_fails_is_taken_down(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -67,6 +67,7 @@ def _run(
     return code, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_a_quick_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,6 +82,7 @@ def test_bandwidth() -> None:
     assert scaling.bandwidth(of_case, "eager", TOTAL) is None
 
 
+@pytest.mark.slow
 def test_a_quick_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,7 @@ def _python(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+@pytest.mark.slow
 def test_a_quick_run(tmp_path: Path) -> None:
     shape = "x".join(map(str, SHAPE))
     options = ["--quick", "--shapes", shape, "--dtypes", "bfloat16", "--output", tmp_path]

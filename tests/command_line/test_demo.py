@@ -69,6 +69,7 @@ class TestWholeRun:
         plot = (tmp_path / "out" / "plot.png").read_bytes()
         assert plot.startswith(b"\x89PNG") and len(plot) > 20_000
 
+    @pytest.mark.slow
     def test_same_seed_gives_the_same_numbers(self, demo: Demo, text_file: Path) -> None:
         def numbers(results: Any) -> list[Any]:
             return [
@@ -106,7 +107,9 @@ class TestWholeRun:
         # One or two digits and the end of text, in two rows.
         assert all(4 <= step["tokens"] <= 6 for step in results["runs"]["CE"]["steps"])
 
-    @pytest.mark.parametrize("options", [(), ("--fused-linear",)])
+    @pytest.mark.parametrize(
+        "options", [(), pytest.param(("--fused-linear",), marks=pytest.mark.slow)]
+    )
     @pytest.mark.parametrize(("when", "steps"), [(("CE", 1), [1]), (("EAFT", 1), [2, 1])])
     def test_control_c_keeps_what_is_done(
         self,
@@ -150,7 +153,11 @@ class TestWholeRun:
         assert capsys.readouterr().err == "eaft-ext: interrupted\n"
 
     @pytest.mark.parametrize(
-        ("options", "function"), [((), "gated_ce"), (("--fused-linear",), "linear_gated_ce")]
+        ("options", "function"),
+        [
+            ((), "gated_ce"),
+            pytest.param(("--fused-linear",), "linear_gated_ce", marks=pytest.mark.slow),
+        ],
     )
     @pytest.mark.parametrize("error", [1e-4, float("nan")])
     def test_a_loss_unlike_the_reference_stops_the_run(

@@ -126,7 +126,13 @@ def test_half_precision_module_under_autocast(device: str) -> None:
     assert model.weight.grad is not None and model.weight.grad.any()
 
 
-@pytest.mark.parametrize("inplace", [False, True], ids=["out_of_place", "in_place"])
+@pytest.mark.parametrize(
+    "inplace",
+    [
+        pytest.param(False, id="out_of_place"),
+        pytest.param(True, id="in_place", marks=pytest.mark.slow),
+    ],
+)
 def test_inductor(device: str, inplace: bool) -> None:
     """Real code around the operators, in one training step: the logits' strides must hold."""
     if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):

@@ -45,10 +45,11 @@ TRANSFORMS: dict[str, Callable[[Function], Function]] = {
     "forward_mode": _in_forward_mode,
 }
 TRANSFORMED = pytest.mark.parametrize("transform", TRANSFORMS)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "own_gate": {"gate": lambda nll, entropy: (-nll).exp() * entropy, "reduction": "sum"},
-}
+OWN_GATE = {"gate": lambda nll, entropy: (-nll).exp() * entropy, "reduction": "sum"}
+each_option = pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, id="default"), pytest.param(OWN_GATE, id="own_gate", marks=pytest.mark.slow)],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,7 @@ def _assert_right(found: Any, truth: Any) -> None:
     torch.testing.assert_close(found, truth, check_dtype=False, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@each_option
 @TRANSFORMED
 def test_of_gated_ce(device: str, transform: str, options: dict[str, Any]) -> None:
     logits, labels = make(5, 33, device=device, ignored=0.2)
@@ -77,7 +78,7 @@ def test_of_gated_ce(device: str, transform: str, options: dict[str, Any]) -> No
     _assert_right(compiled(logits), truth(logits.double()))
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@each_option
 @TRANSFORMED
 def test_of_linear_gated_ce(device: str, transform: str, options: dict[str, Any]) -> None:
     """Of hidden and weight, which both depend on the matrix."""
@@ -112,6 +113,7 @@ def test_topk(device: str) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_inductor(device: str) -> None:
     if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("torch.compile needs a C++ compiler on the CPU; install g++")

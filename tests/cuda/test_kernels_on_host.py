@@ -87,7 +87,11 @@ WAYS += [Way("cluster", count) for count in (0, 1, 2, 4, 8)]
 FEW_WAYS = [Way("split", 1), Way("split", 3), Way("cluster", 0), Way("cluster", 1)]
 FEW_WAYS += [Way("cluster", 4)]
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+each_dtype = pytest.mark.parametrize(
+    "dtype",
+    [*DTYPES[:2], pytest.param(torch.float16, marks=pytest.mark.slow)],
+    ids=dtype_name,
+)
 each_way = pytest.mark.parametrize("way", FEW_WAYS, ids=str)
 
 
@@ -148,6 +152,7 @@ def test_traps(dtype: torch.dtype, trap: str, vocab_size: int) -> None:
     assert_right(*make(3, vocab_size, dtype, trap=trap, ignored=0.2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trap", ["normal", "many_ties", "ascending", "probability_one_minus_1e-6"])
 @pytest.mark.parametrize(
     ("dtype", "vocab_size"),

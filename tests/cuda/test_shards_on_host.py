@@ -105,7 +105,10 @@ WAYS = [
 
 @each_dtype
 @pytest.mark.parametrize("k", [2, 20, 128])
-@pytest.mark.parametrize("vocab_size", [1, 2, 5, 33, 127, 1000, 4099])
+@pytest.mark.parametrize(
+    "vocab_size",
+    [1, 2, 5, 33, *(pytest.param(size, marks=pytest.mark.slow) for size in (127, 1000, 4099))],
+)
 def test_vocab_sizes(dtype: torch.dtype, vocab_size: int, k: int) -> None:
     """Also a k that exceeds every shard, or all of them together."""
     assert_right(*make(9, vocab_size, dtype), [WHOLE, *WAYS], k=k)

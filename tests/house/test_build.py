@@ -219,8 +219,16 @@ def test_the_version_stands_in_one_place() -> None:
     assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+# Compiled for all architectures in the least time.
+QUICK = "gated_ce_merge.cu"
+
+
 @pytest.mark.parametrize(
-    "source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda p: p.name
+    "source",
+    [
+        pytest.param(path, id=path.name, marks=() if path.name == QUICK else pytest.mark.slow)
+        for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    ],
 )
 def test_kernels_keep_to_registers_on_every_architecture(source: Path, tmp_path: Path) -> None:
     """No spills and no local memory, as ptxas reports it of every kernel and function."""

@@ -15,7 +15,10 @@ import eaft_ext
 WORKER = Path(__file__).with_name("import_again_worker.py")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, marks=() if way == "all modules" else pytest.mark.slow) for way in WAYS],
+)
 def test_all_operators_work(way: str) -> None:
     """metatensor #871: after ``del sys.modules[...]``, "Duplicate registration"."""
     warnings = (

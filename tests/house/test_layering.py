@@ -171,9 +171,10 @@ def test_rooms_of_tests(file: str) -> None:
 
 
 def test_every_room_of_tests_is_found(pytestconfig: pytest.Config) -> None:
-    """What is in them is imported by its own name, which no two may share."""
+    """All but conftest.py is in one, and imported by its own name, which no two may share."""
     assert {path.name for path in pytestconfig.getini("pythonpath")} == set(ROOM_OF.values())
     assert len(ROOM_OF) == len(IN_ROOMS)
+    assert [file for file in TEST_FILES if "/" not in file] == ["conftest.py"]
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,7 @@ def printed_losses(output: str) -> list[list[float]]:
 
 
 @MEGATRON
+@pytest.mark.slow
 def test_the_example_prints_the_same_with_any_number_of_processes() -> None:
     script = str(EXAMPLES / "megatron_pretrain.py")
     options = ["--train-iters", "6", "--log-interval", "2", "--seq-length", "32"]

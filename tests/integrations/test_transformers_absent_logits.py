@@ -98,6 +98,7 @@ def test_uses(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["logsumexp", "mul"])
 def test_uses_in_a_compiled_model(name: str) -> None:
     torch._dynamo.reset()

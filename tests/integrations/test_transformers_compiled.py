@@ -29,7 +29,7 @@ def _compiled_anew() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("fullgraph", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_lengths(fullgraph: bool) -> None:
     """Liger #174, pytorch #180642: the second length crashed. Two graphs serve all lengths."""
     model = build("llama", num_hidden_layers=1).train()
@@ -47,6 +47,7 @@ def test_lengths(fullgraph: bool) -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 def test_evaluation_after_training() -> None:
     model = build("llama", num_hidden_layers=1)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -156,6 +157,7 @@ def trained(trainer: Any, with_peft: bool, is_compiled: bool) -> tuple[list[floa
         return losses, run.evaluate()["eval_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_peft", [False, True])
 def test_trainer(with_peft: bool) -> None:
     expected = trained(UnfusedTrainer, with_peft, False)

@@ -110,6 +110,7 @@ def test_mixed_dtypes_are_for_autocast() -> None:
         model(tokens, labels=labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["patched first", "run first"])
 def test_compiled(when: str) -> None:
     torch._dynamo.reset()

@@ -1,6 +1,6 @@
 """Every type of model that transformers lists: the gated loss of its logits, or a true refusal.
 
-``pytest --slow --sweep-table table.md`` runs all of them and writes what became of each.
+``pytest --slow --sweep --sweep-table table.md`` runs all of them and writes what became of each.
 """
 
 # ruff: noqa: E402, without transformers there is nothing to import for.
@@ -356,19 +356,19 @@ def _difference(found: list[Any], expected: list[Any]) -> AssertionError | None:
     return None
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", CASES)
 def test_compiled(name: str, table: dict[str, Row]) -> None:
     """The values of the eager model, at a second length and at the first again."""
     outcome_of(compiled, name, table, "compiled")
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_enough_of_them_were_built(table: dict[str, Row]) -> None:
     """After all others: what is not built, or not compilable, is not compared with anything."""
     rows = [table.get(name, Row()) for name in CASES]
     if any("not run" in (row.eager, row.compiled) for row in rows):
-        pytest.skip("a part of the sweep; --slow without -k runs all of it")
+        pytest.skip("a part of the sweep; --slow --sweep without -k runs all of it")
     counts = _counts(table)
     for outcome, at_least in AT_LEAST.items():
         assert counts[outcome] >= at_least, outcome

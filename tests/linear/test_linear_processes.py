@@ -9,7 +9,7 @@ import pytest
 import torch
 from linear_cases import HIDDEN, V, linear_inputs
 from linear_worker import ERRORS, OPTIONS, UNEVEN, own_rows, placements_of, scalar
-from spawned import run_processes
+from spawned import Runs, by_size
 from torch import Tensor
 
 import eaft_ext
@@ -30,7 +30,7 @@ NAMES = ("hidden", "weight", "bias")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each process saved, for each number of processes."""
-    return {n: run_processes(WORKER, n, tmp_path_factory.mktemp(f"linear{n}")) for n in WORLD_SIZES}
+    return Runs(WORKER, tmp_path_factory)
 
 
 def _alone(option: str) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _compare(found: dict[str, Any], expected: dict[str, Any], *names: str) -> No
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize(("world_size", "kind"), SHARDS)
+@pytest.mark.parametrize(("world_size", "kind"), by_size(SHARDS))
 def test_shards(results: Results, world_size: int, kind: str, option: str) -> None:
     expected = _alone(option)
     parts = [of_process[f"{kind} {option}"] for of_process in results[world_size]]
@@ -97,7 +97,8 @@ def test_collectives(results: Results, kind: str, option: str) -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize(
-    ("world_size", "placement"), [(n, name) for n in WORLD_SIZES for name in placements_of(n)]
+    ("world_size", "placement"),
+    by_size((n, name) for n in WORLD_SIZES for name in placements_of(n)),
 )
 def test_dtensors(results: Results, world_size: int, placement: str, option: str) -> None:
     expected = _alone(option)
@@ -106,7 +107,7 @@ def test_dtensors(results: Results, world_size: int, placement: str, option: str
 
 
 @pytest.mark.parametrize("how", ["inside", "outside"])
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", by_size(WORLD_SIZES))
 def test_fsdp(results: Results, world_size: int, how: str) -> None:
     """Inside the module FSDP2 unshards; outside of it the loss gathers the weight itself."""
     _, weight, bias, _ = linear_inputs(seed=0)

@@ -135,7 +135,13 @@ Default = torch.dtype | torch.device
 
 
 @pytest.fixture(
-    params=[torch.float16, torch.bfloat16, torch.float64, torch.device("meta")], ids=dtype_name
+    params=[
+        pytest.param(torch.float16, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, marks=pytest.mark.slow),
+        torch.float64,
+        torch.device("meta"),
+    ],
+    ids=dtype_name,
 )
 def default(request: pytest.FixtureRequest) -> Default:
     """Another default than float32, or than the CPU."""

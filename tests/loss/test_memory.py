@@ -90,6 +90,7 @@ def test_one_gradient_is_allocated(growth: dict[str, float], case: str, dtype: s
     assert abs(growth[f"{case} {dtype}"] - LOGITS_MB) <= SLACK_MB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "case",

@@ -151,6 +151,7 @@ def test_opcheck(device: str, dtype: torch.dtype, op: str, sample: str) -> None:
     _check(op, _arguments(op, logits, labels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample", SAMPLES)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_opcheck_of_layouts(device: str, op: str, sample: str) -> None:
@@ -158,6 +159,7 @@ def test_opcheck_of_layouts(device: str, op: str, sample: str) -> None:
     _check(op, _arguments(op, logits, labels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample", OVERWRITABLE)
 @pytest.mark.parametrize("op", IN_PLACE_OPERATORS)
 def test_opcheck_of_layouts_in_place(device: str, op: str, sample: str) -> None:
@@ -196,7 +198,13 @@ OF_SHARDS = [
 
 
 @pytest.mark.parametrize("shard", SHARDS.values(), ids=SHARDS.keys())
-@pytest.mark.parametrize(("op", "sample"), OF_SHARDS, ids=map("-".join, OF_SHARDS))
+@pytest.mark.parametrize(
+    ("op", "sample"),
+    [
+        pytest.param(*both, id="-".join(both), marks=() if "plain" in both else pytest.mark.slow)
+        for both in OF_SHARDS
+    ],
+)
 @pytest.mark.operator("gated_ce_merge")
 def test_opcheck_of_a_shard(
     device: str, op: str, sample: str, shard: tuple[int, int | None]
@@ -210,7 +218,16 @@ def test_opcheck_of_a_shard(
 
 @pytest.mark.parametrize("inplace_backward", [False, True])
 @pytest.mark.parametrize("shard", SHARDS.values(), ids=SHARDS.keys())
-@pytest.mark.parametrize("sample", ["plain", "cut_off", "sequence_first", "all_ignored"])
+@pytest.mark.parametrize(
+    "sample",
+    [
+        "plain",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("cut_off", "sequence_first", "all_ignored")
+        ),
+    ],
+)
 @pytest.mark.operator("gated_ce_merge")
 def test_opcheck_of_merge_with_gradient(
     device: str, sample: str, shard: tuple[int, int | None], inplace_backward: bool

@@ -8,25 +8,24 @@ from typing import Any
 import pytest
 import torch
 from dtensor_worker import LABELS, OPTIONS, placements_of, whole
-from spawned import run_processes
+from spawned import Runs, by_size
 
 import eaft_ext
 
 WORKER = Path(__file__).with_name("dtensor_worker.py")
 WORLD_SIZES = (1, 3, 4)
 CASES = [(n, placement) for n in WORLD_SIZES for placement in placements_of(n)]
+each_size = pytest.mark.parametrize("world_size", by_size(WORLD_SIZES, slow_from=4))
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What each process saved, for each number of processes."""
-    return {
-        n: run_processes(WORKER, n, tmp_path_factory.mktemp(f"dtensor{n}")) for n in WORLD_SIZES
-    }
+    return Runs(WORKER, tmp_path_factory)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize(("world_size", "placement"), CASES)
+@pytest.mark.parametrize(("world_size", "placement"), by_size(CASES, slow_from=4))
 def test_is_the_loss_of_whole_rows(
     results: dict[int, list[dict[str, Any]]], world_size: int, placement: str, option: str
 ) -> None:
@@ -46,7 +45,7 @@ def test_is_the_loss_of_whole_rows(
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@each_size
 def test_collectives(
     results: dict[int, list[dict[str, Any]]], world_size: int, option: str
 ) -> None:
@@ -57,6 +56,7 @@ def test_collectives(
             assert found["collectives"] == (int(expected), 0), (placement, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
@@ -71,7 +71,7 @@ def test_errors(results: dict[int, list[dict[str, Any]]], error: str, sentence: 
         assert of_process["errors"][error].startswith(sentence)
 
 
-@pytest.mark.parametrize("world_size", [n for n in WORLD_SIZES if n > 1])
+@pytest.mark.parametrize("world_size", by_size(WORLD_SIZES[1:], slow_from=4))
 def test_what_is_wrong_in_one_process_is_raised_in_all(
     results: dict[int, list[dict[str, Any]]], world_size: int
 ) -> None:
@@ -82,7 +82,7 @@ def test_what_is_wrong_in_one_process_is_raised_in_all(
         assert error.startswith(f"ValueError: gated_ce: process 0 failed: {reason}")
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@each_size
 def test_after_errors_and_compiled(
     results: dict[int, list[dict[str, Any]]], world_size: int
 ) -> None:

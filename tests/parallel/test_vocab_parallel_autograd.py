@@ -39,7 +39,7 @@ def _shared_loss(logits: Tensor, labels: Tensor, widths: list[int], **options: A
     [([11], None), ([4, 7], None), ([3, 0, 5, 1], None), ([4, 4, 4], 7), ([2, 2], 3)],
     ids=str,
 )
-@pytest.mark.parametrize("num_rows", [3, 10])
+@pytest.mark.parametrize("num_rows", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_gradcheck(num_rows: int, widths: list[int], vocab_size: int | None, gate: str) -> None:
     words = sum(widths) if vocab_size is None else vocab_size
     logits, labels = make(num_rows, words, torch.float64, ignored=0.3)

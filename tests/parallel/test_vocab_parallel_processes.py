@@ -11,7 +11,7 @@ import pytest
 import torch
 from inputs import same_bits, upstream_of
 from parity import Outcome, outcome
-from spawned import run_all
+from spawned import by_size, run_all
 from torch import Tensor
 from vocab_parallel_cases import CASES, NUM_ROWS, WORDS, Case, cases_of
 from vocab_parallel_errors import ONE_ERRS, errors_of
@@ -111,7 +111,7 @@ def _assert_is(found: list[dict[str, Tensor]], case: Case, world_size: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("world_size", "name"), [(size, name) for size in WORLD_SIZES for name in cases_of(size)]
+    ("world_size", "name"), by_size((n, name) for n in WORLD_SIZES for name in cases_of(n))
 )
 def test_the_loss_is_that_of_one_process(results: Results, world_size: int, name: str) -> None:
     found = results(world_size, name)
@@ -132,7 +132,7 @@ def _assert_default_losses(found: list[Tensor], world_size: int) -> None:
 
 @pytest.mark.parametrize("way", WATCHES)
 @pytest.mark.parametrize("name", WATCHED)
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", by_size([1, 2, 4]))
 def test_one_exchange_in_the_forward_and_none_in_the_backward(
     results: Results, world_size: int, name: str, way: str
 ) -> None:
@@ -192,6 +192,7 @@ def test_two_losses_in_a_graph_that_is_kept(results: Results) -> None:
         torch.testing.assert_close(twice, 2 * gradient)
 
 
+@pytest.mark.slow
 def test_beside_data_parallelism(results: Results) -> None:
     """A mesh of two by two; DistributedDataParallel averages over replicas, one of them idle."""
     gradients, losses = [], []
@@ -254,7 +255,7 @@ SENTENCES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize(
-    ("world_size", "name"), [(size, name) for size in (1, 2, 3) for name in errors_of(size)]
+    ("world_size", "name"), by_size((n, name) for n in (1, 2, 3) for name in errors_of(n))
 )
 def test_what_is_wrong_in_one_process_is_raised_in_all(
     saved: Results, results: Results, world_size: int, name: str
@@ -271,7 +272,7 @@ def test_what_is_wrong_in_one_process_is_raised_in_all(
     _assert_default_losses(results(world_size, f"after_{name}"), world_size)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", by_size([2, 3]))
 def test_errors_of_one_process_in_a_row(results: Results, world_size: int) -> None:
     found = results(world_size, "repeated_errors")
     sentences = ["got 999", "got 999", "got None", "differ in k", "got None", "got 999"]
@@ -281,7 +282,7 @@ def test_errors_of_one_process_in_a_row(results: Results, world_size: int) -> No
     _assert_default_losses([values["loss"] for values in found], world_size)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", by_size([2, 3]))
 def test_a_shard_that_cannot_be_overwritten(
     saved: Results, results: Results, world_size: int
 ) -> None:
@@ -290,36 +291,37 @@ def test_a_shard_that_cannot_be_overwritten(
     _assert_default_losses(results(world_size, "after_in_place"), world_size)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", by_size([2, 3]))
 def test_notes_do_not_pile_up(results: Results, world_size: int) -> None:
     """What processes tell each other beforehand is taken away once all have read it."""
     for before, after in results(world_size, "keys"):
         assert after <= before + world_size
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", by_size([2, 3]))
 def test_with_checks(saved: Results, results: Results, world_size: int) -> None:
     _assert_is(results(world_size, "checked"), CASES["default"], world_size)
     _assert_raised(saved(world_size, "error_checked"), *SENTENCES["a_label_in_no_shard"])
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", by_size(WORLD_SIZES))
 def test_torch_distributed_not_initialised(saved: Results, world_size: int) -> None:
     _assert_raised(saved(world_size, "not_initialised"), "ValueError", "call init_process_group")
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", by_size([2, 3, 4]))
 def test_a_mesh_as_group(results: Results, world_size: int) -> None:
     _assert_is(results(world_size, "mesh"), CASES["default"], world_size)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_two_dimensions_is_no_group(saved: Results, results: Results) -> None:
     sentence = r"one dimension of a DeviceMesh, such as mesh\['tp'\], got one of 2"
     _assert_raised(saved(4, "error_mesh_of_two_dimensions"), "ValueError", sentence)
     _assert_default_losses(results(4, "after_mesh_of_two_dimensions"), 4)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", by_size([2, 3, 4]))
 def test_a_group_of_one_process_is_its_own_business(results: Results, world_size: int) -> None:
     """Calls on it, right and wrong ones, do not upset those of the larger group."""
     (told,) = results(world_size, "error_alone")
@@ -330,7 +332,7 @@ def test_a_group_of_one_process_is_its_own_business(results: Results, world_size
     _assert_default_losses(results(world_size, "after_alone"), world_size)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", by_size([2, 3, 4]))
 def test_a_process_that_is_late_is_waited_for(
     saved: Results, results: Results, world_size: int
 ) -> None:
@@ -340,6 +342,7 @@ def test_a_process_that_is_late_is_waited_for(
         _assert_default_losses(results(world_size, name), world_size)
 
 
+@pytest.mark.slow
 def test_a_process_that_stays_away_is_named(saved: Results) -> None:
     found = saved(4, "error_absence")
     assert len(found) == 3
@@ -353,12 +356,14 @@ def test_gloo_that_torch_chose_by_itself(saved: Results, results: Results) -> No
     _assert_default_losses(results(2, "after_without_a_backend"), 2)
 
 
+@pytest.mark.slow
 def test_groups_that_share_a_process(results: Results) -> None:
     for first in (0, 1):
         _assert_default_losses(results(3, f"pair_{first}"), 2)
     _assert_default_losses(results(3, "after_pairs"), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outsider", ["calls_too", "stays_away"])
 @pytest.mark.parametrize("kind", ["subgroup", "submesh"])
 def test_a_part_of_all_processes(
@@ -379,6 +384,6 @@ def test_a_part_of_all_processes(
     _assert_default_losses(results(3, f"after_{kind}_{outsider}"), 3)
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", by_size(WORLD_SIZES))
 def test_all_processes_came_to_the_end(results: Results, world_size: int) -> None:
     assert results(world_size, "end") == [True] * world_size

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from spawned import run_processes
+from spawned import Runs, by_size
 from whole_logits_worker import FUNCTIONS, WIDTH, Call, calls_of, refused, right
 
 import eaft_ext
@@ -21,11 +21,7 @@ WORLD_SIZES = (1, 2, 3)
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each process found, for each number of processes."""
-
-    def folder(n: int) -> Path:
-        return tmp_path_factory.mktemp(f"whole_logits{n}")
-
-    return {n: run_processes(WORKER, n, folder(n)) for n in WORLD_SIZES}
+    return Runs(WORKER, tmp_path_factory)
 
 
 def _loss(call: Call) -> torch.Tensor:
@@ -37,7 +33,9 @@ def _loss(call: Call) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize(("world_size", "name"), [(n, name) for n in (2, 3) for name in refused(n)])
+@pytest.mark.parametrize(
+    ("world_size", "name"), by_size((n, name) for n in (2, 3) for name in refused(n))
+)
 def test_they_are_refused_in_all_processes(
     results: Results, world_size: int, name: str, function: str
 ) -> None:
@@ -59,7 +57,7 @@ def test_they_are_refused_in_all_processes(
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize(
     ("world_size", "name"),
-    [(n, name) for n in WORLD_SIZES for name in (calls_of(1) if n == 1 else right(n))],
+    by_size((n, name) for n in WORLD_SIZES for name in (calls_of(1) if n == 1 else right(n))),
 )
 def test_no_shards_are_taken_for_them(
     results: Results, world_size: int, name: str, function: str
@@ -72,7 +70,7 @@ def test_no_shards_are_taken_for_them(
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", by_size([2, 3]))
 def test_nobody_waits_for_a_device_to_see_it(results: Results, world_size: int) -> None:
     """But at a group's first call, and where EAFT_EXT_CHECKS=1 asks for it."""
     for of_process in results[world_size]:

@@ -1,7 +1,8 @@
 """Tests that need several processes: they are started here, and join each other over gloo.
 
-A test calls ``run_processes(worker, world_size, folder)``; the worker's ``main`` is
-``work(function)``, where ``function(rank, world_size)`` gives what shall be saved for the test.
+A test calls ``run_processes(worker, world_size, folder)``, or asks ``Runs`` for so many processes.
+The worker's ``main`` is ``work(function)``, where ``function(rank, world_size)`` gives what shall
+be saved for the test.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,35 @@ def run_processes(
     commands = [(worker, rank, world_size, folder) for rank in range(world_size)]
     run_all(commands, timeout, *folders)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+
+class Runs(dict[int, list[Any]]):
+    """What each process of a worker saved, by their number: so many run when first asked for."""
+
+    def __init__(self, worker: Path, folders: pytest.TempPathFactory) -> None:
+        super().__init__()
+        self._worker, self._folders = worker, folders
+        self._failed: dict[int, BaseException] = {}
+
+    def __missing__(self, world_size: int) -> list[Any]:
+        if world_size in self._failed:  # and would again, which takes long
+            raise self._failed[world_size]
+        folder = self._folders.mktemp(f"{self._worker.stem}{world_size}_")
+        try:
+            self[world_size] = run_processes(self._worker, world_size, folder)
+        except (AssertionError, pytest.fail.Exception) as error:
+            self._failed[world_size] = error
+            raise
+        return self[world_size]
+
+
+def by_size(cases: Iterable[Any], slow_from: int = 3) -> list[Any]:
+    """Parameters of a test, of which a number of processes is the first: with many it is slow."""
+    parameters = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [
+        pytest.param(*values, marks=pytest.mark.slow if values[0] >= slow_from else ())
+        for values in parameters
+    ]
 
 
 def mean_of_ones() -> float:
