@@ -1,7 +1,7 @@
 """What a call of the loss costs in one process of many: a model, in bytes.
 
 A byte counts as often as an operator reads or writes it: each operand once, so that these are
-floors. What has one number a token (labels, losses, stats) is left out. tests/test_cost_model.py
+floors. What has one number a token (labels, losses, stats) is left out. tests/benchmarks/test_cost_model.py
 counts the same in real runs, to the byte; cost_model.py makes tables of it.
 """
 

@@ -73,19 +73,21 @@ BENCHMARKS = {"bench": "run.py", "linear": "linear_loss.py", "scaling": "scaling
 BENCH_MARGIN_SECONDS = 25.0
 
 # The commands are tried by use.py, and their tests are of the CPU; the compiler's report is in the
-# log of the build; what runs on the device need not run on the host.
+# log of the build; what runs on the device need not run on the host, where the sweep runs.
 LEFT_OUT = (
-    "tests/test_demo.py",
-    "tests/test_demo_data.py",
-    "tests/test_demo_fused_linear.py",
-    "tests/test_demo_model.py",
-    "tests/test_inspect.py",
-    "tests/test_bench_command.py",
-    "tests/test_benchmarks_scaling.py",
-    "tests/test_build.py",
-    "tests/test_cuda_on_host.py",
-    "tests/test_kernels_on_host.py",
-    "tests/test_topk_on_host.py",
+    "tests/command_line/test_demo.py",
+    "tests/command_line/test_demo_data.py",
+    "tests/command_line/test_demo_fused_linear.py",
+    "tests/command_line/test_demo_model.py",
+    "tests/command_line/test_inspect.py",
+    "tests/command_line/test_bench_command.py",
+    "tests/benchmarks/test_benchmarks_scaling.py",
+    "tests/house/test_build.py",
+    "tests/cuda/test_cuda_on_host.py",
+    "tests/cuda/test_kernels_on_host.py",
+    "tests/cuda/test_shards_on_host.py",
+    "tests/cuda/test_topk_on_host.py",
+    "tests/integrations/test_transformers_sweep.py",
 )
 MOST_WORKERS = 12
 BENCH_RUNS = 5
@@ -255,7 +257,7 @@ class Check:
         """The tests, from another folder: the checkout shall not stand in for the package."""
         limit = self.limit("suite")
         command: list[str | Path] = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml"]
-        command += ["--rootdir", ROOT, ROOT / "tests", "-v", "--tb=short", "--color=no"]
+        command += ["--rootdir", ROOT, ROOT / "tests", "--slow", "-v", "--tb=short", "--color=no"]
         command += ["-p", "no:cacheprovider", "-p", "instant_failures", "--maxfail=100"]
         command += [f"--ignore={ROOT / path}" for path in LEFT_OUT]
         if importlib.util.find_spec("xdist"):

@@ -26,7 +26,7 @@ from machine import ROOT
 from eaft_ext.cli.bench import eager_eaft
 from eaft_ext.cli.main import main as command
 
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "tests" / "command_line"))
 
 STEPS = 20
 # Of a loss of some nats: two ways through bfloat16 drift apart as they train.

@@ -30,16 +30,24 @@ from eaft_ext._library import has_kernel
 from eaft_ext.linear import _reduced_loss
 from eaft_ext.parallel import _shard
 
+# Marks of what runs if it is asked for, by an option of the same name.
+_ON_REQUEST = {
+    "slow": "most that takes seconds, in .ci/run",
+    "sweep": "every model of transformers, compiled, an hour",
+}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the tests that are marked slow, too")
+    for mark, what in _ON_REQUEST.items():
+        parser.addoption(f"--{mark}", action="store_true", help=f"run what is marked so: {what}")
     parser.addoption("--sweep-table", metavar="PATH", help="what became of each model, as markdown")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "operator(name): the kernel that a test on CUDA is about")
     config.addinivalue_line("markers", "cuda: a test on CUDA alone, without a device as parameter")
-    config.addinivalue_line("markers", "slow: runs with --slow only")
+    for mark, what in _ON_REQUEST.items():
+        config.addinivalue_line("markers", f"{mark}: runs with --{mark} only; {what}")
 
 
 _LEFT_OUT = pytest.StashKey[Counter[str]]()
@@ -65,24 +73,26 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def _why_left_out(item: pytest.Item, config: pytest.Config) -> str | None:
-    if item.get_closest_marker("slow") and not config.getoption("--slow"):
-        return "slow; pytest --slow runs them"
+    for mark in _ON_REQUEST:
+        if item.get_closest_marker(mark) and not config.getoption(f"--{mark}"):
+            return f"marked {mark}; pytest --{mark} runs them"
     case = getattr(item, "callspec", None)
     device = case.params.get("device") if case else None
     if device is None and item.get_closest_marker("cuda"):
         device = "cuda"
     marker = item.get_closest_marker("operator")
     operator = marker.args[0] if marker else "gated_ce_forward"
-    return None if device is None else _why_not(device, operator)
+    dtype = case.params.get("dtype") if case else None
+    return None if device in (None, "cpu") else _why_not(device, operator, dtype)
 
 
-def _why_not(device: str, operator: str) -> str | None:
-    if device == "cpu":
-        return None
+def _why_not(device: str, operator: str, dtype: torch.dtype | None) -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device; benchmarks/gpu_check.sh runs them on a machine with one"
     if not has_kernel(operator, device):
         return f"{operator} is not in this build for CUDA; EAFT_EXT_CUDA=1 pip install . builds it"
+    if dtype == torch.float64:
+        return "float64 has kernels on the CPU only"
     return None
 
 
@@ -94,10 +104,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=DTYPES, ids=dtype_name)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """Every dtype of logits. float64 has kernels on the CPU only."""
-    device = request.node.callspec.params.get("device", "cpu")
-    if request.param == torch.float64 and device != "cpu":
-        pytest.skip("float64 has kernels on the CPU only")
+    """Every dtype of logits."""
     return request.param
 
 

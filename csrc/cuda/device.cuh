@@ -1,6 +1,6 @@
 // Inline PTX and language extensions (TMA bulk copies and their mbarriers, thread-block clusters
 // and their distributed shared memory, cache hints, ex2), behind names that a host can provide too:
-// tests/cuda_on_host has the other half of this file, and runs the kernels of this folder with it.
+// tests/cuda/cuda_on_host has the other half of this file, and runs the kernels here with it.
 // Kernels use these, the CUDA builtins for threads, warps and barriers, and nothing else.
 #pragma once
 

@@ -1,0 +1,257 @@
+"""Building and loading: finding torch and CUDA, the sdist, what a wrong import says."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import eaft_ext
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(eaft_ext.__file__).parent
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem + "_under_test", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def setup_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    for name in ("CUDA_HOME", "EAFT_EXT_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    return load(ROOT / "setup.py")
+
+
+def make_toolkit(folder: Path, *, headers: bool = True) -> Path:
+    (folder / "bin").mkdir(parents=True)
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0\n")
+    nvcc.chmod(0o755)
+    if headers:
+        (folder / "include").mkdir()
+        (folder / "include" / "cuda_runtime.h").touch()
+    return folder
+
+
+class TestFindCuda:
+    def test_cuda_home_comes_first(
+        self, setup_script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        home = make_toolkit(tmp_path / "home")
+        other = make_toolkit(tmp_path / "other")
+        monkeypatch.setenv("CUDA_HOME", str(home))
+        monkeypatch.setenv("PATH", str(other / "bin"))
+        assert setup_script.find_cuda_home() == home
+
+    def test_a_folder_without_headers_does_not_count(
+        self, setup_script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """nvcc on PATH may be a wrapper script whose folder is no toolkit."""
+        wrapper = make_toolkit(tmp_path / "wrapper", headers=False)
+        monkeypatch.setenv("CUDA_HOME", str(wrapper))
+        monkeypatch.setenv("PATH", str(wrapper / "bin"))
+        assert setup_script.find_cuda_home() in (None, Path("/usr/local/cuda"))
+
+    def test_a_folder_without_nvcc_does_not_count(
+        self, setup_script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        headers = make_toolkit(tmp_path / "headers")
+        (headers / "bin" / "nvcc").unlink()
+        monkeypatch.setenv("CUDA_HOME", str(headers))
+        assert setup_script.find_cuda_home() != headers
+
+    def test_symlinked_nvcc_is_resolved(
+        self, setup_script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        home = make_toolkit(tmp_path / "toolkit")
+        links = tmp_path / "links"
+        links.mkdir()
+        (links / "nvcc").symlink_to(home / "bin" / "nvcc")
+        monkeypatch.setenv("PATH", str(links))
+        assert setup_script.find_cuda_home() == home
+
+    def test_zero_leaves_cuda_out(
+        self, setup_script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CUDA_HOME", str(make_toolkit(tmp_path / "home")))
+        assert setup_script.choose_cuda("13.0") is not None
+        assert setup_script.choose_cuda(None) is None
+        monkeypatch.setenv("EAFT_EXT_CUDA", "0")
+        assert setup_script.choose_cuda("13.0") is None
+
+    def test_another_major_version_is_left_out(
+        self,
+        setup_script: ModuleType,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setenv("CUDA_HOME", str(make_toolkit(tmp_path / "home")))
+        assert setup_script.choose_cuda("12.8") is None
+        assert "toolkit 13 in" in capsys.readouterr().out
+        monkeypatch.setenv("EAFT_EXT_CUDA", "1")
+        with pytest.raises(SystemExit, match=r"toolkit 13 in .* torch with CUDA 12\.8"):
+            setup_script.choose_cuda("12.8")
+
+    def test_insisting_fails_loudly(
+        self, setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("EAFT_EXT_CUDA", "1")
+        with pytest.raises(SystemExit, match="built without CUDA"):
+            setup_script.choose_cuda(None)
+        monkeypatch.setattr(setup_script, "find_cuda_home", lambda: None)
+        with pytest.raises(SystemExit, match="set CUDA_HOME"):
+            setup_script.choose_cuda("13.0")
+        monkeypatch.setenv("EAFT_EXT_CUDA", "yes")
+        with pytest.raises(SystemExit, match="'yes'"):
+            setup_script.choose_cuda("13.0")
+
+
+class TestBackend:
+    def test_surrounding_torch_is_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        backend = load(ROOT / "build_backend.py")
+        assert backend._requires_torch() == []
+
+    def test_torch_is_requested_where_there_is_none(self, tmp_path: Path) -> None:
+        subprocess.run(
+            [sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True
+        )
+        code = "import build_backend; print(build_backend._requires_torch())"
+        # As under pip's isolation, packages are on PYTHONPATH, and those must not count.
+        site = Path(torch.__file__).parent.parent
+        result = subprocess.run(
+            [tmp_path / "env" / "bin" / "python", "-c", code],
+            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{site}"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.stdout.strip() == "['torch>=2.8']", result.stderr
+
+    def test_the_installed_package_requires_the_torch_it_was_built_for(self) -> None:
+        release = ".".join(torch.__version__.split("+")[0].split(".")[:2])
+        requirements = importlib.metadata.requires("eaft_ext") or []
+        assert f"torch=={release}.*" in requirements
+
+
+def test_sdist_holds_all_that_a_build_needs(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignore)
+    code = f"import build_backend; print(build_backend.build_sdist({str(tmp_path)!r}))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    archive = tmp_path / result.stdout.split()[-1]
+    with tarfile.open(archive) as tar:
+        members = {str(Path(*Path(m.name).parts[1:])) for m in tar if m.isfile()}
+    wanted = [
+        "build_backend.py",
+        "setup.py",
+        "CMakeLists.txt",
+        "eaft_ext/_C.pyi",
+        "eaft_ext/py.typed",
+    ]
+    wanted += [str(p.relative_to(source)) for p in (source / "csrc").rglob("*") if p.is_file()]
+    assert set(wanted) <= members
+    assert not [m for m in members if m.endswith(".so")]
+
+
+class TestLoading:
+    """What an import says when the compiled part is missing or does not fit."""
+
+    def run_import(self, folder: Path) -> str:
+        # An editable install finds the missing part of any other copy; it must not help here.
+        code = (
+            "import sys\n"
+            "sys.meta_path = [f for f in sys.meta_path if 'editable' not in f.__module__]\n"
+            "import eaft_ext"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True
+        )
+        assert result.returncode != 0
+        return result.stderr.strip().splitlines()[-1]
+
+    @pytest.fixture
+    def package(self, tmp_path: Path) -> Path:
+        return shutil.copytree(
+            PACKAGE, tmp_path / "eaft_ext", ignore=shutil.ignore_patterns("_C*.so", "__pycache__")
+        )
+
+    def test_not_built(self, package: Path) -> None:
+        last_line = self.run_import(package.parent)
+        assert last_line.startswith("ImportError: eaft_ext: the compiled part is not in ")
+        assert f"`pip install -e .` in {package.parent}" in last_line
+
+    def test_built_for_another_torch(self, package: Path) -> None:
+        (package / "_C.py").write_text("def build_info():\n    return {'torch_version': '1.2.3'}\n")
+        last_line = self.run_import(package.parent)
+        assert f"built for torch 1.2.3, and this is torch {torch.__version__}" in last_line
+
+    def test_cannot_be_loaded(self, package: Path) -> None:
+        (package / "_C.py").write_text("raise ImportError('undefined symbol: x')\n")
+        last_line = self.run_import(package.parent)
+        assert f"was not built for torch {torch.__version__}" in last_line
+        assert "undefined symbol: x" in last_line
+
+
+def test_the_version_stands_in_one_place() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    version = re.search(r'^version = "(.*)"', text, re.MULTILINE)
+    assert version and eaft_ext.__version__ == version[1]
+    assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# Compiled for all architectures in the least time.
+QUICK = "gated_ce_merge.cu"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(path, id=path.name, marks=() if path.name == QUICK else pytest.mark.slow)
+        for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    ],
+)
+def test_kernels_keep_to_registers_on_every_architecture(source: Path, tmp_path: Path) -> None:
+    """No spills and no local memory, as ptxas reports it of every kernel and function."""
+    setup_script = load(ROOT / "setup.py")
+    home = setup_script.find_cuda_home()
+    if home is None:
+        pytest.skip(
+            "no CUDA toolkit here; install one, or set CUDA_HOME to its folder, to run this"
+        )
+    listed = setup_script.nvcc_output(home, "--list-gpu-arch").split()
+    numbers = [a.replace(".", "") for a in setup_script.CUDA_ARCHITECTURES]
+    numbers = [n for n in numbers if f"compute_{n}" in listed]
+    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+    command = [home / "bin" / "nvcc", "-c", source, "-o", tmp_path / "object.o", "--threads", "2"]
+    command += ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", *targets]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    entry = r"Compiling entry function '(\w+_kernel\w*)' for 'sm_(\d+)'"
+    kernels = re.findall(entry, result.stderr)
+    # Each kernel for three types of logits, but for one that sees none, on each architecture.
+    types = 1 if source.stem == "gated_ce_merge" else 3
+    assert {number for _, number in kernels} == set(numbers)
+    assert len(kernels) % (types * len(numbers)) == 0, result.stderr
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", result.stderr)
+    assert len(frames) >= len(kernels)
+    assert set(frames) == {("0", "0")}, result.stderr
