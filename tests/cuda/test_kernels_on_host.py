@@ -16,7 +16,7 @@ from typing import Any
 import kernels_on_host
 import pytest
 import torch
-from gate_cases import FAMILY, GATES
+from gate_cases import GATES
 from inputs import IGNORED, TRAPS, dtype_name, make, same_bits, sparse_elements, upstream_of
 from layouts import READ_IN_PLACE
 from layouts import V as LAYOUT_VOCAB_SIZE
@@ -197,20 +197,6 @@ def test_what_is_left_of_a_confident_token(way: Way) -> None:
 @pytest.mark.parametrize("gate", [gate for gate in GATES if isinstance(gate, Gate)], ids=str)
 def test_gates(dtype: torch.dtype, gate: Gate) -> None:
     assert_right(*make(9, 300, dtype, ignored=0.2), FEW_WAYS, gate=gate, k=8)
-
-
-@each_dtype
-@pytest.mark.parametrize("vocab_size", [5, 300, 20011])
-@pytest.mark.parametrize("family", FAMILY, ids=str)
-def test_family(dtype: torch.dtype, vocab_size: int, family: dict[str, float]) -> None:
-    assert_right(*make(3, vocab_size, dtype, ignored=0.2), family=family)
-
-
-@pytest.mark.parametrize("trap", TRAPS)
-def test_traps_of_a_soft_cap(trap: str) -> None:
-    """Of -inf it makes a number, and of what lies beside a row nothing."""
-    logits, labels = make(3, 1003, torch.bfloat16, trap=trap, ignored=0.2)
-    assert_right(logits, labels, family={"softcap": 30.0, "z_loss": 1e-3})
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)

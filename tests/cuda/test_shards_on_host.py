@@ -14,7 +14,7 @@ from typing import Any
 import kernels_on_host
 import pytest
 import torch
-from gate_cases import FAMILY, GATES
+from gate_cases import GATES
 from inputs import IGNORED, TRAPS, dtype_name, make, same_bits, upstream_of
 from layouts import READ_IN_PLACE
 from layouts import build as build_layout
@@ -137,12 +137,6 @@ WAYS = [
 def test_vocab_sizes(dtype: torch.dtype, vocab_size: int, k: int) -> None:
     """Also a k that exceeds every shard, or all of them together."""
     assert_right(*make(9, vocab_size, dtype), [WHOLE, *WAYS], k=k)
-
-
-@each_dtype
-@pytest.mark.parametrize("family", FAMILY, ids=str)
-def test_family(dtype: torch.dtype, family: dict[str, float]) -> None:
-    assert_right(*make(9, 1003, dtype, ignored=0.2), WAYS[:4], family=family)
 
 
 @each_dtype
