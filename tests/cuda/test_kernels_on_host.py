@@ -72,20 +72,16 @@ class Way:
         """Loss, stats and the gradient of ``sum(upstream * loss)``."""
         upstream = upstream_of(labels) if upstream is None else upstream
         asked = (k, gate.name, gate.parameters(), ignore_index)
-        of_family = TokenLoss(k, gate, ignore_index, **(family or {})).family()
+        family = TokenLoss(k, gate, ignore_index, **(family or {})).family()
+        common = {"seed": seed, "family": family}
         if self.kernel == "cluster":
-            options = {"cluster_size": self.count, "seed": seed, "family": of_family, **gradient}
+            options = {"cluster_size": self.count, **common, **gradient}
             fused = kernels_on_host.forward_with_grad(upstream, logits, labels, *asked, **options)
             return Outcome(*fused)
-        stats = kernels_on_host.forward(
-            logits, labels, *asked, num_spans=self.count, seed=seed, family=of_family
-        )
+        stats = kernels_on_host.forward(logits, labels, *asked, num_spans=self.count, **common)
         saved = (stats.row_max, stats.log_sum, ignore_index)
-        if of_family:
-            gradient |= {"family": of_family, "upstream": upstream}
-        found = kernels_on_host.backward(
-            upstream * stats.gate, logits, labels, *saved, seed=seed, **gradient
-        )
+        options = {"upstream": upstream, **common, **gradient}
+        found = kernels_on_host.backward(upstream * stats.gate, logits, labels, *saved, **options)
         return Outcome(stats.loss, stats.nll, stats.entropy, stats.gate, found)
 
 
