@@ -9,13 +9,10 @@ from typing import Any, cast
 from torch import nn
 
 from eaft_ext.integrations import _output_layer
+from eaft_ext.integrations._absent_logits import LogitMap
 
-LOGIT_OPTIONS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale")
-"""What a configuration calls changes of the logits, and nothing else.
-
-Others show in a forward: logits_scaling is for the logits in Granite, and for what the output layer
-is given in MiniCPM3.
-"""
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+"""What configurations call a soft cap of the logits."""
 
 
 def causal_lm(op: str, model: nn.Module) -> nn.Module:
@@ -68,13 +65,23 @@ def _check_loss(op: str, causal: nn.Module) -> None:
         )
     if "labels" not in inspect.signature(causal.forward).parameters:
         raise TypeError(f"{op}: the forward of {name} takes no labels")
+
+
+def expected_map(causal: nn.Module) -> LogitMap:
+    """What the model will make of its logits, by the options of its configuration that it heeds.
+
+    It may do something else all the same, which shows when it does: ``logits_scaling`` divides the
+    logits in Granite, and what the output layer is given in MiniCPM3.
+    """
+    config: Any = getattr(causal, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    for option in LOGIT_OPTIONS:
+
+    def heeded(option: str) -> float | None:
         value = getattr(config, option, None)
-        # Not all models heed all options of their configurations.
-        if value is not None and _uses(causal, option):
-            raise TypeError(
-                f"{op}: {name} changes its logits before its loss ({option}={value}); give "
-                "eaft_ext.gated_ce the logits that it returns without labels"
-            )
+        is_positive = isinstance(value, (int, float)) and value > 0
+        return float(value) if is_positive and _uses(causal, option) else None
+
+    softcap = next((value for option in SOFTCAPS if (value := heeded(option))), None)
+    scale = heeded("logit_scale") or 1 / (heeded("logits_scaling") or 1.0)
+    return LogitMap(softcap, scale)

@@ -138,6 +138,7 @@ class LinearGatedLoss:
         self.logits_in_evaluation = logits_in_evaluation
         self.is_removed = False
         self._causal: nn.Module | None = causal
+        self.model_map = expected_map(causal)
         latest = None
         for slot in _SLOTS:
             earlier = patch_of(causal, slot)
@@ -184,6 +185,7 @@ class LinearGatedLoss:
 
     def of_logits(self, call: _Call, logits: Tensor) -> Tensor:
         """The loss where there are logits."""
+        # They are what the model has made of them already.
         options, labels = call.options_and_labels(logits)
         del options["chunk_size"], options["accumulate_in_float32"]
         loss, self.stats = eaft_ext.gated_ce(logits, labels, return_stats=True, **options)
@@ -235,6 +237,8 @@ class _Call:
         self.keeps_logits = keeps_logits
         self.layers: list[nn.Module] = []
         self.loss: Tensor | None = None
+        self.map: LogitMap = owner.model_map
+        self.product: tuple[Tensor, nn.Linear] | None = None
         self.stats: TokenStats | None = None
         self.version: int | None = None
         self.is_taken = False
@@ -289,13 +293,30 @@ class _Call:
             )
         if self.loss is not None:
             self.refuse("a second call of its output layer")
-        options, labels = self.options_and_labels(hidden)
         self.version = _version_of(self.labels)
-        self.loss, self.stats = eaft_ext.linear_gated_ce(
-            hidden, layer.weight, labels, layer.bias, return_stats=True, **options
-        )
+        self.product = (hidden, layer)
+        self.loss = self.compute()
         shape = torch.Size((*hidden.shape[:-1], layer.weight.size(0)))
         return AbsentLogits(self.loss, shape, layer.weight.dtype, self.refuse)
+
+    def compute(self) -> Tensor:
+        """The loss, of logits of which the model makes what is in ``map``."""
+        assert self.product is not None, "the output layer was called"
+        hidden, layer = self.product
+        options, labels = self.options_and_labels(hidden)
+        if self.map != LogitMap():
+            given = LogitMap(options["softcap"], options["logit_scale"])
+            if given != LogitMap():
+                raise TypeError(
+                    f"{_OP}: {self.name} caps or scales its logits itself (softcap="
+                    f"{self.map.softcap}, logit_scale={self.map.logit_scale}), and "
+                    f"softcap={given.softcap}, logit_scale={given.logit_scale} were given"
+                )
+            options |= self.map._asdict()
+        loss, self.stats = eaft_ext.linear_gated_ce(
+            hidden, layer.weight, labels, layer.bias, return_stats=True, **options
+        )
+        return loss
 
     def take(self, logits: Any, labels: Tensor | None, given: dict[str, Any]) -> Tensor:
         """The loss, for what the model gives its loss function."""
@@ -318,6 +339,11 @@ class _Call:
             return self.owner.of_logits(self, logits)
         if self.loss is None or not isinstance(logits, AbsentLogits):
             raise TypeError(f"{_OP}: {self.name} does not call its output layer for its logits")
+        if not self.map.is_close(logits.map):
+            # It does what its configuration did not tell; from the next call on it is expected.
+            self.loss = None
+            self.map = self.owner.model_map = logits.map
+            self.loss = self.compute()
         self.owner.stats = self.stats
         self.owner.steps.asked()
         # Not what the logits have in its place: FSDP2 may have rounded that to an output dtype.
