@@ -16,7 +16,7 @@ import subprocess
 from typing import Any
 
 import torch
-from device import Device, open_device
+from harness.device import Device, open_device
 
 COPIES = 20
 ELEMENTS = 2**29

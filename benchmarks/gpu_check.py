@@ -33,11 +33,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import outcomes
-import peers
-import processes
-from processes import Finished
-from watches import FIRST_PORT, WATCHES
+from contenders import peers
+from gpu import outcomes, processes
+from gpu.processes import Finished
+from gpu.watches import FIRST_PORT, WATCHES
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -256,7 +255,7 @@ class Check:
         limit = self.limit("suite")
         command: list[str | Path] = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml"]
         command += ["--rootdir", ROOT, ROOT / "tests", "-v", "--tb=short", "--color=no"]
-        command += ["-p", "no:cacheprovider", "-p", "instant_failures", "--maxfail=100"]
+        command += ["-p", "no:cacheprovider", "-p", "gpu.instant_failures", "--maxfail=100"]
         command += [f"--ignore={ROOT / path}" for path in LEFT_OUT]
         if importlib.util.find_spec("xdist"):
             workers = min(self.record["environment"]["cores"], MOST_WORKERS)

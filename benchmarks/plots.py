@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import scaling
-from machine import ROOT
+from harness.machine import FOLDER, ROOT
+from harness.timing import FORWARD, TOTAL
 from matplotlib.figure import Figure
 from PIL import Image
 from readme_tables import newest
-from results import FOLDER, CaseResult, Result
-from timing import FORWARD, TOTAL
+from reports.results import CaseResult, Result
 
 BLOCKS = ("scaling", "scaling_cuda")
 INCHES = (11, 7.6)
@@ -95,7 +95,7 @@ def draw(result: Result) -> Figure:
 
 def plot(panel: Any, result: Result, cases: list[CaseResult], along: str, value: Value) -> None:
     """A line for each contender that has values."""
-    for contender in scaling.taking_part(result):
+    for contender in result.contenders:
         points = [
             (getattr(of_case.case, along), found)
             for of_case in cases

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from cases import IGNORED
+from contenders.cases import IGNORED
 from torch import Tensor
 
 import eaft_ext

@@ -13,20 +13,28 @@ lost.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from cases import TIMES
-from contenders import CONTENDERS, Contender
-from measure import measure_case
-from progress import Progress
-from report import by_case, failures, machine_line, mebibytes, median, number
-from results import CaseResult, Result
-from run import Benchmark, cases_in_order, execute, parse
-from timing import FORWARD, TOTAL
+from contenders.cases import TIMES
+from contenders.logits import CONTENDERS
+from harness.benchmark import Benchmark
+from harness.timing import FORWARD, TOTAL
+from reports.results import CaseResult, Result
+from reports.tables import (
+    MEMORY,
+    both,
+    by_case,
+    failures,
+    machine_line,
+    mebibytes,
+    median,
+    number,
+    text,
+    write_report,
+)
 
 SUFFIX = "-scaling"
-EXAMPLE = "512x151936"
 VOCABULARY = 151_936
 # 50,257 is odd: its rows begin anywhere.
 VOCABULARIES = (4_096, 8_192, 16_384, 32_000, 50_257, 65_536, 128_256, VOCABULARY, 262_144)
@@ -71,7 +79,7 @@ SHAPES = {device: shapes(device) for device in ELEMENTS}
 
 def by_vocabulary(result: Result) -> list[CaseResult]:
     """The cases of one size, by their vocabulary."""
-    elements = ELEMENTS[result.machine["device"]]
+    elements = ELEMENTS[result.device]
     found = [r for r in result.cases if r.case.num_rows == elements // r.case.vocab_size]
     return sorted(found, key=lambda of_case: of_case.case.vocab_size)
 
@@ -93,31 +101,21 @@ def bandwidth(of_case: CaseResult, name: str, phase: str) -> float | None:
     return passes * of_case.case.logits_bytes / spread.median
 
 
-def taking_part(result: Result) -> list[Contender]:
-    """Whose times there are."""
-    names = {name for of_case in result.cases for name in of_case.seconds}
-    return [c for c in SCALING_CONTENDERS if c.name in names]
-
-
-def gigabytes(phase: str) -> Callable[[CaseResult, str], str]:
+def gigabytes(of_case: CaseResult, name: str, phase: str) -> str:
     """A cell of a table: the bandwidth in a phase."""
-
-    def cell(of_case: CaseResult, name: str) -> str:
-        rate = bandwidth(of_case, name, phase)
-        return number(None if rate is None else rate / 1e9)
-
-    return cell
+    rate = bandwidth(of_case, name, phase)
+    return number(None if rate is None else rate / 1e9)
 
 
 def picture(result: Result) -> str:
     """Where plots.py puts what it draws of a result, from the root of the repository."""
-    return f"docs/scaling-{result.machine['device']}.png"
+    return f"docs/scaling-{result.device}.png"
 
 
 def summary(result: Result) -> str:
     """The picture, for the page of benchmarks, which is beside it."""
     sizes = {number(of_case.case.logits_bytes / 2**20) for of_case in by_vocabulary(result)}
-    return "\n\n".join(
+    return text(
         [
             machine_line(result),
             f"![Bandwidth against the vocabulary, time and memory against the rows]"
@@ -132,7 +130,6 @@ def summary(result: Result) -> str:
 
 def markdown(result: Result) -> str:
     """The whole report."""
-    contenders = taking_part(result)
     parts = ["# Benchmark of how `gated_ce` scales", machine_line(result), "## In short"]
     if found := by_vocabulary(result):
         for phase, passes in PASSES.items():
@@ -140,36 +137,20 @@ def markdown(result: Result) -> str:
             parts += [
                 f"{what}, GB/s of the {passes} {TIMES} logits that must be moved (the copy: "
                 f"{COPY_PASSES} {TIMES}):",
-                by_case(found, contenders, gigabytes(phase)),
+                by_case(result, partial(gigabytes, phase=phase), cases=found),
             ]
     if found := by_rows(result):
-        parts += [
-            "Forward and backward together, milliseconds (median, interleaved in one run):",
-            by_case(found, contenders, lambda case, name: median(case, name, 1e3)),
-            "Peak memory beyond the inputs, MiB (measured):",
-            by_case(found, contenders, mebibytes),
-        ]
-    for case, failed in result.failed.items():
-        if failed:
-            parts += [f"## What failed at {case}", failures(failed)]
-    return "\n\n".join(parts) + "\n"
-
-
-def write_reports(progress: Progress) -> str:
-    """The report, also written beside the result file."""
-    progress.write()
-    report = markdown(Result(progress.raw))
-    progress.path.with_suffix(".md").write_text(report)
-    return report
+        parts += [both(), by_case(result, median, cases=found)]
+        parts += [MEMORY, by_case(result, mebibytes, cases=found)]
+    return text(parts + failures(result)) + "\n"
 
 
 def main() -> int:
     """Measure, print and write."""
-    arguments = parse(__doc__, "NxV", EXAMPLE, SHAPES, QUICK_SHAPES, REPEATS, DTYPES)
-    benchmark = Benchmark(
-        SCALING_CONTENDERS, cases_in_order(arguments), measure_case, write_reports, SUFFIX
-    )
-    return execute(benchmark, arguments)
+    # It promises nothing.
+    report = partial(write_report, markdown=markdown, has_bounds=False)
+    benchmark = Benchmark(SCALING_CONTENDERS, SHAPES, QUICK_SHAPES, REPEATS, report, DTYPES, SUFFIX)
+    return benchmark.execute(__doc__)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import ROOT
+from harness.machine import ROOT
 
 from eaft_ext.cli.bench import eager_eaft
 from eaft_ext.cli.main import main as command

@@ -1,7 +1,5 @@
 """gpu_check.py on commands that only say that they ran, and what it reads of their logs."""
 
-# ruff: noqa: E402, the benchmarks are scripts, found in a folder of their own.
-
 from __future__ import annotations
 
 import argparse
@@ -13,18 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gpu_check
 import pytest
+from gpu import outcomes, processes
+from gpu.watches import ERROR_STATUS, WATCHES, Watch
 
 import eaft_ext
 from eaft_ext._library import has_kernel
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-import gpu_check
-import outcomes
-import processes
-from watches import ERROR_STATUS, WATCHES, Watch
 
 PLAIN_LOG = """
 tests/test_a.py::test_x[cpu-float32] PASSED                              [ 10%]

@@ -1,7 +1,5 @@
 """The benchmark of the linear loss: a run in small, and what is made of its numbers."""
 
-# ruff: noqa: E402, the benchmarks are scripts, found in a folder of their own.
-
 from __future__ import annotations
 
 import dataclasses
@@ -11,26 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from torch import Tensor
-
-import eaft_ext
-from eaft_ext.cli.bench import eager_eaft
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-import linear_contenders
 import linear_loss
+import pytest
 import readme_tables
-import results
-import run
-from bounds import LINEAR_BOUNDS, evaluate, unmeasured
-from cases import TIMES, Case, LinearBatch, LinearCase, Rotation
-from contenders import CONTENDERS
-from device import Cpu
-from linear_contenders import (
+import torch
+from contenders import linear
+from contenders.cases import TIMES, Case, LinearBatch, LinearCase, Rotation
+from contenders.linear import (
     CHUNKED,
     COMPILED,
     CUT,
@@ -45,6 +30,15 @@ from linear_contenders import (
     UNFUSED,
     UNFUSED_INPLACE,
 )
+from contenders.logits import CONTENDERS
+from harness import benchmark, measure
+from harness.device import Cpu
+from reports import results
+from reports.bounds import LINEAR_BOUNDS, evaluate, unmeasured
+from torch import Tensor
+
+import eaft_ext
+from eaft_ext.cli.bench import eager_eaft
 
 SHAPE = (48, 16, 256)
 CASE = LinearCase(48, 256, "bfloat16", 16)
@@ -114,15 +108,15 @@ def test_who_takes_part() -> None:
     assert {c.name for c in LINEAR_CONTENDERS if c.is_ours} == {
         OURS, FLOAT32, NO_GATE, UNFUSED, UNFUSED_INPLACE,
     }  # fmt: skip
-    assert linear_contenders.contenders_of(CASE) == LINEAR_CONTENDERS
-    assert linear_contenders.contenders_of(Case(1, 2, "float32")) == CONTENDERS
+    assert linear.contenders_of(CASE) == LINEAR_CONTENDERS
+    assert linear.contenders_of(Case(1, 2, "float32")) == CONTENDERS
 
 
 @pytest.mark.parametrize("name", sorted(ON_A_CPU - {PRODUCTS}))
 def test_contenders_compute_the_loss_and_its_gradients(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(linear_contenders, "default_chunk_size", lambda *_: 7)
+    monkeypatch.setattr(linear, "default_chunk_size", lambda *_: 7)
     case = dataclasses.replace(CASE, dtype="float32")
     batch: LinearBatch = Rotation(case, 0, "cpu", ignore_every=5).next()
     found = _contender(name).make_runner().outcome(batch)
@@ -162,7 +156,7 @@ def _not_a_number(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def test_what_computes_something_else_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: Callable[..., Tensor]
 ) -> None:
-    monkeypatch.setattr(linear_loss, "measure_peaks", lambda case, names: {})
+    monkeypatch.setattr(measure, "measure_peaks", lambda case, names: {})
     broken = dataclasses.replace(_contender(OURS), build=lambda: wrong)
     kept = [_contender(PRODUCTS), broken, _contender(CHUNKED)]
     monkeypatch.setattr(linear_loss, "LINEAR_CONTENDERS", kept)
@@ -193,9 +187,9 @@ class FakeGpu(Cpu):
 
 
 def test_a_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(run, "open_device", lambda name: FakeGpu())
+    monkeypatch.setattr(benchmark, "open_device", lambda name: FakeGpu())
     monkeypatch.setattr(
-        linear_loss,
+        measure,
         "Rotation",
         lambda case, cache, device, **options: Rotation(case, cache, "cpu", **options),
     )
@@ -233,7 +227,7 @@ def _phases(total: float) -> dict[str, list[float]]:
 def _raw(case: LinearCase, **seconds: float) -> dict[str, Any]:
     """Ours needs a chunk beyond the gradients, all others all logits."""
     device = "cpu" if case is HEAD else "cuda"
-    chunk = linear_contenders.chunk_tokens(case, device) * case.logits_bytes // case.num_rows
+    chunk = linear.chunk_tokens(case, device) * case.logits_bytes // case.num_rows
     peaks = {
         name: {"total": case.input_bytes + (chunk if name == OURS else case.logits_bytes)}
         for name in seconds
@@ -265,7 +259,7 @@ CHUNK = "peak beyond inputs and gradients / a chunk's logits"
 
 def test_promises_on_a_cpu() -> None:
     raw = _raw(HEAD, **{OURS: 1.1, UNFUSED: 1.25})
-    chunk = linear_contenders.chunk_tokens(HEAD, "cpu") / HEAD.num_rows
+    chunk = linear.chunk_tokens(HEAD, "cpu") / HEAD.num_rows
     assert _held(raw) == {
         TIME: (0.88, True),
         PEAK: (round(chunk, 3), True),

@@ -44,24 +44,21 @@ def liger() -> Function:
     """Liger-Kernel: one kernel writes the gradient over the logits in the forward."""
     from liger_kernel.transformers import LigerCrossEntropyLoss
 
-    loss: Function = LigerCrossEntropyLoss()
-    return loss
+    return LigerCrossEntropyLoss()
 
 
 def quack() -> Function:
     """QuACK: CuTe kernels, a row on chip in a cluster of blocks."""
     from quack import cross_entropy
 
-    function: Function = cross_entropy
-    return function
+    return cross_entropy
 
 
 def flash_attn() -> Function:
     """The Triton cross-entropy of flash-attn."""
     from flash_attn.losses.cross_entropy import CrossEntropyLoss
 
-    loss: Function = CrossEntropyLoss()
-    return loss
+    return CrossEntropyLoss()
 
 
 def transformer_engine() -> Function:
@@ -95,5 +92,4 @@ def cut_cross_entropy() -> Function:
     """
     from cut_cross_entropy import linear_cross_entropy
 
-    function: Function = linear_cross_entropy
-    return function
+    return linear_cross_entropy

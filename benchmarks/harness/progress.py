@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cases import Case
-from contenders import Contender, Runner
+from contenders.cases import Case
+from contenders.contender import Contender, Runner
 
 T = TypeVar("T")
 
@@ -87,19 +87,18 @@ class Entry:
         self.raw.update(measured)
         self._progress.write()
 
-
-def for_each(
-    what: str, runners: list[Runner], entry: Entry, measure: Callable[[Runner], T]
-) -> dict[str, T]:
-    """What is measured of each runner, by its name; the entry says of which it failed."""
-    found = {}
-    for runner in runners:
-        name = runner.contender.name
-        try:
-            found[name] = measure(runner)
-        except Exception as error:
-            entry.fail(f"{what} of {name}", describe_error(error))
-    return found
+    def for_each(
+        self, what: str, runners: list[Runner], measure: Callable[[Runner], T]
+    ) -> dict[str, T]:
+        """What is measured of each runner, by its name; of which it failed is taken down."""
+        found = {}
+        for runner in runners:
+            name = runner.name
+            try:
+                found[name] = measure(runner)
+            except Exception as error:
+                self.fail(f"{what} of {name}", describe_error(error))
+        return found
 
 
 class Progress:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 
-from cases import Case
+from contenders.cases import FEW_ROWS, Case
 
 # A case is not worth beginning with less, and its rounds get no less.
 CASE_SECONDS = 5.0
@@ -36,7 +36,7 @@ class Schedule:
     def begin(self, case: Case, after: Sequence[Case]) -> None:
         """A case begins now."""
         now = time.monotonic()
-        weights = [1 if each.num_rows <= 64 else 3 for each in (case, *after)]
+        weights = [1 if each.num_rows <= FEW_ROWS else 3 for each in (case, *after)]
         self._case_end = now + (self._end - now) * weights[0] / sum(weights)
 
     def seconds_for_rounds(self) -> float:

@@ -7,17 +7,20 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import peers
 import torch
-from device import Device
+from contenders import peers
 
 import eaft_ext
 
-ROOT = Path(__file__).resolve().parent.parent
+from .device import Device
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks" / "results"
 # By the benchmarks and the scripts that show their results.
 WRITTEN = ("benchmarks/results", "docs", "README.md")
 
@@ -43,16 +46,12 @@ def describe(device: Device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         machine["cuda_arch_list"] = build["cuda_arch_list"]
-        machine["triton"] = _version("triton")
         machine["peers"] = peers.versions()
+        try:
+            machine["triton"] = importlib.metadata.version("triton")
+        except importlib.metadata.PackageNotFoundError:
+            machine["triton"] = ""
     return machine
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def commit() -> str:
@@ -86,5 +85,8 @@ def file_stem(machine: dict[str, Any]) -> str:
 
 
 def load() -> float:
-    """Processes that wanted to run in the last minute, this one included; 0 where unknown."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    """Processes that wanted to run in the last minute, this one included; told of if too many."""
+    found = os.getloadavg()[0]
+    if found > 0.5:
+        print(f"load {found:.1f}: times will be unsteady", file=sys.stderr)
+    return found

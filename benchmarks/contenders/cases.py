@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 TIMES = "\N{MULTIPLICATION SIGN}"
+DTYPES = ("float32", "bfloat16")
+IGNORED = -100
+# With so few rows, the time goes into launching kernels.
+FEW_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,14 @@ class Case:
         return f"{self.num_rows:,} {TIMES} {self.vocab_size:,} {self.dtype}"
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return int(getattr(torch, self.dtype).itemsize)
+
+    @property
     def logits_bytes(self) -> int:
         """The size of the logits, and of their gradient."""
-        return self.num_rows * self.vocab_size * getattr(torch, self.dtype).itemsize
+        return self.num_rows * self.vocab_size * self.itemsize
 
     @property
     def input_bytes(self) -> int:
@@ -66,8 +75,7 @@ class LinearCase(Case):
     @property
     def input_bytes(self) -> int:
         """Hidden and weight; the labels need no gradient."""
-        itemsize: int = getattr(torch, self.dtype).itemsize
-        return (self.num_rows + self.vocab_size) * self.hidden_size * itemsize
+        return (self.num_rows + self.vocab_size) * self.hidden_size * self.itemsize
 
     def batch(self, generator: torch.Generator) -> LinearBatch:
         """Logits and labels are as those of any other case."""
@@ -78,25 +86,8 @@ class LinearCase(Case):
 
 
 def case_of(fields: dict[str, Any]) -> Case:
-    """The case that a result file or a request describes."""
+    """The case that a result file describes."""
     return LinearCase(**fields) if "hidden_size" in fields else Case(**fields)
-
-
-DTYPES = ("float32", "bfloat16")
-# In order of worth: time may be short.
-SHAPES = {
-    "cpu": ((512, 151_936), (2048, 50_257), (4, 151_936)),
-    "cuda": (
-        (8192, 151_936),
-        (8192, 128_256),
-        (4096, 262_144),
-        (16384, 32_000),
-        (64, 151_936),
-        (1, 151_936),
-    ),
-}
-QUICK_SHAPES = ((64, 8_192),)
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -132,21 +123,14 @@ class Rotation:
     """
 
     def __init__(
-        self,
-        case: Case,
-        cache_bytes: int,
-        device: str,
-        seed: int = 0,
-        ignore_every: int = 0,
+        self, case: Case, cache_bytes: int, device: str, seed: int = 0, ignore_every: int = 0
     ) -> None:
         self.count = 1 + math.ceil(2 * cache_bytes / case.input_bytes)
         generator = torch.Generator(device).manual_seed(seed)
-        self._batches: list[Any] = []
-        for _ in range(self.count):
-            batch = case.batch(generator)
-            if ignore_every:
+        self._batches: list[Any] = [case.batch(generator) for _ in range(self.count)]
+        if ignore_every:
+            for batch in self._batches:
                 batch.labels[ignore_every // 2 :: ignore_every] = IGNORED
-            self._batches.append(batch)
         self._turn = 0
 
     def full_turn(self) -> list[Any]:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from typing import Any
 
 import torch
-from cases import Case, Rotation
-from contenders import Contender, Runner
-from device import Cpu
-from worker import Answer, ask, serve
+from contenders.cases import Case, Rotation
+from contenders.contender import Runner
+from contenders.linear import contenders_of
+
+from .device import Cpu
+from .fresh_processes import Answers, by_contender
 
 SECONDS = 1.5
 SLEEP_WHILE_WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
@@ -31,49 +33,39 @@ def one_turn(runner: Runner, rotation: Rotation) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def measure(case: Case, contenders: list[Contender]) -> Iterator[Answer]:
+def measure(_: int, case: Case, names: list[str]) -> Answers:
     """For each contender the cores in use, and the gain over one thread."""
     device = Cpu()
     rotation = Rotation(case, device.cache_bytes(), device.type)
     all_threads = torch.get_num_threads()
-    for contender in contenders:
+    for contender in contenders_of(case):
+        if contender.name not in names:
+            continue
         runner = contender.make_runner()
         one_turn(runner, rotation)
         alone: list[tuple[float, float]] = []
         together: list[tuple[float, float]] = []
         end = time.monotonic() + SECONDS
         while not together or time.monotonic() < end:
-            torch.set_num_threads(1)
-            alone.append(one_turn(runner, rotation))
-            torch.set_num_threads(all_threads)
-            together.append(one_turn(runner, rotation))
+            for threads, turns in ((1, alone), (all_threads, together)):
+                torch.set_num_threads(threads)
+                turns.append(one_turn(runner, rotation))
         medians = [statistics.median(wall for wall, _ in turns) for turns in (alone, together)]
-        yield {
-            "contender": contender.name,
-            "threads": all_threads,
-            "calls": rotation.count * len(together),
-            "cores_busy": sum(cpu for _, cpu in together) / sum(wall for wall, _ in together),
-            "gain_over_one_thread": medians[0] / medians[1],
-        }
+        yield (
+            contender.name,
+            {
+                "threads": all_threads,
+                "calls": rotation.count * len(together),
+                "cores_busy": sum(cpu for _, cpu in together) / sum(wall for wall, _ in together),
+                "gain_over_one_thread": medians[0] / medians[1],
+            },
+        )
 
 
-def measure_utilisation(case: Case, names: list[str]) -> dict[str, Answer]:
+def measure_utilisation(case: Case, names: list[str]) -> dict[str, Any]:
     """Both figures from fresh processes, by contender."""
     asleep, by_default = (
-        {answer["contender"]: answer for answer in ask("utilisation.py", case, names, environment)}
-        for environment in (SLEEP_WHILE_WAITING, {})
+        by_contender(environment, measure, case, names) for environment in (SLEEP_WHILE_WAITING, {})
     )
-    return {
-        name: {
-            "threads": asleep[name]["threads"],
-            "calls": asleep[name]["calls"],
-            "cores_busy": asleep[name]["cores_busy"],
-            "gain_over_one_thread": by_default[name]["gain_over_one_thread"],
-        }
-        for name in asleep
-        if name in by_default
-    }
-
-
-if __name__ == "__main__":
-    serve(measure)
+    gain = "gain_over_one_thread"
+    return {n: {**asleep[n], gain: by_default[n][gain]} for n in asleep if n in by_default}

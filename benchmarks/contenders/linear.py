@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import peers
 import torch
 import torch.nn.functional as F
-from cases import IGNORED, Case, LinearBatch, LinearCase
-from contenders import CONTENDERS, GPU, Contender, Function, Runner
-from contenders import plain_function as plain
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import eaft_ext
 from eaft_ext.cli.bench import eager_eaft, eager_eaft_sum
 from eaft_ext.linear._chunks import default_chunk_size
+
+from . import peers
+from .cases import IGNORED, Case, LinearBatch, LinearCase
+from .contender import GPU, BareRunner, Build, Contender, Function, GradientRunner, plain
+from .logits import CONTENDERS
 
 PRODUCTS = "products"
 OURS = "linear_gated_ce"
@@ -37,60 +37,31 @@ SAME = {
 }
 
 
-class LinearRunner(Runner):
-    """A contender on hidden, weight and labels.
+class LinearRunner(GradientRunner):
+    """A contender on hidden, weight and labels."""
 
-    The leaves stand in for a model's tensors: :func:`torch.autograd.grad` hands their gradients on,
-    where ``.backward()`` would copy those that it cannot keep.
-    """
-
-    def prepare(self, batch: LinearBatch) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """Hidden and weight as leaves without a gradient, and the labels."""
-        leaves = [tensor.detach().requires_grad_() for tensor in (batch.hidden, batch.weight)]
-        return *leaves, batch.labels
-
-    def forward(self, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The loss, after what its backward needs."""
-        hidden, weight, _ = arguments
-        return hidden, weight, self._function(*arguments)
-
-    def backward(self, result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The gradients of hidden and weight."""
-        hidden, weight, loss = result
-        return torch.autograd.grad(loss, (hidden, weight))
-
-    def outcome(self, batch: LinearBatch) -> Any:  # type: ignore[override]
-        """The loss, and the gradients of hidden and weight."""
-        result = self.forward(self.prepare(batch))
-        return result[-1].detach(), *self.backward(result)
+    def leaves(self, batch: LinearBatch) -> tuple[list[Tensor], Tensor, None]:
+        """Hidden and weight."""
+        return [batch.hidden, batch.weight], batch.labels, None
 
 
-class ProductsRunner(LinearRunner):
+class ProductsRunner(BareRunner):
     """The products that no loss of a whole batch can do without, and nothing between them."""
 
-    has_backward = False
-
-    def prepare(self, batch: LinearBatch) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def prepare(self, batch: LinearBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """No graph is recorded."""
         return batch.hidden, batch.weight
 
-    def forward(self, arguments: tuple[Tensor, ...]) -> Any:
-        """What would be the gradients if the logits were their own."""
-        return self._function(*arguments)
-
-    def outcome(self, batch: LinearBatch) -> None:  # type: ignore[override]
-        """There is no loss."""
-
 
 def products(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of the whole batch, and their products with the weight and with the hidden."""
+    """Logits of the whole batch, and what would be the gradients if they were their own."""
     logits = torch.mm(hidden, weight.t())
     return torch.mm(logits, weight), torch.mm(logits.t(), hidden)
 
 
-def of_logits(loss: Function) -> Callable[[], Function]:
+def of_logits(loss: Function) -> Build:
     """How to build a loss of all logits."""
-    return lambda: lambda hidden, weight, labels: loss(F.linear(hidden, weight), labels)
+    return plain(lambda hidden, weight, labels: loss(F.linear(hidden, weight), labels))
 
 
 def chunk_tokens(case: Case, device: str) -> int:
@@ -124,61 +95,52 @@ def linear_eaft_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return eager_eaft_sum(F.linear(hidden, weight), labels)
 
 
-def ours(**options: Any) -> Callable[[], Function]:
-    """How to build our loss."""
+def _loss(name: str, title: str, build: Build, **more: Any) -> Contender:
+    return Contender(name, title, build, LinearRunner, **more)
+
+
+def _ours(**options: Any) -> Build:
     return plain(partial(eaft_ext.linear_gated_ce, **options))
 
 
+INPLACE = partial(eaft_ext.gated_ce, inplace_backward=True)
+BFLOAT16 = ("bfloat16",)
 LINEAR_CONTENDERS = (
     Contender(PRODUCTS, "three bare products", plain(products), ProductsRunner),
-    Contender(OURS, "`linear_gated_ce`", ours(), LinearRunner),
-    Contender(
+    _loss(OURS, "`linear_gated_ce`", _ours()),
+    _loss(
         FLOAT32,
         "the same, summed in float32",
-        ours(accumulate_in_float32=True),
-        LinearRunner,
-        dtypes=("bfloat16",),
+        _ours(accumulate_in_float32=True),
+        dtypes=BFLOAT16,
     ),
-    Contender(
-        NO_GATE,
-        "the same, no gate",
-        ours(gate=eaft_ext.NoGate()),
-        LinearRunner,
-        devices=GPU,  # as its peers
-    ),
-    Contender(UNFUSED, "`gated_ce` of all logits", of_logits(eaft_ext.gated_ce), LinearRunner),
-    Contender(
-        UNFUSED_INPLACE,
-        "the same, in place",
-        of_logits(partial(eaft_ext.gated_ce, inplace_backward=True)),
-        LinearRunner,
-    ),
-    Contender(EAGER, "eager EAFT of all logits", of_logits(eager_eaft), LinearRunner),
-    Contender(CHUNKED, "eager EAFT in chunks", plain(chunked(linear_eaft_sum)), LinearRunner),
-    Contender(
+    # On a GPU, as its peers.
+    _loss(NO_GATE, "the same, no gate", _ours(gate=eaft_ext.NoGate()), devices=GPU),
+    _loss(UNFUSED, "`gated_ce` of all logits", of_logits(eaft_ext.gated_ce)),
+    _loss(UNFUSED_INPLACE, "the same, in place", of_logits(INPLACE)),
+    _loss(EAGER, "eager EAFT of all logits", of_logits(eager_eaft)),
+    _loss(CHUNKED, "eager EAFT in chunks", plain(chunked(linear_eaft_sum))),
+    _loss(
         COMPILED,
         "compiled EAFT in chunks",
         lambda: chunked(torch.compile(linear_eaft_sum, dynamic=False)),
-        LinearRunner,
         devices=GPU,
         compiles=True,
     ),
-    Contender(
+    _loss(
         LIGER,
         "Liger-Kernel, no gate",
         peers.liger_linear,
-        LinearRunner,
         devices=GPU,
         module="liger_kernel",
     ),
-    Contender(
+    _loss(
         CUT,
         "cut-cross-entropy, no gate",
         peers.cut_cross_entropy,
-        LinearRunner,
         devices=GPU,
         module="cut_cross_entropy",
-        dtypes=("bfloat16",),
+        dtypes=BFLOAT16,
     ),
 )
 

@@ -1,0 +1,68 @@
+"""Measurements that need processes of their own, which answer line by line while they measure."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from contenders.cases import Case
+from torch import multiprocessing
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+Answers = Iterator[Any]
+
+
+def measure_in(
+    count: int,
+    environment: Mapping[str, str],
+    measure: Callable[..., Answers],
+    *arguments: Any,
+    seconds: float = float("inf"),
+) -> tuple[list[list[Any]], str]:
+    """What each process answered before it ended, and why they ended early: "" if they did not.
+
+    A process yields the answers of ``measure(rank, *arguments)``, a function of a module. If one
+    fails or time is up, all are ended. They begin with more in their environment: what the C
+    library and OpenMP read, they read then.
+    """
+    reason = ""
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, environment):
+        end = time.monotonic() + seconds
+        context = multiprocessing.spawn(_answer, (folder, measure, arguments), count, join=False)
+        try:
+            while not context.join(min(end - time.monotonic(), 1.0)):
+                if time.monotonic() >= end:
+                    reason = f"not done after {seconds:.0f} s"
+                    break
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            reason = str(error).strip()
+        finally:
+            for process in context.processes:
+                process.kill()
+                process.join()
+        files = [Path(folder, str(rank)) for rank in range(count)]
+        lines = [file.read_text().splitlines() if file.exists() else [] for file in files]
+    return [[json.loads(line) for line in of_rank] for of_rank in lines], reason
+
+
+def by_contender(
+    environment: Mapping[str, str], measure: Callable[..., Answers], case: Case, names: list[str]
+) -> dict[str, Any]:
+    """The pairs that one process answers; without those that it did not come to."""
+    (answers,), reason = measure_in(1, environment, measure, case, names)
+    if reason:
+        print(f"{measure.__module__} at {case}: {reason}", file=sys.stderr)
+    return dict(answers)
+
+
+def _answer(rank: int, folder: str, measure: Callable[..., Any], arguments: Any) -> None:
+    with Path(folder, str(rank)).open("w", buffering=1) as file:
+        for answer in measure(rank, *arguments):
+            file.write(f"{json.dumps(answer)}\n")

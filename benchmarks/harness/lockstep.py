@@ -1,0 +1,183 @@
+"""One process of vocab_parallel.py: its part of the vocabulary, timed in lockstep with the others.
+
+Before each call all processes wait for each other, so that none runs beside another's preparations.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+from contenders.cases import Batch, Case, Rotation
+from contenders.contender import Contender, Runner
+from contenders.shards import CONTENDERS, FUSED, HELD, SAME, ShardRunner
+from torch import distributed as dist
+
+from .device import Cpu
+from .measure import WARM_UP, rounded
+from .memory import Peaks, medians
+from .progress import describe_error
+from .timing import FORWARD, TOTAL, time_once, time_side_by_side
+
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What all processes are told: cases, and whom to measure in each.
+
+    ``port`` is that of the store by which they find each other.
+    """
+
+    world_size: int
+    port: int
+    seconds: float
+    repeats: int
+    rotates: bool
+    cases: list[tuple[Case, list[str]]]
+
+
+class LockstepCpu(Cpu):
+    """The CPU, of which every process uses one core; they begin together."""
+
+    def get_ahead(self) -> None:
+        """Wait for the others."""
+        dist.barrier()
+
+
+class ShardRotation(Rotation):
+    """Batches of this process's part of the vocabulary; all have the same labels, of the whole."""
+
+    def __init__(self, case: Case, cache_bytes: int) -> None:
+        shard = replace(case, vocab_size=case.vocab_size // dist.get_world_size())
+        super().__init__(shard, cache_bytes, "cpu", seed=dist.get_rank())
+        generator = torch.Generator().manual_seed(dist.get_world_size())
+        for batch in self.full_turn():
+            batch.labels.random_(case.vocab_size, generator=generator)
+
+    def next(self) -> Batch:
+        """Restored when no process is being timed."""
+        dist.barrier()
+        batch: Batch = super().next()
+        return batch
+
+
+def start(
+    contenders: list[Contender], rotation: Rotation, device: Cpu
+) -> tuple[list[ShardRunner], dict[str, str]]:
+    """The contenders, warmed up, and why a peer is missing; all processes find the same."""
+    runners: list[ShardRunner] = []
+    failed: dict[str, str] = {}
+    for contender in contenders:
+        reason = ""
+        try:
+            runner = contender.make_runner()
+            for _ in range(WARM_UP):
+                time_once(runner, rotation, device)
+        except Exception as error:
+            if not contender.module:
+                raise
+            reason = describe_error(error)
+        reasons: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason)
+        if reason := next(filter(None, reasons), ""):
+            failed[contender.name] = reason
+        else:
+            runners.append(runner)
+    return runners, failed
+
+
+def agreement(runners: list[ShardRunner], rotation: Rotation, case: Case) -> Found:
+    """How far losses and gradients are from those that they should equal; raises if too far."""
+    found = {}
+    by_name = {runner.name: runner for runner in runners}
+    for name in filter(by_name.__contains__, SAME):
+        expected, actual = (
+            by_name[each].outcome(rotation.full_turn()[0]) for each in (SAME[name], name)
+        )
+        rounding = torch.finfo(torch.bfloat16 if name == FUSED else getattr(torch, case.dtype)).eps
+        tolerances = {"loss": (2e-5, 2e-5), "gradient": (max(rounding, 1e-4), 1e-7)}
+        found[name] = {}
+        for (what, (rtol, atol)), right, its in zip(
+            tolerances.items(), expected, actual, strict=True
+        ):
+            text = f"{what} of {name} against {SAME[name]}: "
+            torch.testing.assert_close(
+                its, right, rtol=rtol, atol=atol, msg=lambda msg, text=text: text + msg
+            )
+            found[name][what] = (its - right).abs().max().item()
+    return found
+
+
+def measure_times(case: Case, contenders: list[Contender], request: Request) -> Found:
+    """Every single time, by contender and phase, and what else is found on the way."""
+    device = LockstepCpu()
+    rotation = ShardRotation(case, device.cache_bytes() if request.rotates else 0)
+    runners, failed = start(contenders, rotation, device)
+    agrees = agreement(runners, rotation, case)
+
+    def drop(runner: Runner, reason: str) -> NoReturn:
+        raise RuntimeError(f"{runner.name}: {reason}")  # the others wait for this one
+
+    # No time limit: as many rounds in all processes.
+    seconds = time_side_by_side(runners, rotation, device, request.repeats, 0.0, drop=drop)
+    return {"seconds": rounded(seconds), "agreement": agrees, "failed": failed}
+
+
+def memory_once(runner: ShardRunner, rotation: Rotation, device: Cpu) -> Peaks | None:
+    """Bytes beyond the inputs: peaks of the forward and of both, and what is held in between."""
+    arguments = runner.prepare(rotation.next())
+    before = device.reset_peak()
+    result = runner.forward(arguments)
+    forward = device.peak_bytes()
+    held = device.reset_peak()
+    gradient = runner.backward(result)
+    total = max(forward, device.peak_bytes())
+    del gradient
+    if before is None or held is None:
+        return None
+    return {FORWARD: forward - before, HELD: held - before, TOTAL: total - before}
+
+
+def measure_memory(case: Case, contenders: list[Contender], _: Request) -> Found:
+    """Medians of each contender's memory, and the large tensors that its graph keeps."""
+    device = Cpu()
+    rotation = ShardRotation(case, 0)
+    found: Found = {"peak_bytes": {}, "kept": {}}
+    for contender in contenders:
+        runner: ShardRunner = contender.make_runner()
+        # No time limit: as many calls in all processes.
+        peaks = medians(lambda runner=runner: memory_once(runner, rotation, device), float("inf"))
+        if peaks:
+            found["peak_bytes"][contender.name] = peaks
+        found["kept"][contender.name] = runner.kept(rotation.next())
+    return found
+
+
+def measure(rank: int, measure_what: Any, request: Request) -> Iterator[Found]:
+    """What one process measures, case by case."""
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=request.seconds)
+    store = dist.TCPStore("127.0.0.1", request.port, is_master=False, timeout=limit)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=request.world_size, timeout=limit
+    )
+    chosen = {name for _, names in request.cases for name in names}
+    if any(c.module for c in CONTENDERS if c.name in chosen):
+        warnings.filterwarnings("ignore", module=r"megatron\.")  # on what else could be installed
+        from megatron.core import parallel_state
+
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=request.world_size)
+    gc.freeze()  # no collection looks through all that was imported
+    for case, names in request.cases:
+        if rank == 0:
+            print(f"{measure_what.__name__}: {case}", file=sys.stderr)
+        torch.compiler.reset()
+        yield measure_what(case, [c for c in CONTENDERS if c.name in names], request)
+    dist.destroy_process_group()

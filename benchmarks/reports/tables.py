@@ -1,0 +1,149 @@
+"""Tables in Markdown, and what the reports of all benchmarks have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from contenders.contender import Contender
+from contenders.peers import PEERS
+from harness.progress import Progress
+from harness.timing import BACKWARD, FORWARD, TOTAL
+
+from . import bounds
+from .bounds import Bound
+from .results import CaseResult, Result
+
+MISSING = "-"
+MIB = 2**20
+MEMORY = "Peak memory beyond the inputs, MiB (measured):"
+EACH_PHASE = "Forward + backward, each by itself, milliseconds:"
+
+
+def both(unit: str = "milliseconds") -> str:
+    """The line before a table of totals."""
+    return f"Forward and backward together, {unit} (median, interleaved in one run):"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; all but the first column are aligned to the right."""
+    lines = [" | ".join(head)]
+    lines.append(" | ".join(["---", *["---:"] * lines[0].count(" | ")]))
+    lines.extend(" | ".join(row) for row in rows)
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def by_case(
+    result: Result,
+    cell: Callable[[CaseResult, str], str],
+    contenders: Sequence[Contender] | None = None,
+    cases: Sequence[CaseResult] | None = None,
+) -> str:
+    """A row for each case, a column for each contender; unless told, for all that there are."""
+    contenders = result.contenders if contenders is None else contenders
+    rows = [
+        [str(of_case.case), *(cell(of_case, c.name) for c in contenders)]
+        for of_case in (result.cases if cases is None else cases)
+    ]
+    return table(["", *(c.title for c in contenders)], rows)
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Three significant digits, no exponent; small figures no finer than a hundredth."""
+    if value is None:
+        return MISSING
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:,.{digits}f}{unit}"
+
+
+def median(result: CaseResult, name: str, scale: float = 1e3, phase: str = TOTAL) -> str:
+    """The median of a contender's times in a phase, times a scale; or why there is none."""
+    spread = result.spread(name, phase)
+    if spread is None and name in result.failed and not result.spread(name):
+        return result.failed[name].split(":")[0]
+    return number(spread.median * scale if spread else None)
+
+
+def each_phase(result: CaseResult, name: str) -> str:
+    """Milliseconds of forward and backward, where they can be told apart."""
+    if not result.spread(name, FORWARD):
+        return MISSING
+    return " + ".join(median(result, name, phase=phase) for phase in (FORWARD, BACKWARD))
+
+
+def mebibytes(result: CaseResult, name: str, phase: str = TOTAL) -> str:
+    """Peak memory beyond the inputs."""
+    peak = result.peak(name, phase)
+    return number(peak / MIB if peak is not None else None)
+
+
+def machine_line(result: Result) -> str:
+    """Where, when and with what."""
+    m = result.machine
+    if result.device == "cpu":
+        hardware = f"{m['threads']} threads on {m['cores']} cores ({m['cpu_capability']})"
+    else:
+        hardware = f"driver {m['driver']}, CUDA {m['cuda']}"
+    commit = f", commit {m['commit']}" if m["commit"] else ""
+    beside = [f"{PEERS[module]} {version}" for module, version in m.get("peers", {}).items()]
+    return (
+        f"{m['model']}, {hardware}, torch {m['torch']}, eaft_ext {m['eaft_ext']}{commit}, "
+        + "".join(f"{peer}, " for peer in beside)
+        + f"{m['date'][:10]}."
+    )
+
+
+def bounds_table(result: Result) -> str:
+    """The promises and whether they were held."""
+
+    def row(bound: Bound, measured: float) -> list[str]:
+        return [
+            f"{bound.case or 'all cases'}: {bound.promise}",
+            f"{'≥' if bound.at_least else '≤'} {bound.limit:g}{bound.unit}",
+            number(measured, bound.unit),
+            "held" if bound.holds(measured) else "missed",
+        ]
+
+    rows = [row(bound, measured) for bound, measured in bounds.evaluate(result)]
+    return table(["promise", "bound", "measured", ""], rows) if rows else ""
+
+
+def promises(result: Result) -> list[str]:
+    """The same after a line that says so, and those that a GPU's result is silent about."""
+    found = bounds_table(result)
+    if not found:
+        return []
+    parts = ["What was promised, and what came out:", found]
+    missing = bounds.unmeasured(result)
+    if missing and result.device != "cpu":
+        parts.append("Not measured: " + "; ".join(bound.promise for bound in missing) + ".")
+    return parts
+
+
+def failures(result: Result, heading: str = "## What failed at {}") -> list[str]:
+    """What has no times, and why."""
+    parts = []
+    for case, failed in result.failed.items():
+        if failed:
+            lines = [f"- without {name}: {reason}" for name, reason in failed.items()]
+            parts += [heading.format(case), "\n".join(lines)]
+    return parts
+
+
+def text(parts: Iterable[str]) -> str:
+    """Parts with an empty line between them."""
+    return "\n\n".join(parts)
+
+
+def write_report(
+    progress: Progress, markdown: Callable[[Result], str], has_bounds: bool = True
+) -> str:
+    """The report, also written beside the result file."""
+    result = Result(progress.raw)
+    if has_bounds:
+        progress.raw["bounds"] = bounds.as_json(result)
+    progress.write()
+    report = markdown(result)
+    path: Path = progress.path
+    path.with_suffix(".md").write_text(report)
+    return report
