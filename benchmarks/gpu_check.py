@@ -4,19 +4,17 @@ The steps, each within its own time limit; one that fails does not stop those af
 
     build       pip install into build/gpu_check/site, for this GPU alone
     suite       pytest, but for what has nothing to do with a GPU
-    sanitize    sanitize.py under compute-sanitizer: what watches.py lists
+    sanitize    sanitize.py under compute-sanitizer: the tools that gpu/outcomes.py lists
     bench       run.py --device cuda, with the peers that are installed
     linear      linear_loss.py --device cuda, likewise
     use         use.py: the commands and a short fine-tuning run; only with --only, as in
                 --only build,use,scaling
     scaling     scaling.py --device cuda, like bench; only with --only
 
-Writes gpu_check.json and gpu_check.log, and the benchmarks <gpu>.json, .csv and .md,
+Writes gpu_check.json and gpu_check.log, and the benchmarks <gpu>.json and .md,
 <gpu>-linear.json and .md, and <gpu>-scaling.json and .md. Ends with 0 if all steps passed, with 1
 if one did not, and with 2 where there is no GPU.
 """
-
-from __future__ import annotations
 
 import argparse
 import importlib.util
@@ -31,64 +29,55 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from contenders import peers
 from gpu import outcomes, processes
-from gpu.processes import Finished
-from gpu.watches import FIRST_PORT, WATCHES
+from gpu.outcomes import WATCHES
+from gpu.processes import Command, Finished
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 WORK = ROOT / "build" / "gpu_check"
 
-# There is no time for all of them in one call.
-DEFAULT_STEPS = ("build", "suite", "sanitize", "bench", "linear")
-STEPS = (*DEFAULT_STEPS, "use", "scaling")
-# The most seconds that a step gets, and those that it finds left when its turn comes.
-LIMITS = {
-    "build": 270.0,
-    "suite": 150.0,
-    "sanitize": 110.0,
-    "bench": 600.0,
-    "linear": 600.0,
-    "use": 120.0,
-    "scaling": 600.0,
+
+class Step(NamedTuple):
+    """The most seconds that it gets, and those that it finds left when its turn comes."""
+
+    limit: float
+    reserved: float
+    benchmark: str = ""
+    by_default: bool = True
+
+
+STEPS = {
+    "build": Step(270.0, 0.0),
+    "suite": Step(150.0, 50.0),
+    "sanitize": Step(110.0, 50.0),
+    "bench": Step(600.0, 100.0, "run.py"),
+    "linear": Step(600.0, 75.0, "linear_loss.py"),
+    # There is no time for all of them in one call.
+    "use": Step(120.0, 60.0, by_default=False),
+    "scaling": Step(600.0, 75.0, "scaling.py", by_default=False),
 }
-RESERVED = {
-    "build": 0.0,
-    "suite": 50.0,
-    "sanitize": 50.0,
-    "bench": 100.0,
-    "linear": 75.0,
-    "use": 60.0,
-    "scaling": 75.0,
-}
+DEFAULT_STEPS = tuple(name for name, step in STEPS.items() if step.by_default)
 FEWEST_SECONDS = 15.0
 ENVIRONMENT_SECONDS = 120.0
 REPORT_SECONDS = 5.0
-BENCHMARKS = {"bench": "run.py", "linear": "linear_loss.py", "scaling": "scaling.py"}
-# They take so long to begin and, at most, to end their last case after their time.
+# Benchmarks take so long to begin and, at most, to end their last case after their time.
 BENCH_MARGIN_SECONDS = 25.0
 
 # The commands are tried by use.py, and their tests are of the CPU; the compiler's report is in the
 # log of the build; what runs on the device need not run on the host.
 LEFT_OUT = (
-    "tests/test_demo.py",
-    "tests/test_demo_data.py",
-    "tests/test_demo_fused_linear.py",
-    "tests/test_demo_model.py",
-    "tests/test_inspect.py",
-    "tests/test_bench_command.py",
-    "tests/test_benchmarks_scaling.py",
-    "tests/test_build.py",
-    "tests/test_cuda_on_host.py",
-    "tests/test_kernels_on_host.py",
-    "tests/test_topk_on_host.py",
+    *("test_demo*.py", "test_inspect.py", "test_bench_command.py", "test_benchmarks_scaling.py"),
+    *("test_build.py", "test_cuda_on_host.py", "test_kernels_on_host.py", "test_topk_on_host.py"),
 )
 MOST_WORKERS = 12
 BENCH_RUNS = 5
 DEVICE_LOST = 3
+FIRST_PORT = 49152
+TOO_LITTLE_TIME = "not run: too little time"
 
 # Prints how the package was built, and which operators have no CUDA kernel in it. Those that are
 # written in Python have one for all devices.
@@ -112,6 +101,7 @@ class Check:
         self.steps: tuple[str, ...] = arguments.only
         self.wheels: Path | None = arguments.wheels
         self.output: Path = arguments.output
+        self.log = self.output / "gpu_check.log"
         self._end: float = time.monotonic() + 60 * arguments.minutes
         self.record: dict[str, Any] = {"steps": {}}
         self.environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -124,28 +114,21 @@ class Check:
         path = [*tools, os.environ.get("PATH", os.defpath), *toolkit]
         self.environment["PATH"] = os.pathsep.join(path)
 
-    @property
-    def log(self) -> Path:
-        """Where all output goes."""
-        return self.output / "gpu_check.log"
-
-    def left(self) -> float:
-        """Seconds until the end, but for those of the report."""
-        return self._end - time.monotonic() - REPORT_SECONDS
-
     def limit(self, step: str) -> float:
         """Seconds for a step, so that those after it get theirs."""
         later = self.steps[self.steps.index(step) + 1 :]
-        reserved = sum(RESERVED[each] for each in later)
-        return min(LIMITS[step], self.left() - reserved)
+        # The report has its time, too.
+        left = self._end - time.monotonic() - REPORT_SECONDS
+        return min(STEPS[step].limit, left - sum(STEPS[each].reserved for each in later))
 
-    def run(self, command: Sequence[str | Path], limit: float, **options: Any) -> Finished:
-        """Run a command of a step."""
-        options.setdefault("log", self.log)
-        return processes.run(command, limit=limit, environment=self.environment, **options)
+    def run(
+        self, command: Command, limit: float, *, log: Path | None = None, **more: str
+    ) -> Finished:
+        """Run a command with more in its environment, where the checkout is not imported from."""
+        environment = {**self.environment, **more}
+        return processes.run(command, log or self.log, limit, environment=environment, folder=WORK)
 
     def save(self) -> None:
-        """Write what is known."""
         self.output.mkdir(parents=True, exist_ok=True)
         partial = WORK / "gpu_check.part"
         partial.write_text(json.dumps(self.record, indent=2) + "\n")
@@ -168,11 +151,10 @@ class Check:
         self.log.write_text(done.output)
         self.record["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.record["environment"], _ = json.JSONDecoder().raw_decode("{" + text[2])
-        environment = self.environment
-        environment.setdefault("MAX_JOBS", str(self.record["environment"]["cores"]))
-        capability = self.record["environment"]["capability"]
-        if not environment.get("TORCH_CUDA_ARCH_LIST"):
-            environment["TORCH_CUDA_ARCH_LIST"] = capability
+        found = self.record["environment"]
+        self.environment.setdefault("MAX_JOBS", str(found["cores"]))
+        if not self.environment.get("TORCH_CUDA_ARCH_LIST"):
+            self.environment["TORCH_CUDA_ARCH_LIST"] = found["capability"]
 
     def take_over(self) -> None:
         """Keep what earlier calls found out about the steps that this one leaves out."""
@@ -207,7 +189,7 @@ class Check:
         options += ["--no-compile", "--target", str(folder)]
         if what == [ROOT]:
             options += ["--no-build-isolation", "-v"]
-        command: list[str | Path] = [sys.executable, "-m", "pip", "install", *options, *what]
+        command = [sys.executable, "-m", "pip", "install", *options, *what]
         return self.run(command, self.limit("build") if what == [ROOT] else 60.0)
 
     def use_folders(self) -> None:
@@ -228,7 +210,6 @@ class Check:
     # -- the steps -------------------------------------------------------------------------------
 
     def build(self) -> dict[str, Any]:
-        """Build and install, and look at what came out."""
         site = WORK / "site"
         shutil.rmtree(site, ignore_errors=True)
         self.environment["EAFT_EXT_CUDA"] = "1"
@@ -241,7 +222,7 @@ class Check:
             "spills": sum(map(done.output.count, ("Registers are spilled", "Local memory used"))),
         }
         if done.code == 0:
-            looked = self.run([sys.executable, "-c", IMPORT_CHECK], 60.0, folder=WORK)
+            looked = self.run([sys.executable, "-c", IMPORT_CHECK], 60.0)
             found["outcome"] = looked.outcome
             if looked.code == 0:
                 found |= json.loads(looked.output.strip().splitlines()[-1])
@@ -253,22 +234,17 @@ class Check:
     def suite(self) -> dict[str, Any]:
         """The tests, from another folder: the checkout shall not stand in for the package."""
         limit = self.limit("suite")
-        command: list[str | Path] = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml"]
-        command += ["--rootdir", ROOT, ROOT / "tests", "-v", "--tb=short", "--color=no"]
-        command += ["-p", "no:cacheprovider", "-p", "gpu.instant_failures", "--maxfail=100"]
-        command += [f"--ignore={ROOT / path}" for path in LEFT_OUT]
+        command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
+        command += [ROOT / "tests", "-v", "--tb=short", "--color=no", "--maxfail=100"]
+        command += ["-p", "no:cacheprovider", *(f"--ignore-glob=*/{name}" for name in LEFT_OUT)]
         if importlib.util.find_spec("xdist"):
             workers = min(self.record["environment"]["cores"], MOST_WORKERS)
             command += ["-n", str(workers)]
         if importlib.util.find_spec("pytest_timeout"):
             # Of a kernel that hangs, only the end of its process is the end.
             command += [f"--timeout={max(limit / 2, 20):.0f}", "--timeout-method=thread"]
-        before = dict(self.environment)
-        self.environment["PYTHONPATH"] += f"{os.pathsep}{FOLDER}"
         # Each worker may compile in torch.compile's own pool of processes, of all cores by default.
-        self.environment["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
-        done = self.run(command, limit, folder=WORK)
-        self.environment = before
+        done = self.run(command, limit, TORCHINDUCTOR_COMPILE_THREADS="2")
         found = {"outcome": done.outcome, "left_out": list(LEFT_OUT)}
         found |= outcomes.suite(done.output)
         if done.code == 0 and not found["passed_on_cuda"]:
@@ -276,7 +252,6 @@ class Check:
         return found
 
     def sanitize(self) -> dict[str, Any]:
-        """All tools at once."""
         # A wheel of it goes before the toolkit's: the release notes of newer ones list races that
         # they no longer report, and that were none.
         folders = [str(folder) for folder in (WORK / "peers").glob("*/nvidia/*/bin")]
@@ -284,19 +259,15 @@ class Check:
         program = shutil.which("compute-sanitizer", path=search)
         if program is None:
             return {"outcome": "failed: there is no compute-sanitizer"}
-        # Each tensor gets memory of its own, so that what is read beyond it is not another's.
-        self.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         limit = self.limit("sanitize")
         logs = {name: WORK / f"{name.replace(' ', '_')}.log" for name in WATCHES}
 
-        def run(name: str) -> dict[str, Any]:
+        def run(name: str, port: int) -> dict[str, Any]:
             watch = WATCHES[name]
-            # Each tool may try some ports.
-            port = FIRST_PORT + 100 * list(WATCHES).index(name)
-            command: list[str | Path] = [*watch.command(program, port)]
+            command = [*watch.command(program, port), sys.executable, FOLDER / "sanitize.py"]
             logs[name].write_bytes(b"")
-            command += [sys.executable, FOLDER / "sanitize.py"]
-            done = self.run(command, limit, log=logs[name], folder=WORK)
+            # Each tensor gets memory of its own, so that what is read beyond it is not another's.
+            done = self.run(command, limit, log=logs[name], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
             found = {"outcome": done.outcome, "seconds": round(done.seconds, 1)}
             found |= outcomes.sanitizer(done.output)
             if found["outcome"] == "passed" and found["errors"] is None:
@@ -304,66 +275,48 @@ class Check:
             return found | {"counts": watch.counts}
 
         with ThreadPoolExecutor(len(WATCHES)) as pool:
-            tools = dict(zip(WATCHES, pool.map(run, WATCHES), strict=True))
-        del self.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"]
+            # Each tool may try some ports.
+            ports = range(FIRST_PORT, 2**16, 100)
+            tools = dict(zip(WATCHES, pool.map(run, WATCHES, ports), strict=True))
         with self.log.open("ab") as log:
-            for path in logs.values():
-                log.write(path.read_bytes())
-        bad = [
-            found["outcome"]
-            for found in tools.values()
-            if found["counts"] and found["outcome"] != "passed"
-        ]
+            log.writelines(path.read_bytes() for path in logs.values())
+        counted = [found["outcome"] for found in tools.values() if found["counts"]]
+        bad = [outcome for outcome in counted if outcome != "passed"]
         return {"outcome": bad[0] if bad else "passed", "program": program, "tools": tools}
 
-    def bench(self) -> dict[str, Any]:
-        """The loss of logits, beside copies and peers."""
-        return self.measure("bench")
-
-    def linear(self) -> dict[str, Any]:
-        """The loss with the output layer, beside bare products and peers."""
-        return self.measure("linear")
-
     def use(self) -> dict[str, Any]:
-        """What a user does first."""
-        done = self.run([sys.executable, FOLDER / "use.py"], self.limit("use"), folder=WORK)
+        done = self.run([sys.executable, FOLDER / "use.py"], self.limit("use"))
         return {"outcome": done.outcome}
-
-    def scaling(self) -> dict[str, Any]:
-        """The loss of logits of many sizes."""
-        return self.measure("scaling")
 
     def measure(self, step: str) -> dict[str, Any]:
         """A benchmark, in a new process where one is lost with its device."""
         done, runs = None, 0
-        while runs < BENCH_RUNS and (done is None or done.code == DEVICE_LOST or _crashed(done)):
+        while runs < BENCH_RUNS and (done is None or done.code == DEVICE_LOST or done.crashed):
             limit = self.limit(step)
             if limit < FEWEST_SECONDS + BENCH_MARGIN_SECONDS:
                 break
             minutes = (limit - BENCH_MARGIN_SECONDS) / 60
-            command: list[str | Path] = [sys.executable, FOLDER / BENCHMARKS[step]]
-            command += ["--device", "cuda", "--output", self.output, "--minutes", f"{minutes:.2f}"]
-            command += ["--checks", self.output / "gpu_check.json"]
-            command += ["--resume"] if runs else []
+            command = [sys.executable, FOLDER / STEPS[step].benchmark, "--device", "cuda"]
+            command += ["--output", self.output, "--minutes", f"{minutes:.2f}"]
+            command += ["--checks", self.output / "gpu_check.json", *(["--resume"] if runs else [])]
             done = self.run(command, limit)
             runs += 1
-        return {"outcome": done.outcome if done else "not run: too little time", "runs": runs}
+        return {"outcome": done.outcome if done else TOO_LITTLE_TIME, "runs": runs}
 
     def run_step(self, step: str) -> None:
-        """Run a step and take down how it went."""
         begin = time.monotonic()
         log_begin = self.log.stat().st_size
-        needed = FEWEST_SECONDS + (BENCH_MARGIN_SECONDS if step in BENCHMARKS else 0)
+        is_benchmark = bool(STEPS[step].benchmark)
         found: dict[str, Any]
         usable = self.record["steps"].get("build", {}).get("usable", True)
-        if self.limit(step) < needed:
-            found = {"outcome": "not run: too little time"}
+        if self.limit(step) < FEWEST_SECONDS + BENCH_MARGIN_SECONDS * is_benchmark:
+            found = {"outcome": TOO_LITTLE_TIME}
         elif step != "build" and not usable:
             found = {"outcome": "not run: the build failed"}
         else:
             print(f"{step} (at most {self.limit(step):.0f} s) ...", flush=True)
             try:
-                found = getattr(self, step)()
+                found = self.measure(step) if is_benchmark else getattr(self, step)()
             except Exception as error:  # of this script: the other steps shall run all the same
                 found = {"outcome": f"failed: {type(error).__name__}: {error}"}
         found["seconds"] = round(time.monotonic() - begin, 1)
@@ -380,20 +333,13 @@ class Check:
         print("\n".join(f"  | {line}" for line in shown), flush=True)
 
 
-def _crashed(done: Finished) -> bool:
-    """Whether a signal ended a process, not its time."""
-    return done.code is not None and done.code < 0
-
-
 def results_of(check: Check) -> list[Path]:
-    """The benchmarks' reports of this call."""
     begin = datetime.fromisoformat(check.record["date"]).timestamp()
     reports = [file for file in check.output.glob("cuda-*.md") if file.stat().st_mtime >= begin]
     return sorted(reports, key=lambda file: file.stat().st_mtime)
 
 
 def describe_step(step: str, found: dict[str, Any]) -> str:
-    """One line, or a few."""
     line = f"{step:<9} {found['outcome']}, {found['seconds']} s"
     if step == "suite" and "passed" in found:
         line += (
@@ -437,7 +383,7 @@ def report(check: Check) -> None:
 def steps(text: str) -> tuple[str, ...]:
     """Names of steps, separated by commas, in their order."""
     names = set(text.split(","))
-    if unknown := names - set(STEPS):
+    if unknown := names - STEPS.keys():
         raise argparse.ArgumentTypeError(f"{sorted(unknown)} are not among {', '.join(STEPS)}")
     return tuple(step for step in STEPS if step in names)
 
@@ -448,7 +394,6 @@ def folder(text: str) -> Path:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="gpu_check.sh",
@@ -456,22 +401,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", type=steps, default=DEFAULT_STEPS, metavar="STEP,...")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for everything (default 9.5)")
-    parser.add_argument("--wheels", type=folder, metavar="DIR", help="peers to install from there")
-    parser.add_argument(
-        "--output",
-        type=folder,
-        default=FOLDER / "results",
-        metavar="DIR",
-        help="default: benchmarks/results",
-    )
-    parser.add_argument("--commit", default="", metavar="ID", help="where this is no git checkout")
+    results = FOLDER / "results"
+    add = parser.add_argument
+    add("--only", type=steps, default=DEFAULT_STEPS, metavar="STEP,...")
+    add("--minutes", type=float, default=9.5, help="for everything (default 9.5)")
+    add("--wheels", type=folder, metavar="DIR", help="peers to install from there")
+    add("--output", type=folder, default=results, metavar="DIR", help="default: benchmarks/results")
+    add("--commit", default="", metavar="ID", help="where this is no git checkout")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the steps and report."""
     check = Check(parse(arguments))
 
     def stop(number: int, _: object) -> None:

@@ -11,20 +11,12 @@ puts the figures into docs/benchmarks.md. Ends as run.py does: with 1 if one of 
 failed, and with 3 if the device was lost.
 """
 
-from __future__ import annotations
-
-import itertools
 import sys
 from functools import partial
-from typing import Any
 
-import torch
-from contenders.cases import TIMES, Case, LinearCase, Rotation
-from contenders.contender import Runner
+from contenders.cases import TIMES, Case, LinearCase
 from contenders.linear import LINEAR_CONTENDERS, PRODUCTS, SAME, chunk_tokens
 from harness.benchmark import Benchmark
-from harness.measure import Session
-from harness.progress import describe_error
 from reports.results import CaseResult, Result
 from reports.tables import (
     EACH_PHASE,
@@ -43,7 +35,6 @@ from reports.tables import (
     text,
     write_report,
 )
-from torch import Tensor
 
 SUFFIX = "-linear"
 # The heads of SmolLM2-135M and of Qwen3-0.6B; a call of the first takes seconds on two cores.
@@ -59,61 +50,11 @@ WARM_UP = {"cpu": 0, "cuda": 1}
 # Of the loss, and of the gradients' norms: 16-bit gradients are rounded where they are added up.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 COMPILATION_SECONDS = 25.0
-# The parts of an outcome.
-COMPARED = ("loss", "hidden_gradient", "weight_gradient")
 
 
 def make_case(shape: tuple[int, ...], dtype: str) -> Case:
-    """The case of tokens, hidden and vocabulary."""
     num_rows, hidden_size, vocab_size = shape
     return LinearCase(num_rows, vocab_size, dtype, hidden_size)
-
-
-def off(actual: Tensor, expected: Tensor) -> float:
-    """The norm of the difference over that of what is expected."""
-    norms = [
-        torch.linalg.vector_norm(each, dtype=torch.float32)
-        for each in (actual - expected, expected)
-    ]
-    return float(norms[0] / norms[1])
-
-
-def check_agreement(
-    case: Case, runners: list[Runner], rotation: Rotation, session: Session
-) -> dict[str, dict[str, float]]:
-    """Take out of the runners what computes something else than it should, or fails."""
-    batch = rotation.full_turn()[0]
-    expected: dict[str, Any] = {}
-    found = {}
-    # Those that others are compared with come first.
-    for runner in sorted(runners, key=lambda runner: runner.name in SAME):
-        name = runner.name
-        reason = ""
-        try:
-            outcome = runner.outcome(batch)
-        except Exception as error:
-            reason = describe_error(error)
-        else:
-            if name in SAME.values():
-                expected[name] = outcome
-            elif SAME.get(name) in expected:
-                pairs = zip(outcome, expected[SAME[name]], strict=True)
-                found[name] = dict(zip(COMPARED, itertools.starmap(off, pairs), strict=True))
-                reason = disagreement(found[name], SAME[name], case)
-            del outcome
-        if reason:
-            runners.remove(runner)
-            session.blame(runner.contender, reason)
-    return found
-
-
-def disagreement(differences: dict[str, float], other: str, case: Case) -> str:
-    """How far a contender is from another, "" if that is due to rounding."""
-    # NaN is no agreement either.
-    if all(difference <= TOLERANCE[case.dtype] for difference in differences.values()):
-        return ""
-    how_far = ", ".join(f"{what} {by:.2g}" for what, by in differences.items())
-    return f"off from {other}: {how_far}"
 
 
 def chunk_table(result: Result) -> str:
@@ -131,13 +72,10 @@ def chunk_table(result: Result) -> str:
 
 
 def summary(result: Result) -> str:
-    """The tables for the page of benchmarks."""
     return text([machine_line(result), *summary_parts(result)])
 
 
 def summary_parts(result: Result) -> list[str]:
-    """Tables over all cases, each after a line that says what it is."""
-
     def times_products(case: CaseResult, name: str) -> str:
         return number(case.ratio(name, PRODUCTS))
 
@@ -166,13 +104,11 @@ def summary_parts(result: Result) -> list[str]:
 
 
 def markdown(result: Result) -> str:
-    """The whole report."""
     parts = ["# Benchmark of `linear_gated_ce`", machine_line(result)]
     return text([*parts, "## In short", *summary_parts(result), *failures(result)]) + "\n"
 
 
 def main() -> int:
-    """Measure, print and write."""
     benchmark = Benchmark(
         LINEAR_CONTENDERS,
         SHAPES,
@@ -184,7 +120,8 @@ def main() -> int:
         "TxHxV",
         "4096x576x49152",
         make_case,
-        check_agreement,
+        SAME,
+        TOLERANCE,
         WARM_UP,
         COMPILATION_SECONDS,
     )

@@ -6,8 +6,6 @@
 Needs matplotlib.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys
@@ -50,7 +48,6 @@ def gigabytes(of_case: CaseResult, name: str, phase: str) -> float | None:
 
 
 def milliseconds(of_case: CaseResult, name: str) -> float | None:
-    """Time of forward and backward."""
     spread = of_case.spread(name)
     return spread.median * 1e3 if spread else None
 
@@ -94,7 +91,6 @@ def draw(result: Result) -> Figure:
 
 
 def plot(panel: Any, result: Result, cases: list[CaseResult], along: str, value: Value) -> None:
-    """A line for each contender that has values."""
     for contender in result.contenders:
         points = [
             (getattr(of_case.case, along), found)
@@ -108,13 +104,11 @@ def plot(panel: Any, result: Result, cases: list[CaseResult], along: str, value:
 
 
 def stamp(result: Result) -> str:
-    """What a picture's metadata say of its source."""
     machine = result.machine
     return f"{machine['model']}, commit {machine['commit']}, {machine['date']}"
 
 
 def is_of(path: Path, result: Result) -> bool:
-    """Whether a picture was drawn of a result."""
     if not path.exists():
         return False
     with Image.open(path) as image:
@@ -122,7 +116,6 @@ def is_of(path: Path, result: Result) -> bool:
 
 
 def main() -> None:
-    """Draw or check the pictures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 if one is out of date")
     parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR")

@@ -10,8 +10,6 @@ vocab_parallel.py, for ``linear`` and ``linear_cuda`` once there are some of lin
 is in docs/benchmarks.md; the README has ``cpu`` and ``cuda`` in short.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
@@ -54,7 +52,6 @@ PAGES = {"docs/benchmarks.md": "summary", "README.md": "in_short"}
 
 
 def newest(folder: Path) -> dict[str, Result]:
-    """The result with the latest date for each block."""
     found: dict[str, Any] = {}
     for name, block in BLOCKS.items():
         raws = [
@@ -68,7 +65,6 @@ def newest(folder: Path) -> dict[str, Result]:
 
 
 def fill(text: str, name: str, block: str, page: str) -> str:
-    """The text of a page with its block of a name replaced."""
     begin, end = f"<!-- benchmark:{name} -->", f"<!-- /benchmark:{name} -->"
     before, found_begin, rest = text.partition(begin)
     _, found_end, after = rest.partition(end)
@@ -78,7 +74,6 @@ def fill(text: str, name: str, block: str, page: str) -> str:
 
 
 def main() -> None:
-    """Write or check the pages."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 if one would change")
     parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR")

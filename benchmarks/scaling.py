@@ -10,8 +10,6 @@ it. Ends as run.py does: with 1 if one of our own contenders failed, and with 3 
 lost.
 """
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 from pathlib import Path
@@ -68,7 +66,6 @@ GRADIENT_IN_FORWARD = ("gated_ce_fused_inplace", "liger")
 
 
 def shapes(device: str) -> tuple[tuple[int, int], ...]:
-    """What is measured, each shape once."""
     of_one_size = [(ELEMENTS[device] // words, words) for words in VOCABULARIES]
     of_one_vocabulary = [(rows, VOCABULARY) for rows in ROWS[device]]
     return tuple(dict.fromkeys([*of_one_size, *of_one_vocabulary]))
@@ -78,14 +75,12 @@ SHAPES = {device: shapes(device) for device in ELEMENTS}
 
 
 def by_vocabulary(result: Result) -> list[CaseResult]:
-    """The cases of one size, by their vocabulary."""
     elements = ELEMENTS[result.device]
     found = [r for r in result.cases if r.case.num_rows == elements // r.case.vocab_size]
     return sorted(found, key=lambda of_case: of_case.case.vocab_size)
 
 
 def by_rows(result: Result) -> list[CaseResult]:
-    """The cases of one vocabulary, by their rows."""
     found = [r for r in result.cases if r.case.vocab_size == VOCABULARY]
     return sorted(found, key=lambda of_case: of_case.case.num_rows)
 
@@ -102,7 +97,6 @@ def bandwidth(of_case: CaseResult, name: str, phase: str) -> float | None:
 
 
 def gigabytes(of_case: CaseResult, name: str, phase: str) -> str:
-    """A cell of a table: the bandwidth in a phase."""
     rate = bandwidth(of_case, name, phase)
     return number(None if rate is None else rate / 1e9)
 
@@ -129,7 +123,6 @@ def summary(result: Result) -> str:
 
 
 def markdown(result: Result) -> str:
-    """The whole report."""
     parts = ["# Benchmark of how `gated_ce` scales", machine_line(result), "## In short"]
     if found := by_vocabulary(result):
         for phase, passes in PASSES.items():
@@ -146,7 +139,6 @@ def markdown(result: Result) -> str:
 
 
 def main() -> int:
-    """Measure, print and write."""
     # It promises nothing.
     report = partial(write_report, markdown=markdown, has_bounds=False)
     benchmark = Benchmark(SCALING_CONTENDERS, SHAPES, QUICK_SHAPES, REPEATS, report, DTYPES, SUFFIX)

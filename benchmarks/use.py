@@ -9,8 +9,6 @@ trains two copies of the model in bfloat16 autocast, one on eager EAFT of all lo
 ``use_linear_gated_ce``: their losses must stay together and fall. Ends with 1 if something fails.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import sys
@@ -74,7 +72,6 @@ def fine_tune(folder: Path, device: str) -> None:
 
 
 def train(model: Any, loss_of: Callable[[], torch.Tensor], device: str) -> list[float]:
-    """The losses of some steps on one batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(STEPS):
@@ -88,7 +85,6 @@ def train(model: Any, loss_of: Callable[[], torch.Tensor], device: str) -> list[
 
 
 def main() -> int:
-    """Run all; 1 if something failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args().device

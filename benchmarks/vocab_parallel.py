@@ -9,8 +9,6 @@ figures into docs/benchmarks.md. Megatron-Core, which has no gate, takes part wh
 pip install 'megatron-core'. Ends with 1 if a process fails, or is not done in time.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -19,13 +17,14 @@ from dataclasses import asdict
 from typing import Any
 
 from contenders.cases import DTYPES, Case
-from contenders.shards import CONTENDERS, DISTRIBUTION, HELD, peer_version
+from contenders.shards import CONTENDERS, DISTRIBUTION, peer_version
 from harness import lockstep
 from harness.command import EXAMPLE, add_measured, parser_of, set_measured
 from harness.device import MALLOC_ENVIRONMENT, Cpu
 from harness.fresh_processes import measure_in
 from harness.machine import describe, file_stem, load
 from harness.progress import Progress
+from harness.timing import HELD
 from reports.results import CaseResult, Result
 from reports.tables import (
     EACH_PHASE,
@@ -55,7 +54,6 @@ WITHOUT_PEER = (
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
     parser = parser_of(__doc__)
     add_measured(parser, "NxV", EXAMPLE, REPEATS)
     add = parser.add_argument
@@ -109,7 +107,6 @@ def launch(
 
 
 def measure_all(cases: list[Case], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The entries of the result file."""
     names = [
         c.name
         for c in CONTENDERS
@@ -135,8 +132,6 @@ def measure_all(cases: list[Case], arguments: argparse.Namespace) -> list[dict[s
 
 
 def summary(result: Result) -> str:
-    """The tables for the page of benchmarks."""
-
     def held(case: CaseResult, name: str) -> str:
         tensors = ", ".join(case.kept.get(name, []))
         return mebibytes(case, name, HELD) + (f" ({tensors})" if tensors else "")
@@ -168,7 +163,6 @@ def summary(result: Result) -> str:
 
 
 def main() -> None:
-    """Measure, print and write."""
     arguments = parse()
     machine = {
         **describe(Cpu()),

@@ -119,7 +119,7 @@ def test_a_run_on_a_gpu(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path:
         seconds = case["seconds"]
         assert {"copy", "gated_ce", "single_pass", "eager", "operators_k128"} <= set(seconds)
         assert "clone" not in seconds
-        assert set(seconds["gated_ce"]) == set(timing.PHASES)
+        assert set(seconds["gated_ce"]) == {"forward", "backward", "total", "latency", "graph"}
         assert set(seconds["single_pass"]) == {"total", "latency", "graph"}
         assert len(seconds["gated_ce"]["total"]) == 2
         assert case["failed"] == {"graph of eager": "it synchronises: a copy"}
@@ -129,15 +129,13 @@ def test_a_run_on_a_gpu(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path:
     result = results.Result(raw)
     for case in result.cases:
         for name in ("gated_ce", "gated_ce_inplace", "single_pass"):
-            disagreement = case.disagreement(name, "eager")
-            assert disagreement is not None and disagreement < 0.01
+            assert max(case.agreement[name].values()) < 0.01
     text = (tmp_path / "cuda-fake-gpu-1.md").read_text()
     short = text.partition("## In short\n")[2].partition("\n## ")[0]
     for words in ("Forward, microseconds", "What K costs at 9", "in a CUDA graph", "| held |"):
         assert words in short
     assert "- without graph of eager: it synchronises" in text
     assert "Fake GPU 1, driver 1.2, CUDA 13.0, torch" in text
-    assert (tmp_path / "cuda-fake-gpu-1.csv").read_text().count("latency") > 10
 
 
 def test_what_fails_is_taken_down(
@@ -263,10 +261,7 @@ def _synthetic(copy: float = 2e-3, ours: float = 1e-3) -> results.Result:
                 "case": case,
                 "seconds": {"copy": {"total": [copy]}, "eager": slow, **dict.fromkeys(names, loss)},
                 "peak_bytes": {"gated_ce": {"total": size + 1000}},
-                "agreement": {
-                    "eager": {"loss": 2.0, "gradient_norm": 1.0},
-                    "gated_ce": {"loss": 2.0, "gradient_norm": math.nan},
-                },
+                "agreement": {"gated_ce": {"loss": 0.0, "gradient": math.nan}},
             }
         ],
     }  # fmt: skip
@@ -283,7 +278,7 @@ def test_bounds_of_a_gpu() -> None:
     assert held["K = 20 / K = 2, forward"] == (1.0, True)
     assert held["eager EAFT / `gated_ce`"] == (13.333, True)
     assert held["peak of `gated_ce` / logits"] == (1.0, True)
-    assert held["loss and gradient norm, off from eager EAFT"] == (math.inf, False)
+    assert held["loss and gradient, off from eager EAFT"] == (math.inf, False)
     slower = {b.promise: b.holds(v) for b, v in evaluate(_synthetic(ours=1.1e-3))}
     assert not slower["operator, forward / reading"] and slower["`gated_ce`, backward / copy"]
     missing = [bound.promise for bound in unmeasured(_synthetic())]

@@ -14,7 +14,7 @@ from typing import Any
 import gpu_check
 import pytest
 from gpu import outcomes, processes
-from gpu.watches import ERROR_STATUS, WATCHES, Watch
+from gpu.outcomes import ERROR_STATUS, WATCHES, Watch
 
 import eaft_ext
 from eaft_ext._library import has_kernel
@@ -228,7 +228,7 @@ class TestGpuCheck:
     def test_a_lost_device_is_tried_again(
         self, commands: list[list[str]], tmp_path: Path, step: str
     ) -> None:
-        script = gpu_check.BENCHMARKS[step]
+        script = gpu_check.STEPS[step].benchmark
         self.answers[script] = (gpu_check.DEVICE_LOST, "")
         assert gpu_check.main(["--output", str(tmp_path / "out"), "--only", step]) == 1
         runs = [words for words in commands if words[1].endswith(script)]

@@ -33,6 +33,7 @@ from contenders.linear import (
 from contenders.logits import CONTENDERS
 from harness import benchmark, measure
 from harness.device import Cpu
+from harness.timing import HELD
 from reports import results
 from reports.bounds import LINEAR_BOUNDS, evaluate, unmeasured
 from torch import Tensor
@@ -81,7 +82,7 @@ def test_a_quick_run(
         assert 0 <= max(differences.values()) < 0.02
     if sys.platform.startswith("linux"):
         assert set(case["peak_bytes"]) == ON_A_CPU
-        assert set(case["peak_bytes"][OURS]) == {"forward", "total"}
+        assert set(case["peak_bytes"][OURS]) == {"forward", HELD, "total"}
     # Of so small a case nothing is promised.
     assert {bound["held"] for bound in raw["bounds"]} == {None}
     report = next(tmp_path.glob("*-linear.md")).read_text()
@@ -202,7 +203,7 @@ def test_a_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     (case,) = raw["cases"]
     assert set(case["seconds"]) == ON_A_CPU | {NO_GATE}
     assert list(case["failed"]) == [LIGER]
-    assert case["peak_bytes"][OURS] == {"forward": 10**6, "total": 10**6}
+    assert case["peak_bytes"][OURS] == {"forward": 10**6, HELD: 0, "total": 10**6}
     assert [path.name for path in tmp_path.glob("*.json")] == ["cuda-fake-gpu-1-linear.json"]
     text = (tmp_path / "cuda-fake-gpu-1-linear.md").read_text()
     assert "## In short" in text and f"- without {LIGER}: off from {NO_GATE}" in text

@@ -15,7 +15,8 @@ import readme_tables
 import torch
 import vocab_parallel
 from contenders.cases import TIMES, Case
-from contenders.shards import CONTENDERS, HELD, INPLACE, MEGATRON, NO_GATE, OURS
+from contenders.shards import CONTENDERS, INPLACE, MEGATRON, NO_GATE, OURS
+from harness.timing import HELD
 from reports.bounds import evaluate
 from reports.results import Result
 

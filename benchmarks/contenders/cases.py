@@ -1,7 +1,5 @@
 """The cases that are measured, and their inputs."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +27,6 @@ class Case:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element."""
         return int(getattr(torch, self.dtype).itemsize)
 
     @property
@@ -42,7 +39,7 @@ class Case:
         """The size of all that a gradient is wanted for, and of the gradients."""
         return self.logits_bytes
 
-    def batch(self, generator: torch.Generator) -> Batch | LinearBatch:
+    def batch(self, generator: torch.Generator) -> "Batch | LinearBatch":
         """An input of one call, on the generator's device.
 
         Logits are normal with standard deviation 3, about what a language model gives; labels are
@@ -77,8 +74,7 @@ class LinearCase(Case):
         """Hidden and weight; the labels need no gradient."""
         return (self.num_rows + self.vocab_size) * self.hidden_size * self.itemsize
 
-    def batch(self, generator: torch.Generator) -> LinearBatch:
-        """Logits and labels are as those of any other case."""
+    def batch(self, generator: torch.Generator) -> "LinearBatch":
         hidden = self._normal((self.num_rows, self.hidden_size), 1, generator)
         deviation = 3 / math.sqrt(self.hidden_size)
         weight = self._normal((self.vocab_size, self.hidden_size), deviation, generator)
@@ -86,7 +82,6 @@ class LinearCase(Case):
 
 
 def case_of(fields: dict[str, Any]) -> Case:
-    """The case that a result file describes."""
     return LinearCase(**fields) if "hidden_size" in fields else Case(**fields)
 
 
@@ -112,7 +107,7 @@ class LinearBatch:
     labels: Tensor
 
     def restore(self) -> None:
-        """There is nothing to undo."""
+        pass
 
 
 class Rotation:

@@ -1,7 +1,6 @@
 """A contender, and its call in two steps, forward and backward."""
 
-from __future__ import annotations
-
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +31,7 @@ class Contender:
     name: str
     title: str
     build: Build
-    runner: type[Runner]
+    runner: "type[Runner]"
     overwrites_logits: bool = False
     devices: tuple[str, ...] = ANY
     module: str = ""
@@ -42,11 +41,9 @@ class Contender:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it calls this package."""
         return self.name.startswith(OURS)
 
     def make_runner(self) -> Any:
-        """Build its function, to be called."""
         return self.runner(self)
 
     def takes_part(self, case: Case, device: str) -> bool:
@@ -55,8 +52,17 @@ class Contender:
         return is_its_shape and device in self.devices and case.dtype in self.dtypes
 
 
+def imported(name: str) -> Build:
+    """How to build another project's function, or module."""
+
+    def build() -> Function:
+        found = pkgutil.resolve_name(name)
+        return found() if isinstance(found, type) else found
+
+    return build
+
+
 def plain(function: Function) -> Build:
-    """How to build what needs no building."""
     return lambda: function
 
 
@@ -64,27 +70,28 @@ class Runner:
     """A contender's function, and its call on a batch in two steps.
 
     ``prepare``, which is not timed, makes a leaf of the logits, without a gradient yet, so that
-    nothing is accumulated. ``forward`` gives the loss, and ``backward`` is ``.backward()`` of it.
+    nothing is accumulated. ``forward`` gives what ``backward`` needs, which is ``.backward()`` of
+    the loss.
     """
 
     has_backward = True
     is_loss = True
+    # Of an outcome.
+    parts: tuple[str, ...] = ("loss", "gradient")
 
     def __init__(self, contender: Contender) -> None:
         self.contender = contender
         self.name = contender.name
         self.function = contender.build()
 
-    def prepare(self, batch: Any) -> Any:
-        """The arguments of ``forward``."""
-        return self.source(batch).detach().requires_grad_(), batch.labels
-
     def source(self, batch: Batch) -> Tensor:
         """The logits, or a copy of them for who overwrites them."""
         return batch.workspace if self.contender.overwrites_logits else batch.logits
 
+    def prepare(self, batch: Any) -> Any:
+        return self.source(batch).detach().requires_grad_(), batch.labels
+
     def forward(self, arguments: Any) -> Any:
-        """What ``backward`` needs."""
         return self.function(*arguments)
 
     def backward(self, result: Any) -> Any:
@@ -114,22 +121,18 @@ class GradientRunner(Runner):
         raise NotImplementedError
 
     def prepare(self, batch: Any) -> Any:
-        """Leaves, labels, and the gradient of the loss."""
         leaves, labels, upstream = self.leaves(batch)
         return [leaf.detach().requires_grad_() for leaf in leaves], labels, upstream
 
     def forward(self, arguments: Any) -> Any:
-        """The loss, after what its backward needs."""
         leaves, labels, upstream = arguments
         return leaves, upstream, self.function(*leaves, labels)
 
     def backward(self, result: Any) -> tuple[Tensor, ...]:
-        """The gradients of the leaves."""
         leaves, upstream, loss = result
         return torch.autograd.grad(loss, leaves, upstream)
 
     def outcome(self, batch: Any) -> tuple[Tensor, ...]:
-        """Loss and gradients."""
         result = self.forward(self.prepare(batch))
         return result[-1].detach(), *self.backward(result)
 
@@ -140,10 +143,8 @@ class BareRunner(Runner):
     has_backward = False
     is_loss = False
 
-    def prepare(self, batch: Batch) -> tuple[Tensor, ...]:
-        """The function's arguments."""
+    def prepare(self, batch: Any) -> Any:
         return batch.logits, batch.workspace
 
     def outcome(self, batch: Any) -> tuple[Tensor, ...] | None:
-        """There is no loss."""
         return None

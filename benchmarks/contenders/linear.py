@@ -1,7 +1,5 @@
 """What is compared where the output layer is part of the loss; each gives both its gradients."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -16,7 +14,7 @@ from eaft_ext.linear._chunks import default_chunk_size
 
 from . import peers
 from .cases import IGNORED, Case, LinearBatch, LinearCase
-from .contender import GPU, BareRunner, Build, Contender, Function, GradientRunner, plain
+from .contender import GPU, BareRunner, Build, Contender, Function, GradientRunner, imported, plain
 from .logits import CONTENDERS
 
 PRODUCTS = "products"
@@ -40,8 +38,9 @@ SAME = {
 class LinearRunner(GradientRunner):
     """A contender on hidden, weight and labels."""
 
+    parts = ("loss", "hidden_gradient", "weight_gradient")
+
     def leaves(self, batch: LinearBatch) -> tuple[list[Tensor], Tensor, None]:
-        """Hidden and weight."""
         return [batch.hidden, batch.weight], batch.labels, None
 
 
@@ -49,7 +48,6 @@ class ProductsRunner(BareRunner):
     """The products that no loss of a whole batch can do without, and nothing between them."""
 
     def prepare(self, batch: LinearBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """No graph is recorded."""
         return batch.hidden, batch.weight
 
 
@@ -60,7 +58,6 @@ def products(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def of_logits(loss: Function) -> Build:
-    """How to build a loss of all logits."""
     return plain(lambda hidden, weight, labels: loss(F.linear(hidden, weight), labels))
 
 
@@ -91,7 +88,6 @@ def chunked(of_chunk: Function) -> Function:
 
 
 def linear_eaft_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The sum of EAFT's losses of some tokens, operation by operation."""
     return eager_eaft_sum(F.linear(hidden, weight), labels)
 
 
@@ -99,21 +95,25 @@ def _loss(name: str, title: str, build: Build, **more: Any) -> Contender:
     return Contender(name, title, build, LinearRunner, **more)
 
 
+def _peer(module: str, *names: Any, **more: Any) -> Contender:
+    return _loss(*names, devices=GPU, module=module, **more)
+
+
 def _ours(**options: Any) -> Build:
     return plain(partial(eaft_ext.linear_gated_ce, **options))
 
 
 INPLACE = partial(eaft_ext.gated_ce, inplace_backward=True)
+IN_FLOAT32 = _ours(accumulate_in_float32=True)
+COMPILE = partial(torch.compile, linear_eaft_sum, dynamic=False)
+# Its logits stay on chip, and are computed anew in the backward; it leaves out blocks of the
+# gradient in which everything would be rounded away.
+CUT_LOSS = imported("cut_cross_entropy:linear_cross_entropy")
 BFLOAT16 = ("bfloat16",)
 LINEAR_CONTENDERS = (
     Contender(PRODUCTS, "three bare products", plain(products), ProductsRunner),
     _loss(OURS, "`linear_gated_ce`", _ours()),
-    _loss(
-        FLOAT32,
-        "the same, summed in float32",
-        _ours(accumulate_in_float32=True),
-        dtypes=BFLOAT16,
-    ),
+    _loss(FLOAT32, "the same, summed in float32", IN_FLOAT32, dtypes=BFLOAT16),
     # On a GPU, as its peers.
     _loss(NO_GATE, "the same, no gate", _ours(gate=eaft_ext.NoGate()), devices=GPU),
     _loss(UNFUSED, "`gated_ce` of all logits", of_logits(eaft_ext.gated_ce)),
@@ -121,30 +121,14 @@ LINEAR_CONTENDERS = (
     _loss(EAGER, "eager EAFT of all logits", of_logits(eager_eaft)),
     _loss(CHUNKED, "eager EAFT in chunks", plain(chunked(linear_eaft_sum))),
     _loss(
-        COMPILED,
-        "compiled EAFT in chunks",
-        lambda: chunked(torch.compile(linear_eaft_sum, dynamic=False)),
+        *(COMPILED, "compiled EAFT in chunks", lambda: chunked(COMPILE())),
         devices=GPU,
         compiles=True,
     ),
-    _loss(
-        LIGER,
-        "Liger-Kernel, no gate",
-        peers.liger_linear,
-        devices=GPU,
-        module="liger_kernel",
-    ),
-    _loss(
-        CUT,
-        "cut-cross-entropy, no gate",
-        peers.cut_cross_entropy,
-        devices=GPU,
-        module="cut_cross_entropy",
-        dtypes=BFLOAT16,
-    ),
+    _peer("liger_kernel", LIGER, "Liger-Kernel, no gate", peers.liger_linear),
+    _peer(CUT, CUT, "cut-cross-entropy, no gate", CUT_LOSS, dtypes=BFLOAT16),
 )
 
 
 def contenders_of(case: Case) -> tuple[Contender, ...]:
-    """All that may be measured in such a case."""
     return LINEAR_CONTENDERS if isinstance(case, LinearCase) else CONTENDERS

@@ -1,7 +1,5 @@
 """What is compared on logits: plain copies of them, and losses with their backward."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -14,7 +12,18 @@ from eaft_ext.cli.bench import eager_eaft
 
 from . import peers
 from .cases import IGNORED, Batch
-from .contender import ANY, CPU, GPU, BareRunner, Build, Contender, Function, Runner, plain
+from .contender import (
+    ANY,
+    CPU,
+    GPU,
+    BareRunner,
+    Build,
+    Contender,
+    Function,
+    Runner,
+    imported,
+    plain,
+)
 
 ops = torch.ops.eaft_ext
 
@@ -41,7 +50,6 @@ class SinglePassRunner(BareRunner):
     is_loss = True
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """No graph is recorded."""
         return batch.logits, batch.labels
 
     def outcome(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -51,46 +59,43 @@ class SinglePassRunner(BareRunner):
         return loss.sum() / valid.sum(), gradient.mul_(valid.numel() / valid.sum())
 
 
-class OperatorRunner(Runner):
-    """The operators alone, without autograd and without the reduction of the losses.
+class OperatorRunner(BareRunner):
+    """The operators that ``gated_ce`` is made of, without autograd and the reduction of the losses.
 
     The forward leaves in its result what the backward needs.
     """
 
+    has_backward = True
+    is_loss = True
+
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """No graph is recorded."""
         return batch.logits, batch.labels
 
     def forward(self, arguments: tuple[Tensor, Tensor]) -> Any:
-        """The losses and statistics, after the arguments."""
         return *arguments, *self.function(*arguments)
 
-    def backward(self, result: Any) -> Any:
-        """The gradient of the sum of the losses."""
+    def backward(self, result: Any) -> Tensor:
         logits, labels, _, _, _, gate, row_max, log_sum = result
         return ops.gated_ce_backward(gate, logits, labels, row_max, log_sum, IGNORED)
 
-    def outcome(self, batch: Batch) -> None:
-        """They are what ``gated_ce`` is made of."""
 
-
-def options(k: int) -> tuple[Any, ...]:
-    """What the operators take after the labels, with EAFT's gate."""
+def operator(op: Function, k: int) -> Function:
+    """An operator with EAFT's gate, which is made once."""
     gate = eaft_ext.EntropyGate()
-    return k, gate.name, gate.parameters(), IGNORED
+    return partial(_call, op, (k, gate.name, gate.parameters(), IGNORED))
 
 
-def forward_operator(k: int) -> Function:
-    """``gated_ce_forward``."""
-    return lambda logits, labels: ops.gated_ce_forward(logits, labels, *options(k))
+def _call(op: Function, options: tuple[Any, ...], *tensors: Tensor) -> Any:
+    return op(*tensors, *options)
 
 
 def single_pass() -> Function:
-    """``gated_ce_forward_with_grad``, for the mean of the losses."""
+    """For the mean of the losses."""
+    forward = operator(ops.gated_ce_forward_with_grad, 20)
 
     def function(logits: Tensor, labels: Tensor) -> Any:
         upstream = torch.full(labels.shape, 1 / len(labels), device=labels.device)
-        return ops.gated_ce_forward_with_grad(upstream, logits, labels, *options(20))
+        return forward(upstream, logits, labels)
 
     return function
 
@@ -100,12 +105,16 @@ def _ours(name: str, title: str, devices: tuple[str, ...] = ANY, **how: Any) -> 
     return Contender(name, title, build, Runner, "inplace_backward" in how, devices)
 
 
-def _peer(name: str, title: str, build: Build, module: str, **more: bool) -> Contender:
-    return Contender(name, title, build, Runner, devices=GPU, module=module, **more)
+def _peer(name: str, title: str, build: Build, module: str = "", **more: bool) -> Contender:
+    return Contender(name, title, build, Runner, devices=GPU, module=module or name, **more)
 
 
 IN_PLACE = {"inplace_backward": True}
 IN_FORWARD = {"gradient_in_forward": True}
+LIGER = imported("liger_kernel.transformers:LigerCrossEntropyLoss")
+FLASH_ATTN = imported("flash_attn.losses.cross_entropy:CrossEntropyLoss")
+TRITON = "transformer_engine"
+OVERWRITES = {"overwrites_logits": True}
 CONTENDERS = (
     Contender("copy", "copy into existing memory", plain(lambda x, y: y.copy_(x)), BareRunner),
     # Elsewhere the allocator keeps what was freed.
@@ -116,49 +125,43 @@ CONTENDERS = (
     _ours("gated_ce_inplace", "`gated_ce`, in place", **IN_PLACE),
     _ours("gated_ce_fused", "`gated_ce`, gradient in forward", GPU, **IN_FORWARD),
     _ours(
-        "gated_ce_fused_inplace",
-        "`gated_ce`, gradient in forward, in place",
-        GPU,
-        **IN_FORWARD,
-        **IN_PLACE,
+        *("gated_ce_fused_inplace", "`gated_ce`, gradient in forward, in place", GPU),
+        **(IN_FORWARD | IN_PLACE),
     ),
     Contender(
-        "single_pass", "`gated_ce_forward_with_grad`", single_pass, SinglePassRunner, devices=GPU
+        *("single_pass", "`gated_ce_forward_with_grad`", single_pass, SinglePassRunner),
+        devices=GPU,
     ),
     Contender("cross_entropy", "`F.cross_entropy`", plain(F.cross_entropy), Runner),
     Contender("eager", "eager EAFT", plain(eager_eaft), Runner),
     Contender(
-        "compiled",
-        "compiled EAFT",
-        lambda: torch.compile(eager_eaft, dynamic=False),
-        Runner,
+        *("compiled", "compiled EAFT", partial(torch.compile, eager_eaft, dynamic=False), Runner),
         compiles=True,
     ),
-    _peer(
-        "liger",
-        "Liger-Kernel, no gate, in place",
-        peers.liger,
-        "liger_kernel",
-        overwrites_logits=True,
-    ),
-    _peer("quack", "QuACK, no gate", peers.quack, "quack", compiles=True),
-    _peer("flash_attn", "flash-attn, no gate", peers.flash_attn, "flash_attn"),
-    _peer(
-        "transformer_engine",
-        "Transformer Engine, no gate",
-        peers.transformer_engine,
-        "transformer_engine",
-        overwrites_logits=True,
-    ),
+    # One kernel writes the gradient over the logits in the forward.
+    _peer("liger", "Liger-Kernel, no gate, in place", LIGER, "liger_kernel", **OVERWRITES),
+    # CuTe kernels, a row on chip in a cluster of blocks.
+    _peer("quack", "QuACK, no gate", imported("quack:cross_entropy"), compiles=True),
+    # In Triton, as the next one.
+    _peer("flash_attn", "flash-attn, no gate", FLASH_ATTN),
+    _peer(TRITON, "Transformer Engine, no gate", peers.transformer_engine, **OVERWRITES),
     *(
         Contender(
-            name,
-            f"operators, K = {k}",
-            partial(forward_operator, k),
-            OperatorRunner,
+            *(
+                name,
+                f"operators, K = {k}",
+                partial(operator, ops.gated_ce_forward, k),
+                OperatorRunner,
+            ),
             devices=GPU,
             shape=SWEEP_SHAPE,
         )
         for k, name in SWEEP.items()
     ),
 )
+# Who computes the same as whom.
+SAME = {
+    c.name: "cross_entropy" if c.module else "eager"
+    for c in CONTENDERS
+    if c.runner.is_loss and c.shape is None and c.name not in ("eager", "cross_entropy")
+}

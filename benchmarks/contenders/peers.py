@@ -1,19 +1,9 @@
-"""Fused cross-entropies of other projects, imported when they are built. None has a gate.
-
-The last two have the output layer in them.
-"""
-
-from __future__ import annotations
+"""Fused cross-entropies of other projects, imported when they are built. None has a gate."""
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:  # gpu_check.py asks for versions before it asks for torch
-    from torch import Tensor
-
-Function = Callable[..., Any]
+import pkgutil
+from typing import Any
 
 # The module that is imported, and the distribution that brings it.
 PEERS = {
@@ -40,56 +30,15 @@ def versions() -> dict[str, str]:
     return {module: found for module in PEERS if (found := version(module))}
 
 
-def liger() -> Function:
-    """Liger-Kernel: one kernel writes the gradient over the logits in the forward."""
-    from liger_kernel.transformers import LigerCrossEntropyLoss
-
-    return LigerCrossEntropyLoss()
-
-
-def quack() -> Function:
-    """QuACK: CuTe kernels, a row on chip in a cluster of blocks."""
-    from quack import cross_entropy
-
-    return cross_entropy
-
-
-def flash_attn() -> Function:
-    """The Triton cross-entropy of flash-attn."""
-    from flash_attn.losses.cross_entropy import CrossEntropyLoss
-
-    return CrossEntropyLoss()
-
-
-def transformer_engine() -> Function:
+def transformer_engine() -> Any:
     """The Triton cross-entropy of Transformer Engine; some releases overwrite the logits."""
-    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
-
-    def loss(logits: Tensor, labels: Tensor) -> Any:
-        # logits, labels, label smoothing, mean, process group, ignored label; by position in all
-        # releases. They are (batch, sequence, vocabulary) there.
-        return parallel_cross_entropy(logits[None], labels[None], 0.0, True, None, -100)
-
-    return loss
+    loss = pkgutil.resolve_name("transformer_engine.pytorch.cross_entropy:parallel_cross_entropy")
+    # Logits, labels, label smoothing, mean, process group, ignored label; by position in all
+    # releases. They are (batch, sequence, vocabulary) there.
+    return lambda logits, labels: loss(logits[None], labels[None], 0.0, True, None, -100)
 
 
-def liger_linear() -> Function:
+def liger_linear() -> Any:
     """Liger-Kernel: chunks of tokens, whose gradients are computed in the forward."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    module = LigerFusedLinearCrossEntropyLoss()
-
-    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Any:
-        return module(weight, hidden, labels)
-
-    return loss
-
-
-def cut_cross_entropy() -> Function:
-    """Apple's: logits stay on chip, and are computed anew in the backward.
-
-    It leaves out blocks of the gradient in which everything would be rounded away.
-    """
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy
+    loss = pkgutil.resolve_name("liger_kernel.transformers:LigerFusedLinearCrossEntropyLoss")()
+    return lambda hidden, weight, labels: loss(weight, hidden, labels)

@@ -1,7 +1,5 @@
 """What is compared where processes share the vocabulary: each has its part of the logits."""
 
-from __future__ import annotations
-
 import importlib.metadata
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +12,7 @@ from torch import distributed as dist
 import eaft_ext
 
 from .cases import Batch
-from .contender import Build, Contender, Function, GradientRunner
+from .contender import Build, Contender, Function, GradientRunner, imported
 
 OURS = "vocab_parallel_gated_ce"
 INPLACE = f"{OURS}_inplace"
@@ -23,8 +21,6 @@ MEGATRON = "megatron"
 FUSED = "megatron_fused"
 # Who computes the same as whom.
 SAME = {INPLACE: OURS, MEGATRON: NO_GATE, FUSED: NO_GATE}
-# Memory that is taken from the end of the forward to the beginning of the backward.
-HELD = "held"
 PEER, DISTRIBUTION = "megatron.core", "megatron-core"
 
 
@@ -40,7 +36,6 @@ class ShardRunner(GradientRunner):
     """A contender on this process's logits [s, b, V / world size] and labels [s, b]."""
 
     def leaves(self, batch: Batch) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Logits, labels, and the gradient of their losses."""
         num_rows = batch.labels.numel()
         # Megatron's layout, two sequences beside each other.
         labels = batch.labels.view(-1, 2 if num_rows % 2 == 0 else 1)
@@ -72,13 +67,6 @@ class ShardRunner(GradientRunner):
         return [describe(tensor) for tensor in found.values()]
 
 
-def megatron() -> Function:
-    """Megatron-Core's loss, PyTorch's operations one by one."""
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-
-    return vocab_parallel_cross_entropy
-
-
 def megatron_fused() -> Function:
     """The same with fewer exchanges, compiled; its gradient is always rounded to bfloat16."""
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
@@ -100,6 +88,9 @@ CONTENDERS = (
     Contender(OURS, "`vocab_parallel_gated_ce`", _ours(), ShardRunner),
     Contender(INPLACE, "the same in place", _ours(inplace_backward=True), ShardRunner, True),
     Contender(NO_GATE, "the same, no gate", _ours(gate=eaft_ext.NoGate()), ShardRunner),
-    _peer(MEGATRON, "Megatron-Core", megatron),
+    # PyTorch's operations one by one.
+    _peer(
+        MEGATRON, "Megatron-Core", imported(f"{PEER}.tensor_parallel:vocab_parallel_cross_entropy")
+    ),
     _peer(FUSED, "Megatron-Core, fused", megatron_fused, compiles=True),
 )

@@ -4,8 +4,6 @@ The status is 1 if one of our own contenders failed, and 3 if the device was los
 with --resume then goes on.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -19,13 +17,14 @@ from pathlib import Path
 from contenders import peers
 from contenders.cases import DTYPES, FEW_ROWS, Case
 from contenders.contender import ANY, Contender
+from contenders.logits import SAME
 
 from eaft_ext.cli.options import positive_float
 
 from .command import EXAMPLE, add_measured, parser_of, set_measured
 from .device import Device, open_device
 from .machine import describe, file_stem, load
-from .measure import WARM_UP, Compare, Session, compare_norms, measure_case
+from .measure import TOLERANCE, WARM_UP, Session, measure_case
 from .progress import LEFT_OUT, DeviceLostError, Progress, describe_error
 from .schedule import Schedule
 
@@ -52,12 +51,12 @@ class Benchmark:
     form: str = "NxV"
     example: str = EXAMPLE
     make_case: Callable[[tuple[int, ...], str], Case] = lambda shape, dtype: Case(*shape, dtype)
-    compare: Compare = compare_norms
+    same: Mapping[str, str] = field(default_factory=SAME.copy)
+    tolerance: Mapping[str, float] = field(default_factory=TOLERANCE.copy)
     warm_up: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(ANY, WARM_UP))
     compilation: float = 0.0
 
     def parse(self, text: str | None) -> argparse.Namespace:
-        """The command line, which shows a text."""
         parser = parser_of(text)
         add = parser.add_argument
         add("--device", choices=list(self.shapes), default="cpu")
@@ -117,11 +116,19 @@ class Benchmark:
             contenders = [c for c in candidates if c.takes_part(case, device.type)]
             schedule.begin(case, pending[index + 1 :])
             watchdog = end_when_hopeless(case, schedule.seconds_until_hopeless())
-            warm_up = self.warm_up[device.type]
-            session = Session(device, entry, schedule, arguments.repeats, min_seconds, warm_up)
+            session = Session(
+                device,
+                entry,
+                schedule,
+                arguments.repeats,
+                min_seconds,
+                self.warm_up[device.type],
+                self.same,
+                self.tolerance,
+            )
             reason = None
             try:
-                measure_case(case, contenders, session, self.compare)
+                measure_case(case, contenders, session)
             except DeviceLostError:
                 self.report(progress)
                 raise

@@ -1,7 +1,5 @@
 """What the command lines of the benchmarks have in common."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from functools import partial
@@ -18,7 +16,6 @@ EXAMPLE = "512x151936"
 
 
 def parser_of(text: str | None) -> argparse.ArgumentParser:
-    """A command line that shows a text."""
     summary, _, details = (text or "").partition("\n\n")
     return argparse.ArgumentParser(
         description=summary,
@@ -46,14 +43,12 @@ def add_measured(parser: argparse.ArgumentParser, form: str, example: str, repea
 def set_measured(
     arguments: argparse.Namespace, shapes: Any, quick_shapes: Any, dtypes: Any, repeats: int
 ) -> None:
-    """Fill in what the command line did not say."""
     arguments.shapes = arguments.shapes or (quick_shapes if arguments.quick else shapes)
     arguments.dtypes = arguments.dtypes or dtypes
     arguments.repeats = arguments.repeats or (3 if arguments.quick else repeats)
 
 
 def sizes(text: str, example: str) -> tuple[int, ...]:
-    """Sizes that are joined with an x, as many as in the example."""
     if not re.fullmatch(re.sub(r"\d+", r"[1-9]\\d*", example), text):
         raise argparse.ArgumentTypeError(f"{text!r} is not like {example}")
     return tuple(map(int, text.split("x")))

@@ -3,8 +3,6 @@
 ``mark`` and ``seconds`` time, ``reset_peak`` and ``peak_bytes`` count memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc
@@ -40,7 +38,6 @@ class Cpu:
     type = "cpu"
 
     def model(self) -> str:
-        """The name that the system reports."""
         from eaft_ext.cli import info  # not where the package is yet to be built
 
         return info.collect()["system"]["cpu"].rsplit(" (", 1)[0]
@@ -109,15 +106,12 @@ class Cuda(Cpu):
     _AHEAD_CYCLES = 4_000_000
 
     def model(self) -> str:
-        """The name that the driver reports."""
         return torch.cuda.get_device_name()
 
     def cache_bytes(self) -> int:
-        """The size of the L2."""
         return int(torch.cuda.get_device_properties().L2_cache_size)
 
     def facts(self) -> dict[str, str | int]:
-        """The chip, the driver, and what is installed for it."""
         properties = torch.cuda.get_device_properties()
         return {
             "capability": f"{properties.major}.{properties.minor}",
@@ -128,25 +122,21 @@ class Cuda(Cpu):
         }
 
     def mark(self) -> torch.cuda.Event:
-        """An event on the current stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """The time between the events, after the second one."""
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
 
     def reset_peak(self) -> int:
-        """Set the allocator's peak back to what is allocated."""
         gc.collect(0)
         self.wait()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
 
     def peak_bytes(self) -> int:
-        """The allocator's peak."""
         return torch.cuda.max_memory_allocated()
 
     def get_ahead(self) -> None:
@@ -154,11 +144,9 @@ class Cuda(Cpu):
         torch.cuda._sleep(self._AHEAD_CYCLES)
 
     def wait(self) -> None:
-        """Synchronise."""
         torch.cuda.synchronize()
 
     def release(self) -> None:
-        """Empty the allocator's cache, if the device still works."""
         gc.collect()
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()

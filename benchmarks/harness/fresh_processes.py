@@ -1,7 +1,5 @@
 """Measurements that need processes of their own, which answer line by line while they measure."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

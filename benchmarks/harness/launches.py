@@ -6,8 +6,6 @@ rotation, one after the other. The times of ``timing.py`` are in between: the ho
 device, as it is in training.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any
 
@@ -24,14 +22,12 @@ GRAPH_ROUNDS = 20
 
 
 def call(runner: Runner, arguments: Any) -> None:
-    """Forward and backward."""
     result = runner.forward(arguments)
     if runner.has_backward:
         runner.backward(result)
 
 
 def time_latency(runner: Runner, rotation: Rotation, device: Device) -> list[float]:
-    """Seconds of wall time, call by call."""
     times = []
     for _ in range(ROUNDS):
         arguments = runner.prepare(rotation.next())
@@ -58,7 +54,6 @@ def synchronises(runner: Runner, rotation: Rotation) -> str:
 
 
 def capture(runner: Runner, rotation: Rotation) -> torch.cuda.CUDAGraph:
-    """Calls on every batch, in one graph."""
     batches = rotation.full_turn()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -74,7 +69,6 @@ def capture(runner: Runner, rotation: Rotation) -> torch.cuda.CUDAGraph:
 
 
 def time_graph(runner: Runner, rotation: Rotation, device: Device) -> list[float]:
-    """Seconds for each call, replay by replay."""
     graph = capture(runner, rotation)
     times = []
     for _ in range(1 + GRAPH_ROUNDS):

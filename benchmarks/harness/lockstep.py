@@ -3,8 +3,6 @@
 Before each call all processes wait for each other, so that none runs beside another's preparations.
 """
 
-from __future__ import annotations
-
 import gc
 import sys
 import warnings
@@ -16,14 +14,14 @@ from typing import Any, NoReturn
 import torch
 from contenders.cases import Batch, Case, Rotation
 from contenders.contender import Contender, Runner
-from contenders.shards import CONTENDERS, FUSED, HELD, SAME, ShardRunner
+from contenders.shards import CONTENDERS, FUSED, SAME, ShardRunner
 from torch import distributed as dist
 
 from .device import Cpu
-from .measure import WARM_UP, rounded
-from .memory import Peaks, medians
+from .measure import TOLERANCE, WARM_UP, check_agreement, rounded
+from .memory import medians
 from .progress import describe_error
-from .timing import FORWARD, TOTAL, time_once, time_side_by_side
+from .timing import time_once, time_side_by_side
 
 Found = dict[str, Any]
 
@@ -47,7 +45,6 @@ class LockstepCpu(Cpu):
     """The CPU, of which every process uses one core; they begin together."""
 
     def get_ahead(self) -> None:
-        """Wait for the others."""
         dist.barrier()
 
 
@@ -93,75 +90,38 @@ def start(
     return runners, failed
 
 
-def agreement(runners: list[ShardRunner], rotation: Rotation, case: Case) -> Found:
-    """How far losses and gradients are from those that they should equal; raises if too far."""
-    found = {}
-    by_name = {runner.name: runner for runner in runners}
-    for name in filter(by_name.__contains__, SAME):
-        expected, actual = (
-            by_name[each].outcome(rotation.full_turn()[0]) for each in (SAME[name], name)
-        )
-        rounding = torch.finfo(torch.bfloat16 if name == FUSED else getattr(torch, case.dtype)).eps
-        tolerances = {"loss": (2e-5, 2e-5), "gradient": (max(rounding, 1e-4), 1e-7)}
-        found[name] = {}
-        for (what, (rtol, atol)), right, its in zip(
-            tolerances.items(), expected, actual, strict=True
-        ):
-            text = f"{what} of {name} against {SAME[name]}: "
-            torch.testing.assert_close(
-                its, right, rtol=rtol, atol=atol, msg=lambda msg, text=text: text + msg
-            )
-            found[name][what] = (its - right).abs().max().item()
-    return found
-
-
 def measure_times(case: Case, contenders: list[Contender], request: Request) -> Found:
     """Every single time, by contender and phase, and what else is found on the way."""
     device = LockstepCpu()
     rotation = ShardRotation(case, device.cache_bytes() if request.rotates else 0)
     runners, failed = start(contenders, rotation, device)
-    agrees = agreement(runners, rotation, case)
 
     def drop(runner: Runner, reason: str) -> NoReturn:
         raise RuntimeError(f"{runner.name}: {reason}")  # the others wait for this one
 
+    def tolerance(name: str) -> float:
+        return TOLERANCE["bfloat16" if name == FUSED else case.dtype]
+
+    agreement = check_agreement(runners, rotation, SAME, tolerance, drop)
     # No time limit: as many rounds in all processes.
     seconds = time_side_by_side(runners, rotation, device, request.repeats, 0.0, drop=drop)
-    return {"seconds": rounded(seconds), "agreement": agrees, "failed": failed}
-
-
-def memory_once(runner: ShardRunner, rotation: Rotation, device: Cpu) -> Peaks | None:
-    """Bytes beyond the inputs: peaks of the forward and of both, and what is held in between."""
-    arguments = runner.prepare(rotation.next())
-    before = device.reset_peak()
-    result = runner.forward(arguments)
-    forward = device.peak_bytes()
-    held = device.reset_peak()
-    gradient = runner.backward(result)
-    total = max(forward, device.peak_bytes())
-    del gradient
-    if before is None or held is None:
-        return None
-    return {FORWARD: forward - before, HELD: held - before, TOTAL: total - before}
+    return {"seconds": rounded(seconds), "agreement": agreement, "failed": failed}
 
 
 def measure_memory(case: Case, contenders: list[Contender], _: Request) -> Found:
-    """Medians of each contender's memory, and the large tensors that its graph keeps."""
     device = Cpu()
     rotation = ShardRotation(case, 0)
     found: Found = {"peak_bytes": {}, "kept": {}}
     for contender in contenders:
         runner: ShardRunner = contender.make_runner()
         # No time limit: as many calls in all processes.
-        peaks = medians(lambda runner=runner: memory_once(runner, rotation, device), float("inf"))
-        if peaks:
+        if peaks := medians(runner, rotation, device, float("inf")):
             found["peak_bytes"][contender.name] = peaks
         found["kept"][contender.name] = runner.kept(rotation.next())
     return found
 
 
 def measure(rank: int, measure_what: Any, request: Request) -> Iterator[Found]:
-    """What one process measures, case by case."""
     torch.set_num_threads(1)
     limit = timedelta(seconds=request.seconds)
     store = dist.TCPStore("127.0.0.1", request.port, is_master=False, timeout=limit)

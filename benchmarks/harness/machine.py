@@ -1,7 +1,5 @@
 """Where and with what a result was measured."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform
@@ -26,7 +24,6 @@ WRITTEN = ("benchmarks/results", "docs", "README.md")
 
 
 def describe(device: Device) -> dict[str, Any]:
-    """The facts that go into a result file."""
     build = eaft_ext.build_info()
     machine: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -1,11 +1,9 @@
 """One case: agreement, time side by side, peak memory, and what only few rows have."""
 
-from __future__ import annotations
-
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +27,10 @@ FEWER_THAN_THREADS = 8
 
 @dataclass(frozen=True)
 class Session:
-    """What a case is measured with, and for how long; ``warm_up`` calls are not timed."""
+    """What a case is measured with, and for how long; ``warm_up`` calls are not timed.
+
+    ``same`` says who computes the same as whom, but for a tolerance by dtype.
+    """
 
     device: Device
     entry: Entry
@@ -37,6 +38,8 @@ class Session:
     repeats: int
     min_seconds: float
     warm_up: int
+    same: Mapping[str, str]
+    tolerance: Mapping[str, float]
 
     def blame(self, contender: Contender, reason: str) -> None:
         """Take down why one failed. Its memory is free again, and the device still works."""
@@ -48,28 +51,56 @@ class Session:
             raise DeviceLostError(f"{contender.name}: {LOST}: {reason}")
 
 
-# Says how far the runners agree, and takes out of them whose figures would mean nothing.
-Compare = Callable[[Case, list[Runner], Rotation, Session], dict[str, Any]]
+# Of losses and gradients; 16-bit ones are rounded.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 8e-3}
 
 
-def compare_norms(
-    _: Case, runners: list[Runner], rotation: Rotation, session: Session
-) -> dict[str, Any]:
-    """The loss and the gradient's norm on the first batch, to be compared with those of others."""
+def check_agreement(
+    runners: Sequence[Runner],
+    rotation: Rotation,
+    same: Mapping[str, str],
+    tolerance: Callable[[str], float],
+    drop: Callable[[Runner, str], None],
+) -> dict[str, dict[str, float]]:
+    """How far losses and gradients are from those of who computes the same, by their norms.
 
-    def norms(runner: Runner) -> dict[str, float]:
-        outcome = runner.outcome(rotation.full_turn()[0])
-        if outcome is None:
-            return {}
-        loss, gradient = outcome
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-        return {"loss": loss.item(), "gradient_norm": norm.item()}
+    ``drop`` is told who is off by more than the tolerance for its name, or fails.
+    """
+    expected: dict[str, Any] = {}
+    found: dict[str, dict[str, float]] = {}
+    # Those that others are compared with come first.
+    for runner in sorted(runners, key=lambda runner: runner.name in same):
+        name, reason = runner.name, ""
+        try:
+            outcome = runner.outcome(rotation.full_turn()[0])
+        except Exception as error:
+            reason = describe_error(error)
+        else:
+            if name in same.values():
+                expected[name] = outcome
+            elif same.get(name) in expected:
+                offs = map(off, outcome, expected[same[name]])
+                found[name] = dict(zip(runner.parts, offs, strict=True))
+                # NaN is no agreement either.
+                if not all(by <= tolerance(name) for by in found[name].values()):
+                    how_far = ", ".join(f"{part} {by:.2g}" for part, by in found[name].items())
+                    reason = f"off from {same[name]}: {how_far}"
+            del outcome
+        if reason:
+            drop(runner, reason)
+    return found
 
-    return session.entry.for_each("agreement", runners, norms)
+
+def off(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference over that of what is expected."""
+    norms = [
+        torch.linalg.vector_norm(each, dtype=torch.float32)
+        for each in (actual - expected, expected)
+    ]
+    return float(norms[0] / norms[1])
 
 
 def rounded(seconds: Mapping[str, Times]) -> dict[str, Times]:
-    """To the nanosecond."""
     return {
         name: {phase: [round(t, 9) for t in times] for phase, times in phases.items()}
         for name, phases in seconds.items()
@@ -105,20 +136,20 @@ def start(contenders: list[Contender], rotation: Rotation, session: Session) -> 
     return runners
 
 
-def _measure_here(
-    case: Case, contenders: list[Contender], session: Session, compare: Compare
-) -> list[str]:
+def _measure_here(case: Case, contenders: list[Contender], session: Session) -> list[str]:
     """What is measured in this process, into the entry; whose times there are."""
     device, entry = session.device, session.entry
     ignore_every = IGNORE_EVERY[device.type]
     rotation = Rotation(case, device.cache_bytes(), device.type, ignore_every=ignore_every)
     runners = start(contenders, rotation, session)
-    entry.add(agreement=compare(case, runners, rotation, session))
 
     def drop(runner: Runner, reason: str) -> None:
         runners.remove(runner)
         session.blame(runner.contender, reason)
 
+    tolerance = session.tolerance[case.dtype]
+    agreement = check_agreement(runners, rotation, session.same, lambda name: tolerance, drop)
+    entry.add(agreement=agreement)
     seconds = time_side_by_side(
         list(runners),
         rotation,
@@ -145,13 +176,11 @@ def _measure_here(
     return list(seconds)
 
 
-def measure_case(
-    case: Case, contenders: list[Contender], session: Session, compare: Compare
-) -> None:
+def measure_case(case: Case, contenders: list[Contender], session: Session) -> None:
     """One case, into its entry. All memory is released in between."""
     torch.compiler.reset()
     session.device.release()
-    names = _measure_here(case, contenders, session, compare)
+    names = _measure_here(case, contenders, session)
     session.device.release()
     if session.device.type == "cpu":
         session.entry.add(peak_bytes=measure_peaks(case, names))

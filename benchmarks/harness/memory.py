@@ -7,11 +7,8 @@ reset, and read after the forward and after the backward; the gradient is still 
 there is time.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
-from collections.abc import Callable
 
 from contenders.cases import Case, Rotation
 from contenders.contender import Runner
@@ -19,7 +16,7 @@ from contenders.linear import contenders_of
 
 from .device import MALLOC_ENVIRONMENT, Cpu, Device
 from .fresh_processes import Answers, by_contender
-from .timing import FORWARD, TOTAL
+from .timing import FORWARD, HELD, TOTAL
 
 CALLS = 3
 # After so long there is no further call; they differ little.
@@ -28,42 +25,43 @@ Peaks = dict[str, int]
 
 
 def peak_once(runner: Runner, rotation: Rotation, device: Device) -> Peaks | None:
-    """Bytes beyond the inputs: the peak of the forward, and of forward and backward."""
+    """Bytes beyond the inputs: peaks of the forward and of both, and what is held in between."""
     arguments = runner.prepare(rotation.next())
     before = device.reset_peak()
     if before is None:
         return None
     result = runner.forward(arguments)
-    peaks = {FORWARD: device.peak_bytes() - before}
+    forward = device.peak_bytes()
     if not runner.has_backward:
-        return {TOTAL: peaks[FORWARD]}
+        return {TOTAL: forward - before}
+    held = device.reset_peak() or 0
     gradient = runner.backward(result)
-    peaks[TOTAL] = device.peak_bytes() - before
+    total = max(forward, device.peak_bytes())
     del gradient
-    return peaks
+    return {FORWARD: forward - before, HELD: held - before, TOTAL: total - before}
 
 
-def medians(once: Callable[[], Peaks | None], seconds: float = SECONDS) -> Peaks:
-    """Of some calls after the first one; empty where memory cannot be measured."""
+def medians(
+    runner: Runner, rotation: Rotation, device: Device, seconds: float = SECONDS
+) -> Peaks | None:
+    """Of some calls after the first one; None where memory cannot be measured."""
     end = time.monotonic() + seconds
-    once()
-    calls = [once()]
-    while len(calls) < CALLS and time.monotonic() < end:
-        calls.append(once())
+    peak_once(runner, rotation, device)
+    calls: list[Peaks | None] = []
+    while not calls or (len(calls) < CALLS and time.monotonic() < end):
+        calls.append(peak_once(runner, rotation, device))
     peaks = [call for call in calls if call is not None]
-    phases = peaks[0] if peaks else ()
-    return {phase: statistics.median(each[phase] for each in peaks) for phase in phases}
+    return (
+        {phase: statistics.median(p[phase] for p in peaks) for phase in peaks[0]} if peaks else None
+    )
 
 
 def measure(_: int, case: Case, names: list[str]) -> Answers:
-    """For each contender the peak of each phase."""
     device = Cpu()
     rotation = Rotation(case, 0, device.type)
-    for contender in contenders_of(case):
-        if contender.name in names:
-            runner = contender.make_runner()
-            if peaks := medians(lambda runner=runner: peak_once(runner, rotation, device)):
-                yield contender.name, peaks
+    for contender in filter(lambda contender: contender.name in names, contenders_of(case)):
+        if peaks := medians(contender.make_runner(), rotation, device):
+            yield contender.name, peaks
 
 
 def measure_peaks(case: Case, names: list[str]) -> dict[str, Peaks]:

@@ -1,7 +1,5 @@
 """A result file that grows case by case, so that what ends a process early costs one case."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,7 +24,6 @@ class DeviceLostError(Exception):
 
 
 def describe_error(error: BaseException) -> str:
-    """One line about an error."""
     if type(error).__name__ == "OutOfMemoryError":  # of torch, and of torch.cuda before 2.5
         return OUT_OF_MEMORY
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
@@ -35,18 +32,16 @@ def describe_error(error: BaseException) -> str:
 class Entry:
     """One case in the file. ``failed`` says of contenders, or of "all", why there are no times."""
 
-    def __init__(self, raw: dict[str, Any], progress: Progress) -> None:
+    def __init__(self, raw: dict[str, Any], progress: "Progress") -> None:
         self.raw = raw
         self.failed: dict[str, str] = raw.setdefault("failed", {})
         self._progress = progress
 
     @property
     def attempts(self) -> int:
-        """How many processes have begun with the case."""
         return int(self.raw.get("attempts", 0))
 
     def culprits(self) -> set[str]:
-        """What has cost a process, in any case."""
         return self._progress.culprits()
 
     def excludes(self, contender: Contender) -> bool:
@@ -69,7 +64,6 @@ class Entry:
         return True
 
     def fail(self, name: str, reason: str) -> None:
-        """Remember why a contender has no times."""
         self.failed[name] = reason
         self._progress.write()
 
@@ -78,7 +72,6 @@ class Entry:
         self.fail(name, ENDED)
 
     def forgive(self, name: str) -> None:
-        """The contender works."""
         del self.failed[name]
         self._progress.write()
 
@@ -112,7 +105,6 @@ class Progress:
             self.raw["cases"] = json.loads(path.read_text())["cases"]
 
     def entry(self, case: Case) -> Entry:
-        """The entry of a case, a new one if there is none."""
         for known in self.raw["cases"]:
             if known["case"] == asdict(case):
                 return Entry(known, self)
@@ -129,7 +121,6 @@ class Progress:
         }
 
     def is_complete(self, case: Case) -> bool:
-        """Whether a case has been measured."""
         return any(c["case"] == asdict(case) and "seconds" in c for c in self.raw["cases"])
 
     def write(self) -> None:

@@ -1,7 +1,5 @@
 """Time, side by side: every contender once a round, in an order shuffled anew, for many rounds."""
 
-from __future__ import annotations
-
 import gc
 import math
 import random
@@ -17,7 +15,8 @@ from .progress import describe_error
 FORWARD, BACKWARD, TOTAL = "forward", "backward", "total"
 # Forward and backward on an idle device, and replayed from a graph: see launches.py.
 LATENCY, GRAPH = "latency", "graph"
-PHASES = (FORWARD, BACKWARD, TOTAL, LATENCY, GRAPH)
+# Of memory: what is taken from the end of the forward to the beginning of the backward.
+HELD = "held"
 Times = dict[str, list[float]]
 # No case gets more than this many times the rounds that were asked for, nor fewer than these.
 MORE_ROUNDS = 20

@@ -6,8 +6,6 @@ them costs time, so it is a cautious figure. ``gain_over_one_thread`` is wall ti
 over wall time with all, in a process whose threads wait in the default way.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from typing import Any
@@ -25,7 +23,6 @@ SLEEP_WHILE_WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
 def one_turn(runner: Runner, rotation: Rotation) -> tuple[float, float]:
-    """Wall and processor seconds of a call on every batch."""
     pending = [runner.prepare(rotation.next()) for _ in range(rotation.count)]
     wall, processor = time.perf_counter(), time.process_time()
     while pending:
@@ -34,7 +31,6 @@ def one_turn(runner: Runner, rotation: Rotation) -> tuple[float, float]:
 
 
 def measure(_: int, case: Case, names: list[str]) -> Answers:
-    """For each contender the cores in use, and the gain over one thread."""
     device = Cpu()
     rotation = Rotation(case, device.cache_bytes(), device.type)
     all_threads = torch.get_num_threads()

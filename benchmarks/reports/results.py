@@ -1,8 +1,5 @@
 """Result files, and the figures that are read from them."""
 
-from __future__ import annotations
-
-import math
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +23,7 @@ class Spread:
     upper_quartile: float
 
     @classmethod
-    def of(cls, times: list[float]) -> Spread:
-        """Sum up at least one time."""
+    def of(cls, times: list[float]) -> "Spread":
         quartiles = statistics.quantiles(times, method="inclusive") if len(times) > 1 else times * 3
         return cls(len(times), min(times), *quartiles)
 
@@ -82,15 +78,6 @@ class CaseResult:
         peak = self.peak(name)
         return None if peak is None else max(peak - self.case.input_bytes, 0)
 
-    def disagreement(self, name: str, other: str) -> float | None:
-        """The largest difference of loss and gradient norm, relative to those of another."""
-        mine, theirs = self.agreement.get(name), self.agreement.get(other)
-        if not (mine and theirs):
-            return None
-        differences = [abs(mine[key] - theirs[key]) / abs(theirs[key] or 1) for key in theirs]
-        # NaN is no agreement, and max() would let it pass.
-        return math.inf if any(math.isnan(d) for d in differences) else max(differences)
-
 
 class Result:
     """A result file."""
@@ -104,7 +91,6 @@ class Result:
 
     @property
     def device(self) -> str:
-        """Its type."""
         return str(self.machine["device"])
 
     @property
@@ -114,7 +100,6 @@ class Result:
 
     @property
     def contenders(self) -> list[Contender]:
-        """Whose times there are."""
         names = {name for of_case in self.cases for name in of_case.seconds}
         known = shards.CONTENDERS if self.processes else CONTENDERS
         if any(isinstance(of_case.case, LinearCase) for of_case in self.cases):

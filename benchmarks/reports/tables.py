@@ -1,9 +1,7 @@
 """Tables in Markdown, and what the reports of all benchmarks have in common."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from operator import itemgetter
 
 from contenders.contender import Contender
 from contenders.peers import PEERS
@@ -21,7 +19,6 @@ EACH_PHASE = "Forward + backward, each by itself, milliseconds:"
 
 
 def both(unit: str = "milliseconds") -> str:
-    """The line before a table of totals."""
     return f"Forward and backward together, {unit} (median, interleaved in one run):"
 
 
@@ -72,13 +69,11 @@ def each_phase(result: CaseResult, name: str) -> str:
 
 
 def mebibytes(result: CaseResult, name: str, phase: str = TOTAL) -> str:
-    """Peak memory beyond the inputs."""
     peak = result.peak(name, phase)
     return number(peak / MIB if peak is not None else None)
 
 
 def machine_line(result: Result) -> str:
-    """Where, when and with what."""
     m = result.machine
     if result.device == "cpu":
         hardware = f"{m['threads']} threads on {m['cores']} cores ({m['cpu_capability']})"
@@ -94,8 +89,6 @@ def machine_line(result: Result) -> str:
 
 
 def bounds_table(result: Result) -> str:
-    """The promises and whether they were held."""
-
     def row(bound: Bound, measured: float) -> list[str]:
         return [
             f"{bound.case or 'all cases'}: {bound.promise}",
@@ -104,7 +97,7 @@ def bounds_table(result: Result) -> str:
             "held" if bound.holds(measured) else "missed",
         ]
 
-    rows = [row(bound, measured) for bound, measured in bounds.evaluate(result)]
+    rows = [row(*measured) for measured in bounds.evaluate(result)]
     return table(["promise", "bound", "measured", ""], rows) if rows else ""
 
 
@@ -121,17 +114,14 @@ def promises(result: Result) -> list[str]:
 
 
 def failures(result: Result, heading: str = "## What failed at {}") -> list[str]:
-    """What has no times, and why."""
     parts = []
-    for case, failed in result.failed.items():
-        if failed:
-            lines = [f"- without {name}: {reason}" for name, reason in failed.items()]
-            parts += [heading.format(case), "\n".join(lines)]
+    for case, failed in filter(itemgetter(1), result.failed.items()):
+        lines = [f"- without {name}: {reason}" for name, reason in failed.items()]
+        parts += [heading.format(case), "\n".join(lines)]
     return parts
 
 
 def text(parts: Iterable[str]) -> str:
-    """Parts with an empty line between them."""
     return "\n\n".join(parts)
 
 
@@ -144,6 +134,5 @@ def write_report(
         progress.raw["bounds"] = bounds.as_json(result)
     progress.write()
     report = markdown(result)
-    path: Path = progress.path
-    path.with_suffix(".md").write_text(report)
+    progress.path.with_suffix(".md").write_text(report)
     return report
