@@ -108,10 +108,13 @@ class Check:
         if arguments.commit:
             self.environment["EAFT_EXT_COMMIT"] = arguments.commit
         # The tools of this Python's environment, ninja above all, and of the toolkit.
-        tools = [str(WORK / "site" / "bin"), sysconfig.get_path("scripts")]
         home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-        toolkit = [f"{home}/bin", f"{home}/compute-sanitizer"]
-        path = [*tools, os.environ.get("PATH", os.defpath), *toolkit]
+        path = [
+            f"{WORK}/site/bin",
+            sysconfig.get_path("scripts"),
+            os.environ.get("PATH", os.defpath),
+        ]
+        path += [f"{home}/bin", f"{home}/compute-sanitizer"]
         self.environment["PATH"] = os.pathsep.join(path)
 
     def limit(self, step: str) -> float:
@@ -142,15 +145,14 @@ class Check:
         log = WORK / "environment.log"
         log.write_bytes(b"")
         done = self.run([sys.executable, FOLDER / "environment.py"], ENVIRONMENT_SECONDS, log=log)
-        text = done.output.partition("\n{")
-        if done.code != 0 or not text[1]:
-            lines = done.output.strip().splitlines() or ["it printed nothing"]
-            print(lines[-1], file=sys.stderr)
+        _, begin, text = done.output.partition("\n{")
+        if done.code != 0 or not begin:
+            print((done.output.strip() or "it printed nothing").splitlines()[-1], file=sys.stderr)
             sys.exit(2 if done.code == 2 else 1)
         self.output.mkdir(parents=True, exist_ok=True)
         self.log.write_text(done.output)
         self.record["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self.record["environment"], _ = json.JSONDecoder().raw_decode("{" + text[2])
+        self.record["environment"], _ = json.JSONDecoder().raw_decode("{" + text)
         found = self.record["environment"]
         self.environment.setdefault("MAX_JOBS", str(found["cores"]))
         if not self.environment.get("TORCH_CUDA_ARCH_LIST"):
@@ -159,9 +161,7 @@ class Check:
     def take_over(self) -> None:
         """Keep what earlier calls found out about the steps that this one leaves out."""
         path = self.output / "gpu_check.json"
-        if not path.exists():
-            return
-        earlier = json.loads(path.read_text())
+        earlier = json.loads(path.read_text()) if path.exists() else {}
         if earlier.get("environment", {}).get("gpu") == self.record["environment"]["gpu"]:
             for step, found in earlier["steps"].items():
                 if step not in self.steps:
@@ -333,43 +333,32 @@ class Check:
         print("\n".join(f"  | {line}" for line in shown), flush=True)
 
 
-def results_of(check: Check) -> list[Path]:
-    begin = datetime.fromisoformat(check.record["date"]).timestamp()
-    reports = [file for file in check.output.glob("cuda-*.md") if file.stat().st_mtime >= begin]
-    return sorted(reports, key=lambda file: file.stat().st_mtime)
-
-
 def describe_step(step: str, found: dict[str, Any]) -> str:
     line = f"{step:<9} {found['outcome']}, {found['seconds']} s"
-    if step == "suite" and "passed" in found:
-        line += (
-            f": {found['passed']} passed ({found['passed_on_cuda']} on CUDA), {found['failed']} "
-            f"failed, {found['errors']} errors, {found['skipped']} skipped"
-        )
-        line += "".join(f"\n          {name}" for name in found["failed_tests"][:10])
-    for tool, tool_found in found.get("tools", {}).items():
-        line += (
-            f"\n          {tool}: {tool_found['outcome']}, {tool_found['errors']} errors, "
-            f"{tool_found['warnings']} warnings, {tool_found['wrong_results']} wrong results"
-            f"{'' if tool_found['counts'] else ' (does not count)'}"
-        )
-    return line
+    if "passed_on_cuda" in found:
+        line += ": {passed} passed ({passed_on_cuda} on CUDA), {failed} failed, {errors} errors, "
+        line = f"{line}{{skipped}} skipped".format(**found)
+    lines = [line, *found.get("failed_tests", [])[:10]]
+    for tool, of_tool in found.get("tools", {}).items():
+        line = "{outcome}, {errors} errors, {warnings} warnings, {wrong_results} wrong results"
+        does_count = "" if of_tool["counts"] else " (does not count)"
+        lines.append(f"{tool}: {line.format(**of_tool)}{does_count}")
+    return "\n          ".join(lines)
 
 
 def report(check: Check) -> None:
     """The benchmarks in short, and last of all how each step went."""
     record = check.record
-    paths = results_of(check)
+    times = {file: file.stat().st_mtime for file in check.output.glob("cuda-*.md")}
+    begin = datetime.fromisoformat(record["date"]).timestamp()  # of this call
+    paths = [file for file in sorted(times, key=times.__getitem__) if times[file] >= begin]
     texts = [path.read_text().partition("## In short\n")[2] for path in paths]
     short = "\n\n".join(text.partition("\n## ")[0].strip() for text in texts)
     if short:
         print(f"\n{short}\n")
     environment = record["environment"]
-    print(
-        f"\n{environment['gpu']}, driver {environment['driver']}, CUDA {environment['cuda']}, "
-        f"torch {environment['torch']}; a copy moves "
-        f"{environment['copy_bytes_per_second'] / 1e12:.2f} TB/s"
-    )
+    print("\n{gpu}, driver {driver}, CUDA {cuda}, torch {torch}".format(**environment), end="; ")
+    print(f"a copy moves {environment['copy_bytes_per_second'] / 1e12:.2f} TB/s")
     print(f"peers: {', '.join(f'{k} {v}' for k, v in record['peers'].items()) or 'none'}")
     for step in STEPS:
         if step in record["steps"]:
@@ -381,7 +370,7 @@ def report(check: Check) -> None:
 
 
 def steps(text: str) -> tuple[str, ...]:
-    """Names of steps, separated by commas, in their order."""
+    """Names, separated by commas, in the order of the steps."""
     names = set(text.split(","))
     if unknown := names - STEPS.keys():
         raise argparse.ArgumentTypeError(f"{sorted(unknown)} are not among {', '.join(STEPS)}")
@@ -395,12 +384,8 @@ def folder(text: str) -> Path:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="gpu_check.sh",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("gpu_check.sh", None, summary, details, formatter_class=raw)
     results = FOLDER / "results"
     add = parser.add_argument
     add("--only", type=steps, default=DEFAULT_STEPS, metavar="STEP,...")

@@ -17,24 +17,10 @@ from functools import partial
 from contenders.cases import TIMES, Case, LinearCase
 from contenders.linear import LINEAR_CONTENDERS, PRODUCTS, SAME, chunk_tokens
 from harness.benchmark import Benchmark
+from harness.measure import How
+from reports import tables
 from reports.results import CaseResult, Result
-from reports.tables import (
-    EACH_PHASE,
-    MEMORY,
-    MIB,
-    both,
-    by_case,
-    each_phase,
-    failures,
-    machine_line,
-    mebibytes,
-    median,
-    number,
-    promises,
-    table,
-    text,
-    write_report,
-)
+from reports.tables import by_case, number
 
 SUFFIX = "-linear"
 # The heads of SmolLM2-135M and of Qwen3-0.6B; a call of the first takes seconds on two cores.
@@ -66,13 +52,13 @@ def chunk_table(result: Result) -> str:
         tokens = chunk_tokens(case, result.device)
         of_chunk = tokens * case.logits_bytes / case.num_rows
         sizes = (case.logits_bytes, of_chunk, case.input_bytes)
-        logits, chunk, gradients = (number(size / MIB) for size in sizes)
+        logits, chunk, gradients = (number(size / tables.MIB) for size in sizes)
         rows.append([str(case), logits, f"{tokens:,}", chunk, gradients])
-    return table(head, rows)
+    return tables.table(head, rows)
 
 
 def summary(result: Result) -> str:
-    return text([machine_line(result), *summary_parts(result)])
+    return tables.text([tables.machine_line(result), *summary_parts(result)])
 
 
 def summary_parts(result: Result) -> list[str]:
@@ -81,7 +67,7 @@ def summary_parts(result: Result) -> list[str]:
 
     def beyond_gradients(case: CaseResult, name: str) -> str:
         peak = case.beyond_gradients(name)
-        return number(None if peak is None else peak / MIB)
+        return number(None if peak is None else peak / tables.MIB)
 
     return [
         f"Tokens {TIMES} hidden {TIMES} vocabulary; the loss, and the gradients of hidden and "
@@ -89,23 +75,21 @@ def summary_parts(result: Result) -> list[str]:
         "Eager EAFT in chunks computes the logits of a chunk once more for its backward; its "
         "chunks are those of `linear_gated_ce`:",
         chunk_table(result),
-        both(),
-        by_case(result, median),
+        *tables.times(result),
         f"The same, {TIMES} the three bare products:",
         by_case(result, times_products),
-        EACH_PHASE,
-        by_case(result, each_phase),
-        MEMORY,
-        by_case(result, mebibytes),
+        *tables.each_phase(result),
+        *tables.memory(result),
         "Peak memory beyond the inputs and both gradients, MiB (measured):",
         by_case(result, beyond_gradients),
-        *promises(result),
+        *tables.promises(result),
     ]
 
 
 def markdown(result: Result) -> str:
-    parts = ["# Benchmark of `linear_gated_ce`", machine_line(result)]
-    return text([*parts, "## In short", *summary_parts(result), *failures(result)]) + "\n"
+    parts = ["# Benchmark of `linear_gated_ce`", tables.machine_line(result)]
+    parts += ["## In short", *summary_parts(result), *tables.failures(result)]
+    return tables.text(parts)
 
 
 def main() -> int:
@@ -114,15 +98,13 @@ def main() -> int:
         SHAPES,
         QUICK_SHAPES,
         REPEATS,
-        partial(write_report, markdown=markdown),
+        partial(tables.write_report, markdown=markdown),
         DTYPES,
         SUFFIX,
         "TxHxV",
         "4096x576x49152",
         make_case,
-        SAME,
-        TOLERANCE,
-        WARM_UP,
+        How(SAME, TOLERANCE, WARM_UP),
         COMPILATION_SECONDS,
     )
     return benchmark.execute(__doc__)

@@ -22,7 +22,6 @@ from PIL import Image
 from readme_tables import newest
 from reports.results import CaseResult, Result
 
-BLOCKS = ("scaling", "scaling_cuda")
 INCHES = (11, 7.6)
 DOTS_PER_INCH = 110
 # Ours are blue, and drawn over the others; the copy is what they are measured by.
@@ -38,7 +37,7 @@ STYLES: dict[str, dict[str, Any]] = {
 # A logarithmic scale has no zero, and less than a few pages is not measured.
 LEAST_MIB = 0.01
 
-Value = Callable[[CaseResult, str], "float | None"]
+Value = Callable[[CaseResult, str], float | None]
 
 
 def gigabytes(of_case: CaseResult, name: str, phase: str) -> float | None:
@@ -63,10 +62,8 @@ def draw(result: Result) -> Figure:
     figure = Figure(INCHES, dpi=DOTS_PER_INCH, layout="constrained")
     (forward, both), (time, memory) = axes = figure.subplots(2, 2)
     of_one_size, of_one_vocabulary = scaling.by_vocabulary(result), scaling.by_rows(result)
-    for panel, phase, title in (
-        (forward, FORWARD, "Forward"),
-        (both, TOTAL, "Forward and backward"),
-    ):
+    phases = (forward, FORWARD, "Forward"), (both, TOTAL, "Forward and backward")
+    for panel, phase, title in phases:
         plot(panel, result, of_one_size, "vocab_size", partial(gigabytes, phase=phase))
         # Of as many bytes in each case: what differs is the memory that they happen to have.
         copies = [r for of_case in of_one_size if (r := scaling.bandwidth(of_case, "copy", phase))]
@@ -108,21 +105,14 @@ def stamp(result: Result) -> str:
     return f"{machine['model']}, commit {machine['commit']}, {machine['date']}"
 
 
-def is_of(path: Path, result: Result) -> bool:
-    if not path.exists():
-        return False
-    with Image.open(path) as image:
-        return bool(image.info.get("Source") == stamp(result))
-
-
 def main() -> None:
+    """Draw or check the pictures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 if one is out of date")
     parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR")
     parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="where docs/ is")
     arguments = parser.parse_args()
-    results = newest(arguments.results)
-    found = [results[block] for block in BLOCKS if block in results]
+    found = [result for name, result in newest(arguments.results).items() if "scaling" in name]
     if not found:
         sys.exit(f"no result of scaling.py in {arguments.results}: run benchmarks/scaling.py first")
     for result in found:
@@ -130,7 +120,7 @@ def main() -> None:
         if not arguments.check:
             path.parent.mkdir(parents=True, exist_ok=True)
             draw(result).savefig(path, metadata={"Source": stamp(result)})
-        elif not is_of(path, result):
+        elif not path.exists() or Image.open(path).info.get("Source") != stamp(result):
             sys.exit(f"{path} does not show the newest result: run benchmarks/plots.py")
 
 

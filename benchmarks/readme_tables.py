@@ -88,17 +88,14 @@ def main() -> None:
     for page, form in PAGES.items():
         shown = {name: getattr(BLOCKS[name], form) for name in results}
         texts = {name: show(results[name]) for name, show in shown.items() if show}
-        if not texts:
-            continue
         path = arguments.root / page
-        new = text = path.read_text()
+        new = text = path.read_text() if texts else ""
         for name, block in texts.items():
             new = fill(new, name, block, page)
-        if new == text:
-            continue
-        if arguments.check:
+        if new != text and arguments.check:
             sys.exit(f"{path} does not show the newest result file")
-        path.write_text(new)
+        if new != text:
+            path.write_text(new)
 
 
 if __name__ == "__main__":

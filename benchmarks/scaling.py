@@ -18,19 +18,9 @@ from contenders.cases import TIMES
 from contenders.logits import CONTENDERS
 from harness.benchmark import Benchmark
 from harness.timing import FORWARD, TOTAL
+from reports import tables
 from reports.results import CaseResult, Result
-from reports.tables import (
-    MEMORY,
-    both,
-    by_case,
-    failures,
-    machine_line,
-    mebibytes,
-    median,
-    number,
-    text,
-    write_report,
-)
+from reports.tables import by_case, number
 
 SUFFIX = "-scaling"
 VOCABULARY = 151_936
@@ -46,7 +36,7 @@ QUICK_SHAPES = ((64, 8_192), (16, VOCABULARY))
 DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16",)}
 REPEATS = {"cpu": 7, "cuda": 15}
 # What compiles does so anew for each shape, and is left to run.py.
-NAMES = (
+NAMES = [
     "copy",
     "gated_ce",
     "gated_ce_inplace",
@@ -54,7 +44,7 @@ NAMES = (
     "cross_entropy",
     "eager",
     "liger",
-)
+]
 SCALING_CONTENDERS = tuple(c for c in CONTENDERS if c.name in NAMES)
 
 # How often each phase moves the logits' bytes at the least, in two passes: a read, and then a read
@@ -109,9 +99,9 @@ def picture(result: Result) -> str:
 def summary(result: Result) -> str:
     """The picture, for the page of benchmarks, which is beside it."""
     sizes = {number(of_case.case.logits_bytes / 2**20) for of_case in by_vocabulary(result)}
-    return text(
+    return tables.text(
         [
-            machine_line(result),
+            tables.machine_line(result),
             f"![Bandwidth against the vocabulary, time and memory against the rows]"
             f"({Path(picture(result)).name})",
             f"*Above: logits of {' or '.join(sorted(sizes))} MiB with ever larger vocabularies; "
@@ -123,7 +113,7 @@ def summary(result: Result) -> str:
 
 
 def markdown(result: Result) -> str:
-    parts = ["# Benchmark of how `gated_ce` scales", machine_line(result), "## In short"]
+    parts = ["# Benchmark of how `gated_ce` scales", tables.machine_line(result), "## In short"]
     if found := by_vocabulary(result):
         for phase, passes in PASSES.items():
             what = "Forward" if phase == FORWARD else "Forward and backward, in two passes"
@@ -133,14 +123,13 @@ def markdown(result: Result) -> str:
                 by_case(result, partial(gigabytes, phase=phase), cases=found),
             ]
     if found := by_rows(result):
-        parts += [both(), by_case(result, median, cases=found)]
-        parts += [MEMORY, by_case(result, mebibytes, cases=found)]
-    return text(parts + failures(result)) + "\n"
+        parts += tables.times(result, cases=found) + tables.memory(result, cases=found)
+    return tables.text(parts + tables.failures(result))
 
 
 def main() -> int:
     # It promises nothing.
-    report = partial(write_report, markdown=markdown, has_bounds=False)
+    report = partial(tables.write_report, markdown=markdown, has_bounds=False)
     benchmark = Benchmark(SCALING_CONTENDERS, SHAPES, QUICK_SHAPES, REPEATS, report, DTYPES, SUFFIX)
     return benchmark.execute(__doc__)
 

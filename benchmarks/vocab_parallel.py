@@ -12,7 +12,6 @@ pip install 'megatron-core'. Ends with 1 if a process fails, or is not done in t
 import argparse
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -25,18 +24,8 @@ from harness.fresh_processes import measure_in
 from harness.machine import describe, file_stem, load
 from harness.progress import Progress
 from harness.timing import HELD
+from reports import tables
 from reports.results import CaseResult, Result
-from reports.tables import (
-    EACH_PHASE,
-    both,
-    by_case,
-    each_phase,
-    machine_line,
-    mebibytes,
-    median,
-    promises,
-    text,
-)
 from torch.distributed import TCPStore
 
 from eaft_ext.cli.options import positive_int
@@ -48,24 +37,17 @@ SECONDS = 1800
 SUFFIX = "-vocab-parallel"
 # Its name in docs/benchmarks.md.
 BLOCK = "vocab_parallel"
-WITHOUT_PEER = (
-    f"without Megatron-Core, which pip install '{DISTRIBUTION}' brings: only our own is measured"
-)
+
+Chosen = list[tuple[Case, list[str]]]
 
 
 def parse() -> argparse.Namespace:
     parser = parser_of(__doc__)
     add_measured(parser, "NxV", EXAMPLE, REPEATS)
-    add = parser.add_argument
-    add("--world-size", type=positive_int, default=2, help="processes (default 2)")
-    add(
-        "--seconds",
-        type=positive_int,
-        default=SECONDS,
-        help=f"when to give up, each for times and for memory (default {SECONDS})",
-    )
-    arguments = parser.parse_args()
-    set_measured(arguments, SHAPES, QUICK_SHAPES, DTYPES, REPEATS)
+    limit = f"when to give up, each for times and for memory (default {SECONDS})"
+    parser.add_argument("--world-size", type=positive_int, default=2, help="processes (default 2)")
+    parser.add_argument("--seconds", type=positive_int, default=SECONDS, help=limit)
+    arguments = set_measured(parser.parse_args(), SHAPES, QUICK_SHAPES, DTYPES, REPEATS)
     for _, vocab_size in arguments.shapes:
         if vocab_size % arguments.world_size:
             parser.error(f"{arguments.world_size} processes cannot share {vocab_size} words evenly")
@@ -73,58 +55,47 @@ def parse() -> argparse.Namespace:
 
 
 def launch(
-    measure: Any,
-    cases: list[tuple[Case, list[str]]],
-    arguments: argparse.Namespace,
-    environment: Mapping[str, str],
+    measure: Any, cases: Chosen, arguments: argparse.Namespace, **environment: str
 ) -> list[tuple[dict[str, Any], ...]]:
     """What all processes found, case by case. If one fails, all are ended, and so is this one."""
     # By this the processes find each other, as under torchrun.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform.startswith("linux") else {}
-    size, seconds = arguments.world_size, arguments.seconds
-    request = lockstep.Request(
-        size, store.port, seconds, arguments.repeats, not arguments.quick, cases
-    )
-    answers, reason = measure_in(
-        size,
-        {
-            **loopback,
-            **os.environ,
-            **environment,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        lockstep.measure,
-        measure,
-        request,
-        seconds=seconds,
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if sys.platform.startswith("linux"):
+        environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    request = lockstep.Request(store.port, cases, arguments)
+    found, reason = measure_in(
+        arguments.world_size, environment, lockstep.measure, measure, request, arguments.seconds
     )
     if reason:
         print(reason, file=sys.stderr)
         sys.exit(1)
-    return list(zip(*answers, strict=True))
+    return list(zip(*found, strict=True))
 
 
-def measure_all(cases: list[Case], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The entries of the result file."""
     names = [
         c.name
         for c in CONTENDERS
         if (peer_version() or not c.module) and not (arguments.quick and c.compiles)
     ]
+    chosen: Chosen = [
+        (Case(*size, dtype), names) for size in arguments.shapes for dtype in arguments.dtypes
+    ]
     entries = []
-    times = launch(lockstep.measure_times, [(case, names) for case in cases], arguments, {})
-    for case, ranks in zip(cases, times, strict=True):
-        # All found the same.
-        (failed, *_) = [found.pop("failed") for found in ranks]
+    for (case, _), ranks in zip(
+        chosen, launch(lockstep.measure_times, chosen, arguments), strict=True
+    ):
+        (failed, *_) = [found.pop("failed") for found in ranks]  # all found the same
         for name, reason in failed.items():
             print(f"{case} without {name}: {reason}", file=sys.stderr)
         entries.append({"case": asdict(case), "failed": failed, "ranks": ranks})
     timed = [
         (case, list(entry["ranks"][0]["seconds"]))
-        for case, entry in zip(cases, entries, strict=True)
+        for (case, _), entry in zip(chosen, entries, strict=True)
     ]
-    memory = launch(lockstep.measure_memory, timed, arguments, MALLOC_ENVIRONMENT)
+    memory = launch(lockstep.measure_memory, timed, arguments, **MALLOC_ENVIRONMENT)
     for entry, of_ranks in zip(entries, memory, strict=True):
         for rank, found in zip(entry["ranks"], of_ranks, strict=True):
             rank.update(found)
@@ -132,9 +103,11 @@ def measure_all(cases: list[Case], arguments: argparse.Namespace) -> list[dict[s
 
 
 def summary(result: Result) -> str:
+    """The tables for the page of benchmarks."""
+
     def held(case: CaseResult, name: str) -> str:
-        tensors = ", ".join(case.kept.get(name, []))
-        return mebibytes(case, name, HELD) + (f" ({tensors})" if tensors else "")
+        kept = ", ".join(case.kept.get(name, []))
+        return tables.mebibytes(case, name, HELD) + (f" ({kept})" if kept else "")
 
     version = result.machine["megatron_core"]
     peer = (
@@ -142,39 +115,34 @@ def summary(result: Result) -> str:
         if version
         else "Megatron-Core did not take part."
     )
-    return text(
+    return tables.text(
         [
-            machine_line(result),
+            tables.machine_line(result),
             f"{result.processes} processes with one thread each, over gloo, each with its "
             "part of the vocabulary; the slowest counts. Logits that are overwritten are restored "
             f"outside of what is timed. {peer}",
-            both(),
-            by_case(result, median),
-            EACH_PHASE,
-            by_case(result, each_phase),
+            *tables.times(result),
+            *tables.each_phase(result),
             "Peak memory of a process beyond the inputs, MiB (measured):",
-            by_case(result, mebibytes),
+            tables.by_case(result, tables.mebibytes),
             "Held between forward and backward beyond the inputs, MiB (measured), and which "
             "tensors of the logits' size the graph keeps:",
-            by_case(result, held),
-            *promises(result),
+            tables.by_case(result, held),
+            *tables.promises(result),
         ]
     )
 
 
 def main() -> None:
+    """Measure, print and write."""
     arguments = parse()
-    machine = {
-        **describe(Cpu()),
-        "threads": arguments.world_size,
-        "processes": arguments.world_size,
-        "megatron_core": peer_version(),
-    }
-    if not machine["megatron_core"]:
-        print(WITHOUT_PEER, file=sys.stderr)
+    size, version = arguments.world_size, peer_version()
+    if not version:
+        how = f"pip install '{DISTRIBUTION}' brings"
+        print(f"without Megatron-Core, which {how}: only our own is measured", file=sys.stderr)
+    machine = {**describe(Cpu()), "threads": size, "processes": size, "megatron_core": version}
     raw = {"machine": machine, "repeats": arguments.repeats, "load_before": load()}
-    cases = [Case(*size, dtype) for size in arguments.shapes for dtype in arguments.dtypes]
-    raw["cases"] = measure_all(cases, arguments)
+    raw["cases"] = measure_all(arguments)
     path = arguments.output / f"{file_stem(machine)}{SUFFIX}.json"
     Progress(path, raw).write()
     print(summary(Result(raw)))

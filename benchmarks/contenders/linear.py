@@ -91,6 +91,10 @@ def linear_eaft_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return eager_eaft_sum(F.linear(hidden, weight), labels)
 
 
+def compiled() -> Function:
+    return chunked(torch.compile(linear_eaft_sum, dynamic=False))
+
+
 def _loss(name: str, title: str, build: Build, **more: Any) -> Contender:
     return Contender(name, title, build, LinearRunner, **more)
 
@@ -105,7 +109,6 @@ def _ours(**options: Any) -> Build:
 
 INPLACE = partial(eaft_ext.gated_ce, inplace_backward=True)
 IN_FLOAT32 = _ours(accumulate_in_float32=True)
-COMPILE = partial(torch.compile, linear_eaft_sum, dynamic=False)
 # Its logits stay on chip, and are computed anew in the backward; it leaves out blocks of the
 # gradient in which everything would be rounded away.
 CUT_LOSS = imported("cut_cross_entropy:linear_cross_entropy")
@@ -120,11 +123,7 @@ LINEAR_CONTENDERS = (
     _loss(UNFUSED_INPLACE, "the same, in place", of_logits(INPLACE)),
     _loss(EAGER, "eager EAFT of all logits", of_logits(eager_eaft)),
     _loss(CHUNKED, "eager EAFT in chunks", plain(chunked(linear_eaft_sum))),
-    _loss(
-        *(COMPILED, "compiled EAFT in chunks", lambda: chunked(COMPILE())),
-        devices=GPU,
-        compiles=True,
-    ),
+    _loss(COMPILED, "compiled EAFT in chunks", compiled, devices=GPU, compiles=True),
     _peer("liger_kernel", LIGER, "Liger-Kernel, no gate", peers.liger_linear),
     _peer(CUT, CUT, "cut-cross-entropy, no gate", CUT_LOSS, dtypes=BFLOAT16),
 )

@@ -12,34 +12,24 @@ from eaft_ext.cli.bench import eager_eaft
 
 from . import peers
 from .cases import IGNORED, Batch
-from .contender import (
-    ANY,
-    CPU,
-    GPU,
-    BareRunner,
-    Build,
-    Contender,
-    Function,
-    Runner,
-    imported,
-    plain,
-)
+from .contender import ANY, GPU, BareRunner, Build, Contender, Function, Runner, imported, plain
 
 ops = torch.ops.eaft_ext
 
 # What k costs is measured where the bounds are held, by the operators alone.
-SWEEP_SHAPE = (8192, 151_936)
+WORDS = 151_936
+SWEEP_SHAPE = (8192, WORDS)
 SWEEP = {k: f"operators_k{k}" for k in (2, 8, 20, 64, 128)}
 # In order of worth: time may be short.
 SHAPES = {
-    "cpu": ((512, 151_936), (2048, 50_257), (4, 151_936)),
+    "cpu": ((512, WORDS), (2048, 50_257), (4, WORDS)),
     "cuda": (
         SWEEP_SHAPE,
         (8192, 128_256),
         (4096, 262_144),
         (16384, 32_000),
-        (64, 151_936),
-        (1, 151_936),
+        (64, WORDS),
+        (1, WORDS),
     ),
 }
 
@@ -59,17 +49,13 @@ class SinglePassRunner(BareRunner):
         return loss.sum() / valid.sum(), gradient.mul_(valid.numel() / valid.sum())
 
 
-class OperatorRunner(BareRunner):
+class OperatorRunner(SinglePassRunner):
     """The operators that ``gated_ce`` is made of, without autograd and the reduction of the losses.
 
     The forward leaves in its result what the backward needs.
     """
 
     has_backward = True
-    is_loss = True
-
-    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return batch.logits, batch.labels
 
     def forward(self, arguments: tuple[Tensor, Tensor]) -> Any:
         return *arguments, *self.function(*arguments)
@@ -78,15 +64,15 @@ class OperatorRunner(BareRunner):
         logits, labels, _, _, _, gate, row_max, log_sum = result
         return ops.gated_ce_backward(gate, logits, labels, row_max, log_sum, IGNORED)
 
+    def outcome(self, batch: Batch) -> None:  # type: ignore[override]
+        pass
+
 
 def operator(op: Function, k: int) -> Function:
     """An operator with EAFT's gate, which is made once."""
     gate = eaft_ext.EntropyGate()
-    return partial(_call, op, (k, gate.name, gate.parameters(), IGNORED))
-
-
-def _call(op: Function, options: tuple[Any, ...], *tensors: Tensor) -> Any:
-    return op(*tensors, *options)
+    options = (k, gate.name, gate.parameters(), IGNORED)
+    return lambda *tensors: op(*tensors, *options)
 
 
 def single_pass() -> Function:
@@ -109,8 +95,11 @@ def _peer(name: str, title: str, build: Build, module: str = "", **more: bool) -
     return Contender(name, title, build, Runner, devices=GPU, module=module or name, **more)
 
 
+_on_gpu = partial(Contender, devices=GPU)
+COMPILE = partial(torch.compile, eager_eaft, dynamic=False)
 IN_PLACE = {"inplace_backward": True}
 IN_FORWARD = {"gradient_in_forward": True}
+FUSED = "`gated_ce`, gradient in forward"
 LIGER = imported("liger_kernel.transformers:LigerCrossEntropyLoss")
 FLASH_ATTN = imported("flash_attn.losses.cross_entropy:CrossEntropyLoss")
 TRITON = "transformer_engine"
@@ -119,25 +108,20 @@ CONTENDERS = (
     Contender("copy", "copy into existing memory", plain(lambda x, y: y.copy_(x)), BareRunner),
     # Elsewhere the allocator keeps what was freed.
     Contender(
-        "clone", "copy into fresh memory", plain(lambda x, _: x.clone()), BareRunner, devices=CPU
+        "clone",
+        "copy into fresh memory",
+        plain(lambda x, _: x.clone()),
+        BareRunner,
+        devices=("cpu",),
     ),
     _ours("gated_ce", "`gated_ce`"),
     _ours("gated_ce_inplace", "`gated_ce`, in place", **IN_PLACE),
-    _ours("gated_ce_fused", "`gated_ce`, gradient in forward", GPU, **IN_FORWARD),
-    _ours(
-        *("gated_ce_fused_inplace", "`gated_ce`, gradient in forward, in place", GPU),
-        **(IN_FORWARD | IN_PLACE),
-    ),
-    Contender(
-        *("single_pass", "`gated_ce_forward_with_grad`", single_pass, SinglePassRunner),
-        devices=GPU,
-    ),
+    _ours("gated_ce_fused", FUSED, GPU, **IN_FORWARD),
+    _ours("gated_ce_fused_inplace", f"{FUSED}, in place", GPU, **IN_FORWARD, **IN_PLACE),
+    _on_gpu("single_pass", "`gated_ce_forward_with_grad`", single_pass, SinglePassRunner),
     Contender("cross_entropy", "`F.cross_entropy`", plain(F.cross_entropy), Runner),
     Contender("eager", "eager EAFT", plain(eager_eaft), Runner),
-    Contender(
-        *("compiled", "compiled EAFT", partial(torch.compile, eager_eaft, dynamic=False), Runner),
-        compiles=True,
-    ),
+    Contender("compiled", "compiled EAFT", COMPILE, Runner, compiles=True),
     # One kernel writes the gradient over the logits in the forward.
     _peer("liger", "Liger-Kernel, no gate, in place", LIGER, "liger_kernel", **OVERWRITES),
     # CuTe kernels, a row on chip in a cluster of blocks.
@@ -146,17 +130,9 @@ CONTENDERS = (
     _peer("flash_attn", "flash-attn, no gate", FLASH_ATTN),
     _peer(TRITON, "Transformer Engine, no gate", peers.transformer_engine, **OVERWRITES),
     *(
-        Contender(
-            *(
-                name,
-                f"operators, K = {k}",
-                partial(operator, ops.gated_ce_forward, k),
-                OperatorRunner,
-            ),
-            devices=GPU,
-            shape=SWEEP_SHAPE,
-        )
+        _on_gpu(name, f"operators, K = {k}", build, OperatorRunner, shape=SWEEP_SHAPE)
         for k, name in SWEEP.items()
+        for build in [partial(operator, ops.gated_ce_forward, k)]
     ),
 )
 # Who computes the same as whom.

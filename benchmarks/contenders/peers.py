@@ -15,19 +15,21 @@ PEERS = {
 }
 
 
-def version(module: str) -> str | None:
-    """The version of a peer, None where it is not installed; it is not imported."""
-    if importlib.util.find_spec(module) is None:
-        return None
+def distribution_version(name: str) -> str:
+    """The version of what is installed, "" where it is not; it is not imported."""
     try:
-        return importlib.metadata.version(PEERS[module])
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+        return ""
 
 
 def versions() -> dict[str, str]:
     """The peers that are installed, by module."""
-    return {module: found for module in PEERS if (found := version(module))}
+    return {
+        module: distribution_version(name) or "unknown"
+        for module, name in PEERS.items()
+        if importlib.util.find_spec(module)
+    }
 
 
 def transformer_engine() -> Any:

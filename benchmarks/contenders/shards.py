@@ -1,6 +1,5 @@
 """What is compared where processes share the vocabulary: each has its part of the logits."""
 
-import importlib.metadata
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ import eaft_ext
 
 from .cases import Batch
 from .contender import Build, Contender, Function, GradientRunner, imported
+from .peers import distribution_version
 
 OURS = "vocab_parallel_gated_ce"
 INPLACE = f"{OURS}_inplace"
@@ -25,11 +25,7 @@ PEER, DISTRIBUTION = "megatron.core", "megatron-core"
 
 
 def peer_version() -> str:
-    """The version of Megatron-Core, "" where it is not installed; it is not imported."""
-    try:
-        return importlib.metadata.version(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    return distribution_version(DISTRIBUTION)
 
 
 class ShardRunner(GradientRunner):

@@ -17,14 +17,13 @@ from pathlib import Path
 from contenders import peers
 from contenders.cases import DTYPES, FEW_ROWS, Case
 from contenders.contender import ANY, Contender
-from contenders.logits import SAME
 
 from eaft_ext.cli.options import positive_float
 
 from .command import EXAMPLE, add_measured, parser_of, set_measured
 from .device import Device, open_device
 from .machine import describe, file_stem, load
-from .measure import TOLERANCE, WARM_UP, Session, measure_case
+from .measure import How, Session, measure_case
 from .progress import LEFT_OUT, DeviceLostError, Progress, describe_error
 from .schedule import Schedule
 
@@ -51,38 +50,23 @@ class Benchmark:
     form: str = "NxV"
     example: str = EXAMPLE
     make_case: Callable[[tuple[int, ...], str], Case] = lambda shape, dtype: Case(*shape, dtype)
-    same: Mapping[str, str] = field(default_factory=SAME.copy)
-    tolerance: Mapping[str, float] = field(default_factory=TOLERANCE.copy)
-    warm_up: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(ANY, WARM_UP))
+    how: How = field(default_factory=How)
     compilation: float = 0.0
 
     def parse(self, text: str | None) -> argparse.Namespace:
         parser = parser_of(text)
         add = parser.add_argument
-        add("--device", choices=list(self.shapes), default="cpu")
+        add("--device", choices=ANY, default="cpu")
         add_measured(parser, self.form, self.example, self.repeats)
-        add(
-            "--minutes",
-            type=positive_float,
-            help="about how long all may take; what is worth least is cut",
-        )
+        limit = "about how long all may take; what is worth least is cut"
+        add("--minutes", type=positive_float, help=limit)
         add("--resume", action="store_true", help="keep the cases that the result file has already")
-        add(
-            "--checks",
-            type=Path,
-            metavar="FILE",
-            help="JSON to keep with the result, of gpu_check.sh",
-        )
+        checks = "JSON to keep with the result, of gpu_check.sh"
+        add("--checks", type=Path, metavar="FILE", help=checks)
         arguments = parser.parse_args()
-        device = arguments.device
-        set_measured(
-            arguments,
-            self.shapes[device],
-            self.quick_shapes,
-            self.dtypes[device],
-            self.repeats[device],
-        )
-        return arguments
+        by_device = (self.dtypes[arguments.device], self.repeats[arguments.device])
+        shapes = self.shapes[arguments.device]
+        return set_measured(arguments, shapes, self.quick_shapes, *by_device)
 
     def cases(self, arguments: argparse.Namespace) -> list[Case]:
         """What is measured, on a GPU by worth: bfloat16 first, and few rows last."""
@@ -97,10 +81,11 @@ class Benchmark:
         """Every case that the result file does not have yet."""
         schedule = Schedule(arguments.minutes, self.compilation)
         min_seconds = 0.0 if arguments.quick else MIN_SECONDS[device.type]
+        installed = {"", *peers.versions()}
         candidates = [
             c
             for c in self.contenders
-            if (not c.module or peers.version(c.module)) and not (arguments.quick and c.compiles)
+            if c.module in installed and not (arguments.quick and c.compiles)
         ]
         pending = [case for case in self.cases(arguments) if not progress.is_complete(case)]
         # What an earlier process ended in comes last.
@@ -116,16 +101,7 @@ class Benchmark:
             contenders = [c for c in candidates if c.takes_part(case, device.type)]
             schedule.begin(case, pending[index + 1 :])
             watchdog = end_when_hopeless(case, schedule.seconds_until_hopeless())
-            session = Session(
-                device,
-                entry,
-                schedule,
-                arguments.repeats,
-                min_seconds,
-                self.warm_up[device.type],
-                self.same,
-                self.tolerance,
-            )
+            session = Session(device, entry, schedule, arguments.repeats, min_seconds, self.how)
             reason = None
             try:
                 measure_case(case, contenders, session)

@@ -25,15 +25,10 @@ def parser_of(text: str | None) -> argparse.ArgumentParser:
 
 
 def add_measured(parser: argparse.ArgumentParser, form: str, example: str, repeats: Any) -> None:
-    """Add what is measured, where it is written to; a shape has a form, such as NxV."""
-    add = parser.add_argument
-    add(
-        "--shapes",
-        type=partial(sizes, example=example),
-        nargs="+",
-        metavar=form,
-        help=f"such as {example}, any number",
-    )
+    """Add what is measured, and where it is written to; a shape has a form, such as NxV."""
+    add, shape = parser.add_argument, partial(sizes, example=example)
+    like = f"such as {example}, any number"
+    add("--shapes", type=shape, nargs="+", metavar=form, help=like)
     add("--dtypes", nargs="+", choices=DTYPES)
     add("--repeats", type=positive_int, help=f"rounds of each case (default {repeats})")
     add("--quick", action="store_true", help="one small shape, few rounds, without torch.compile")
@@ -42,10 +37,12 @@ def add_measured(parser: argparse.ArgumentParser, form: str, example: str, repea
 
 def set_measured(
     arguments: argparse.Namespace, shapes: Any, quick_shapes: Any, dtypes: Any, repeats: int
-) -> None:
+) -> argparse.Namespace:
+    """What the command line did not say."""
     arguments.shapes = arguments.shapes or (quick_shapes if arguments.quick else shapes)
     arguments.dtypes = arguments.dtypes or dtypes
     arguments.repeats = arguments.repeats or (3 if arguments.quick else repeats)
+    return arguments
 
 
 def sizes(text: str, example: str) -> tuple[int, ...]:

@@ -21,19 +21,22 @@ def measure_in(
     count: int,
     environment: Mapping[str, str],
     measure: Callable[..., Answers],
-    *arguments: Any,
+    what: Any,
+    request: Any,
     seconds: float = float("inf"),
 ) -> tuple[list[list[Any]], str]:
     """What each process answered before it ended, and why they ended early: "" if they did not.
 
-    A process yields the answers of ``measure(rank, *arguments)``, a function of a module. If one
+    A process yields the answers of ``measure(rank, what, request)``, a function of a module. If one
     fails or time is up, all are ended. They begin with more in their environment: what the C
     library and OpenMP read, they read then.
     """
     reason = ""
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, environment):
         end = time.monotonic() + seconds
-        context = multiprocessing.spawn(_answer, (folder, measure, arguments), count, join=False)
+        context = multiprocessing.spawn(
+            _answer, (folder, measure, what, request), count, join=False
+        )
         try:
             while not context.join(min(end - time.monotonic(), 1.0)):
                 if time.monotonic() >= end:
@@ -46,7 +49,8 @@ def measure_in(
                 process.kill()
                 process.join()
         files = [Path(folder, str(rank)) for rank in range(count)]
-        lines = [file.read_text().splitlines() if file.exists() else [] for file in files]
+        # The last line may be half written.
+        lines = [file.read_text().split("\n")[:-1] if file.exists() else [] for file in files]
     return [[json.loads(line) for line in of_rank] for of_rank in lines], reason
 
 
@@ -60,7 +64,7 @@ def by_contender(
     return dict(answers)
 
 
-def _answer(rank: int, folder: str, measure: Callable[..., Any], arguments: Any) -> None:
+def _answer(rank: int, folder: str, measure: Callable[..., Any], *request: Any) -> None:
     with Path(folder, str(rank)).open("w", buffering=1) as file:
-        for answer in measure(rank, *arguments):
+        for answer in measure(rank, *request):
             file.write(f"{json.dumps(answer)}\n")

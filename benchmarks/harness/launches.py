@@ -90,13 +90,12 @@ def time_launches(
     A capture that fails leaves allocator and random numbers unusable. It is tried only with what
     does not synchronise, and if it fails all the same, this process is of no more use.
     """
-    for name, seconds in entry.for_each(
-        LATENCY, runners, lambda runner: time_latency(runner, rotation, device)
-    ).items():
+    latencies = entry.for_each(LATENCY, runners, lambda each: time_latency(each, rotation, device))
+    for name, seconds in latencies.items():
         times[name][LATENCY] = seconds
     for runner in runners:
         graph = f"{GRAPH} of {runner.name}"
-        if graph in entry.failed or graph in entry.culprits():
+        if graph in entry.failed or graph in entry.progress.culprits():
             continue
         if reason := synchronises(runner, rotation):
             entry.fail(graph, f"it synchronises: {reason}")

@@ -3,13 +3,14 @@
 Before each call all processes wait for each other, so that none runs beside another's preparations.
 """
 
+import argparse
 import gc
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from contenders.cases import Batch, Case, Rotation
@@ -26,19 +27,15 @@ from .timing import time_once, time_side_by_side
 Found = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Request:
-    """What all processes are told: cases, and whom to measure in each.
+class Request(NamedTuple):
+    """What all processes are told: the port of the store by which they find each other, and more.
 
-    ``port`` is that of the store by which they find each other.
+    The cases come with the names of whom to measure.
     """
 
-    world_size: int
     port: int
-    seconds: float
-    repeats: int
-    rotates: bool
     cases: list[tuple[Case, list[str]]]
+    arguments: argparse.Namespace
 
 
 class LockstepCpu(Cpu):
@@ -90,25 +87,23 @@ def start(
     return runners, failed
 
 
-def measure_times(case: Case, contenders: list[Contender], request: Request) -> Found:
+def measure_times(case: Case, contenders: list[Contender], arguments: argparse.Namespace) -> Found:
     """Every single time, by contender and phase, and what else is found on the way."""
     device = LockstepCpu()
-    rotation = ShardRotation(case, device.cache_bytes() if request.rotates else 0)
+    rotation = ShardRotation(case, 0 if arguments.quick else device.cache_bytes())
     runners, failed = start(contenders, rotation, device)
 
     def drop(runner: Runner, reason: str) -> NoReturn:
         raise RuntimeError(f"{runner.name}: {reason}")  # the others wait for this one
 
-    def tolerance(name: str) -> float:
-        return TOLERANCE["bfloat16" if name == FUSED else case.dtype]
-
+    tolerance = dict.fromkeys(SAME, TOLERANCE[case.dtype]) | {FUSED: TOLERANCE["bfloat16"]}
     agreement = check_agreement(runners, rotation, SAME, tolerance, drop)
     # No time limit: as many rounds in all processes.
-    seconds = time_side_by_side(runners, rotation, device, request.repeats, 0.0, drop=drop)
+    seconds = time_side_by_side(runners, rotation, device, arguments.repeats, 0.0, drop=drop)
     return {"seconds": rounded(seconds), "agreement": agreement, "failed": failed}
 
 
-def measure_memory(case: Case, contenders: list[Contender], _: Request) -> Found:
+def measure_memory(case: Case, contenders: list[Contender], _: object) -> Found:
     device = Cpu()
     rotation = ShardRotation(case, 0)
     found: Found = {"peak_bytes": {}, "kept": {}}
@@ -123,21 +118,20 @@ def measure_memory(case: Case, contenders: list[Contender], _: Request) -> Found
 
 def measure(rank: int, measure_what: Any, request: Request) -> Iterator[Found]:
     torch.set_num_threads(1)
-    limit = timedelta(seconds=request.seconds)
-    store = dist.TCPStore("127.0.0.1", request.port, is_master=False, timeout=limit)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=request.world_size, timeout=limit
-    )
-    chosen = {name for _, names in request.cases for name in names}
+    port, cases, arguments = request
+    size, limit = arguments.world_size, timedelta(seconds=arguments.seconds)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+    chosen = {name for _, names in cases for name in names}
     if any(c.module for c in CONTENDERS if c.name in chosen):
         warnings.filterwarnings("ignore", module=r"megatron\.")  # on what else could be installed
         from megatron.core import parallel_state
 
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=request.world_size)
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
     gc.freeze()  # no collection looks through all that was imported
-    for case, names in request.cases:
+    for case, names in cases:
         if rank == 0:
             print(f"{measure_what.__name__}: {case}", file=sys.stderr)
         torch.compiler.reset()
-        yield measure_what(case, [c for c in CONTENDERS if c.name in names], request)
+        yield measure_what(case, [c for c in CONTENDERS if c.name in names], arguments)
     dist.destroy_process_group()

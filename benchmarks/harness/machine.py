@@ -1,6 +1,5 @@
 """Where and with what a result was measured."""
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -44,10 +43,7 @@ def describe(device: Device) -> dict[str, Any]:
     if device.type == "cuda":
         machine["cuda_arch_list"] = build["cuda_arch_list"]
         machine["peers"] = peers.versions()
-        try:
-            machine["triton"] = importlib.metadata.version("triton")
-        except importlib.metadata.PackageNotFoundError:
-            machine["triton"] = ""
+        machine["triton"] = peers.distribution_version("triton")
     return machine
 
 

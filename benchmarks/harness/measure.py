@@ -5,11 +5,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from contenders.cases import FEW_ROWS, Case, LinearCase, Rotation
-from contenders.contender import Contender, Runner
+from contenders.contender import ANY, Contender, Runner
+from contenders.logits import SAME
 
 from .device import Device
 from .launches import time_launches
@@ -25,21 +26,28 @@ WARM_UP = 2
 FEWER_THAN_THREADS = 8
 
 
+# Of losses and gradients, by their norms; 16-bit ones are rounded.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 8e-3}
+
+
+class How(NamedTuple):
+    """Who computes the same as whom, but for a tolerance; how many calls come before any counts."""
+
+    same: Mapping[str, str] = SAME
+    tolerance: Mapping[str, float] = TOLERANCE
+    warm_up: Mapping[str, int] = dict.fromkeys(ANY, WARM_UP)
+
+
 @dataclass(frozen=True)
 class Session:
-    """What a case is measured with, and for how long; ``warm_up`` calls are not timed.
-
-    ``same`` says who computes the same as whom, but for a tolerance by dtype.
-    """
+    """What a case is measured with, and for how long."""
 
     device: Device
     entry: Entry
     schedule: Schedule
     repeats: int
     min_seconds: float
-    warm_up: int
-    same: Mapping[str, str]
-    tolerance: Mapping[str, float]
+    how: How
 
     def blame(self, contender: Contender, reason: str) -> None:
         """Take down why one failed. Its memory is free again, and the device still works."""
@@ -51,15 +59,11 @@ class Session:
             raise DeviceLostError(f"{contender.name}: {LOST}: {reason}")
 
 
-# Of losses and gradients; 16-bit ones are rounded.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 8e-3}
-
-
 def check_agreement(
     runners: Sequence[Runner],
     rotation: Rotation,
     same: Mapping[str, str],
-    tolerance: Callable[[str], float],
+    tolerance: Mapping[str, float],
     drop: Callable[[Runner, str], None],
 ) -> dict[str, dict[str, float]]:
     """How far losses and gradients are from those of who computes the same, by their norms.
@@ -82,7 +86,7 @@ def check_agreement(
                 offs = map(off, outcome, expected[same[name]])
                 found[name] = dict(zip(runner.parts, offs, strict=True))
                 # NaN is no agreement either.
-                if not all(by <= tolerance(name) for by in found[name].values()):
+                if not all(by <= tolerance[name] for by in found[name].values()):
                     how_far = ", ".join(f"{part} {by:.2g}" for part, by in found[name].items())
                     reason = f"off from {same[name]}: {how_far}"
             del outcome
@@ -122,7 +126,7 @@ def start(contenders: list[Contender], rotation: Rotation, session: Session) -> 
         reason = ""
         try:
             runner = contender.make_runner()
-            for _ in range(session.warm_up):
+            for _ in range(session.how.warm_up[session.device.type]):
                 time_once(runner, rotation, session.device)
         except Exception as error:
             reason = describe_error(error)
@@ -147,8 +151,9 @@ def _measure_here(case: Case, contenders: list[Contender], session: Session) -> 
         runners.remove(runner)
         session.blame(runner.contender, reason)
 
-    tolerance = session.tolerance[case.dtype]
-    agreement = check_agreement(runners, rotation, session.same, lambda name: tolerance, drop)
+    same, tolerance, _ = session.how
+    by_name = dict.fromkeys(same, tolerance[case.dtype])
+    agreement = check_agreement(runners, rotation, same, by_name, drop)
     entry.add(agreement=agreement)
     seconds = time_side_by_side(
         list(runners),

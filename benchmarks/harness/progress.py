@@ -6,12 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from contenders.cases import Case
 from contenders.contender import Contender, Runner
 
 T = TypeVar("T")
 
-OUT_OF_MEMORY = "out of memory"
 ENDED = "the process ended there"
 LOST = "the device was lost"
 LEFT_OUT = "left out: too little time"
@@ -24,8 +24,8 @@ class DeviceLostError(Exception):
 
 
 def describe_error(error: BaseException) -> str:
-    if type(error).__name__ == "OutOfMemoryError":  # of torch, and of torch.cuda before 2.5
-        return OUT_OF_MEMORY
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
@@ -35,20 +35,17 @@ class Entry:
     def __init__(self, raw: dict[str, Any], progress: "Progress") -> None:
         self.raw = raw
         self.failed: dict[str, str] = raw.setdefault("failed", {})
-        self._progress = progress
+        self.progress = progress
 
     @property
     def attempts(self) -> int:
         return int(self.raw.get("attempts", 0))
 
-    def culprits(self) -> set[str]:
-        return self._progress.culprits()
-
     def excludes(self, contender: Contender) -> bool:
         """Whether a contender failed here before, or is another's and cost a process elsewhere."""
         if contender.name in self.failed:
             return True
-        if contender.is_ours or contender.name not in self.culprits():
+        if contender.is_ours or contender.name not in self.progress.culprits():
             return False
         self.fail(contender.name, "left out: it cost a process elsewhere")
         return True
@@ -60,12 +57,12 @@ class Entry:
             return False
         self.raw["attempts"] = self.attempts + 1
         self.failed.pop("all", None)
-        self._progress.write()
+        self.progress.write()
         return True
 
     def fail(self, name: str, reason: str) -> None:
         self.failed[name] = reason
-        self._progress.write()
+        self.progress.write()
 
     def attempt(self, name: str) -> None:
         """Blame a contender, should this process end before ``forgive``."""
@@ -73,12 +70,12 @@ class Entry:
 
     def forgive(self, name: str) -> None:
         del self.failed[name]
-        self._progress.write()
+        self.progress.write()
 
     def add(self, **measured: Any) -> None:
         """Add what was measured, or replace it. With ``seconds`` the case counts as measured."""
         self.raw.update(measured)
-        self._progress.write()
+        self.progress.write()
 
     def for_each(
         self, what: str, runners: list[Runner], measure: Callable[[Runner], T]

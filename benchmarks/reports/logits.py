@@ -7,7 +7,7 @@ from harness.timing import BACKWARD, FORWARD, GRAPH, LATENCY, TOTAL
 
 from . import tables
 from .results import CaseResult, Result
-from .tables import MIB, by_case, mebibytes, median, number, table
+from .tables import MIB, mebibytes, median, number, table
 
 ON_A_GPU = (
     "Calls are queued ahead of the device: launching them is not part of their time, unless they "
@@ -100,7 +100,7 @@ def markdown(result: Result) -> str:
     parts += tables.failures(result, "{}:")
     if not on_gpu and (found := tables.bounds_table(result)):
         parts += ["## Promises", found]
-    return tables.text(parts) + "\n"
+    return tables.text(parts)
 
 
 def in_short(result: Result) -> str:
@@ -131,16 +131,9 @@ def summary_parts(result: Result) -> list[str]:
     parts = []
     if result.device != "cpu":
         with_forward = [c for c in contenders if c.runner.has_backward]
-        parts += [
-            f"Forward, {unit} (median, interleaved in one run):",
-            by_case(result, lambda case, name: median(case, name, scale, FORWARD), with_forward),
-        ]
-    parts += [
-        tables.both(unit),
-        by_case(result, lambda case, name: median(case, name, scale), contenders),
-        tables.MEMORY,
-        by_case(result, mebibytes, contenders),
-    ]
+        parts += tables.times(result, unit, scale, FORWARD, contenders=with_forward)
+    parts += tables.times(result, unit, scale, contenders=contenders)
+    parts += tables.memory(result, contenders=contenders)
     for case in result.cases:
         if sweep := sweep_table(case, scale):
             parts += [

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
+from typing import Any
 
 from contenders.contender import Contender
 from contenders.peers import PEERS
@@ -14,12 +15,6 @@ from .results import CaseResult, Result
 
 MISSING = "-"
 MIB = 2**20
-MEMORY = "Peak memory beyond the inputs, MiB (measured):"
-EACH_PHASE = "Forward + backward, each by itself, milliseconds:"
-
-
-def both(unit: str = "milliseconds") -> str:
-    return f"Forward and backward together, {unit} (median, interleaved in one run):"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -61,11 +56,31 @@ def median(result: CaseResult, name: str, scale: float = 1e3, phase: str = TOTAL
     return number(spread.median * scale if spread else None)
 
 
-def each_phase(result: CaseResult, name: str) -> str:
+def each_phase(result: Result) -> list[str]:
     """Milliseconds of forward and backward, where they can be told apart."""
-    if not result.spread(name, FORWARD):
-        return MISSING
-    return " + ".join(median(result, name, phase=phase) for phase in (FORWARD, BACKWARD))
+
+    def cell(of_case: CaseResult, name: str) -> str:
+        if not of_case.spread(name, FORWARD):
+            return MISSING
+        return " + ".join(median(of_case, name, phase=phase) for phase in (FORWARD, BACKWARD))
+
+    return ["Forward + backward, each by itself, milliseconds:", by_case(result, cell)]
+
+
+def times(
+    result: Result, unit: str = "milliseconds", scale: float = 1e3, phase: str = TOTAL, **only: Any
+) -> list[str]:
+    """The medians in a phase; of some contenders or cases only, if so told."""
+    what = "Forward" if phase == FORWARD else "Forward and backward together"
+    cells = by_case(result, lambda of_case, name: median(of_case, name, scale, phase), **only)
+    return [f"{what}, {unit} (median, interleaved in one run):", cells]
+
+
+def memory(result: Result, **only: Any) -> list[str]:
+    return [
+        "Peak memory beyond the inputs, MiB (measured):",
+        by_case(result, mebibytes, **only),
+    ]
 
 
 def mebibytes(result: CaseResult, name: str, phase: str = TOTAL) -> str:
@@ -133,6 +148,6 @@ def write_report(
     if has_bounds:
         progress.raw["bounds"] = bounds.as_json(result)
     progress.write()
-    report = markdown(result)
+    report = f"{markdown(result)}\n"
     progress.path.with_suffix(".md").write_text(report)
     return report
