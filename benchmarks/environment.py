@@ -7,10 +7,9 @@ counting each byte read and written.
 import json
 import os
 import platform
-from typing import Any
 
 import torch
-from harness.device import Device, open_device
+from harness.device import open_device
 from torch.utils import collect_env
 from torch.utils.benchmark import Timer
 
@@ -18,6 +17,7 @@ ELEMENTS = 2**29
 
 
 def copy_bandwidth(device: str) -> float:
+    """Bytes a second."""
     source = torch.randn(ELEMENTS, device=device)
     tensors = {"source": source, "target": torch.empty_like(source)}
     timer = Timer("target.copy_(source)", globals=tensors)
@@ -30,8 +30,9 @@ def tool_version(name: str, pattern: str) -> str:
     return collect_env.run_and_parse_first_match(collect_env.run, command, pattern) or ""
 
 
-def describe(device: Device) -> dict[str, Any]:
-    return {
+if __name__ == "__main__":
+    device = open_device("cuda")
+    found = {
         "gpu": device.model(),
         **device.facts(),
         "cache_bytes": device.cache_bytes(),
@@ -42,7 +43,4 @@ def describe(device: Device) -> dict[str, Any]:
         "nvcc": tool_version("nvcc", r"release ([\d.]+)"),
         "compute_sanitizer": tool_version("compute-sanitizer", r"Version ([\d.]+)"),
     }
-
-
-if __name__ == "__main__":
-    print(json.dumps(describe(open_device("cuda")), indent=2))
+    print(json.dumps(found, indent=2))

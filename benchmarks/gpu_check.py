@@ -99,8 +99,9 @@ class Check:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.steps: tuple[str, ...] = arguments.only
-        self.wheels: Path | None = arguments.wheels
-        self.output: Path = arguments.output
+        # Commands run elsewhere.
+        self.wheels: Path | None = arguments.wheels and arguments.wheels.resolve()
+        self.output: Path = arguments.output.resolve()
         self.log = self.output / "gpu_check.log"
         self._end: float = time.monotonic() + 60 * arguments.minutes
         self.record: dict[str, Any] = {"steps": {}}
@@ -109,11 +110,7 @@ class Check:
             self.environment["EAFT_EXT_COMMIT"] = arguments.commit
         # The tools of this Python's environment, ninja above all, and of the toolkit.
         home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-        path = [
-            f"{WORK}/site/bin",
-            sysconfig.get_path("scripts"),
-            os.environ.get("PATH", os.defpath),
-        ]
+        path = [f"{WORK}/site/bin", sysconfig.get_path("scripts"), os.environ["PATH"]]
         path += [f"{home}/bin", f"{home}/compute-sanitizer"]
         self.environment["PATH"] = os.pathsep.join(path)
 
@@ -172,14 +169,14 @@ class Check:
         self.use_folders()
         if self.wheels is None:
             return
-        folder = WORK / "peers"
-        shutil.rmtree(folder, ignore_errors=True)
+        peers_folder = WORK / "peers"
+        shutil.rmtree(peers_folder, ignore_errors=True)
         wheels = sorted(self.wheels.glob("*.whl"))
         print(f"installing {len(wheels)} wheels", flush=True)
-        if wheels and self.install(wheels, folder / "all").code != 0:
-            shutil.rmtree(folder / "all", ignore_errors=True)
-            for index, wheel in enumerate(wheels):
-                if self.install([wheel], folder / str(index)).code != 0:
+        if wheels and self.install(wheels, peers_folder / "all").code != 0:
+            shutil.rmtree(peers_folder / "all", ignore_errors=True)
+            for wheel in wheels:
+                if self.install([wheel], peers_folder / wheel.stem).code != 0:
                     print(f"  without {wheel.name}: the log says why", flush=True)
         self.use_folders()
 
@@ -285,8 +282,7 @@ class Check:
         return {"outcome": bad[0] if bad else "passed", "program": program, "tools": tools}
 
     def use(self) -> dict[str, Any]:
-        done = self.run([sys.executable, FOLDER / "use.py"], self.limit("use"))
-        return {"outcome": done.outcome}
+        return {"outcome": self.run([sys.executable, FOLDER / "use.py"], self.limit("use")).outcome}
 
     def measure(self, step: str) -> dict[str, Any]:
         """A benchmark, in a new process where one is lost with its device."""
@@ -304,8 +300,7 @@ class Check:
         return {"outcome": done.outcome if done else TOO_LITTLE_TIME, "runs": runs}
 
     def run_step(self, step: str) -> None:
-        begin = time.monotonic()
-        log_begin = self.log.stat().st_size
+        begin, log_begin = time.monotonic(), self.log.stat().st_size
         is_benchmark = bool(STEPS[step].benchmark)
         found: dict[str, Any]
         usable = self.record["steps"].get("build", {}).get("usable", True)
@@ -324,13 +319,10 @@ class Check:
         self.save()
         print(f"  {found['outcome']} after {found['seconds']} s", flush=True)
         if found["outcome"] != "passed":
-            self.show_end_of_log(log_begin)
-
-    def show_end_of_log(self, begin: int, lines: int = 25) -> None:
-        """Why a step failed is most likely there. What was skipped is not why."""
-        text = self.log.read_bytes()[begin:].decode(errors="replace").splitlines()
-        shown = [line[:200] for line in text if not line.startswith("SKIPPED")][-lines:]
-        print("\n".join(f"  | {line}" for line in shown), flush=True)
+            # Why is most likely at the end of the log; what was skipped is not why.
+            text = self.log.read_bytes()[log_begin:].decode(errors="replace").splitlines()
+            shown = [line[:200] for line in text if not line.startswith("SKIPPED")][-25:]
+            print("\n".join(f"  | {line}" for line in shown), flush=True)
 
 
 def describe_step(step: str, found: dict[str, Any]) -> str:
@@ -377,11 +369,6 @@ def steps(text: str) -> tuple[str, ...]:
     return tuple(step for step in STEPS if step in names)
 
 
-def folder(text: str) -> Path:
-    """An absolute path: commands run elsewhere."""
-    return Path(text).resolve()
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     summary, _, details = (__doc__ or "").partition("\n\n")
     raw = argparse.RawDescriptionHelpFormatter
@@ -390,8 +377,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--only", type=steps, default=DEFAULT_STEPS, metavar="STEP,...")
     add("--minutes", type=float, default=9.5, help="for everything (default 9.5)")
-    add("--wheels", type=folder, metavar="DIR", help="peers to install from there")
-    add("--output", type=folder, default=results, metavar="DIR", help="default: benchmarks/results")
+    add("--wheels", type=Path, metavar="DIR", help="peers to install from there")
+    add("--output", type=Path, default=results, metavar="DIR", help="default: benchmarks/results")
     add("--commit", default="", metavar="ID", help="where this is no git checkout")
     return parser.parse_args(arguments)
 

@@ -47,8 +47,8 @@ def gigabytes(of_case: CaseResult, name: str, phase: str) -> float | None:
 
 
 def milliseconds(of_case: CaseResult, name: str) -> float | None:
-    spread = of_case.spread(name)
-    return spread.median * 1e3 if spread else None
+    seconds = of_case.median(name)
+    return seconds and 1e3 * seconds
 
 
 def mebibytes(of_case: CaseResult, name: str) -> float | None:

@@ -36,15 +36,8 @@ QUICK_SHAPES = ((64, 8_192), (16, VOCABULARY))
 DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16",)}
 REPEATS = {"cpu": 7, "cuda": 15}
 # What compiles does so anew for each shape, and is left to run.py.
-NAMES = [
-    "copy",
-    "gated_ce",
-    "gated_ce_inplace",
-    "gated_ce_fused_inplace",
-    "cross_entropy",
-    "eager",
-    "liger",
-]
+PEERS = ("cross_entropy", "eager", "liger")
+NAMES = ("copy", "gated_ce", "gated_ce_inplace", "gated_ce_fused_inplace", *PEERS)
 SCALING_CONTENDERS = tuple(c for c in CONTENDERS if c.name in NAMES)
 
 # How often each phase moves the logits' bytes at the least, in two passes: a read, and then a read
@@ -77,13 +70,11 @@ def by_rows(result: Result) -> list[CaseResult]:
 
 def bandwidth(of_case: CaseResult, name: str, phase: str) -> float | None:
     """Bytes a second: those that must be moved in two passes, over the time."""
-    if name == "copy":
-        passes, spread = COPY_PASSES, of_case.spread(name)
-    else:
-        passes, spread = PASSES[phase], of_case.spread(name, phase)
-    if spread is None or (phase == FORWARD and name in GRADIENT_IN_FORWARD):
+    is_copy = name == "copy"
+    seconds = of_case.median(name, TOTAL if is_copy else phase)
+    if seconds is None or (phase == FORWARD and name in GRADIENT_IN_FORWARD):
         return None
-    return passes * of_case.case.logits_bytes / spread.median
+    return (COPY_PASSES if is_copy else PASSES[phase]) * of_case.case.logits_bytes / seconds
 
 
 def gigabytes(of_case: CaseResult, name: str, phase: str) -> str:

@@ -26,13 +26,9 @@ class Case:
         return f"{self.num_rows:,} {TIMES} {self.vocab_size:,} {self.dtype}"
 
     @property
-    def itemsize(self) -> int:
-        return int(getattr(torch, self.dtype).itemsize)
-
-    @property
     def logits_bytes(self) -> int:
         """The size of the logits, and of their gradient."""
-        return self.num_rows * self.vocab_size * self.itemsize
+        return self.num_rows * self.vocab_size * self._itemsize()
 
     @property
     def input_bytes(self) -> int:
@@ -47,6 +43,9 @@ class Case:
         """
         logits = self._normal((self.num_rows, self.vocab_size), 3, generator)
         return Batch(logits, self._labels(generator), torch.empty_like(logits))
+
+    def _itemsize(self) -> int:
+        return int(getattr(torch, self.dtype).itemsize)
 
     def _normal(
         self, shape: tuple[int, int], deviation: float, generator: torch.Generator
@@ -72,7 +71,7 @@ class LinearCase(Case):
     @property
     def input_bytes(self) -> int:
         """Hidden and weight; the labels need no gradient."""
-        return (self.num_rows + self.vocab_size) * self.hidden_size * self.itemsize
+        return (self.num_rows + self.vocab_size) * self.hidden_size * self._itemsize()
 
     def batch(self, generator: torch.Generator) -> "LinearBatch":
         hidden = self._normal((self.num_rows, self.hidden_size), 1, generator)

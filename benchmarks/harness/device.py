@@ -18,11 +18,8 @@ from torch.utils import collect_env
 NO_GPU = "There is no CUDA GPU that PyTorch can use here, so nothing was measured."
 # For a process that measures memory: blocks of 64 KB and more are mapped and unmapped one by one,
 # and the heap shrinks at once.
-MALLOC_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MALLOC_ARENA_MAX": "1",
-}
+THRESHOLDS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+MALLOC_ENVIRONMENT = {**dict.fromkeys(THRESHOLDS, "65536"), "MALLOC_ARENA_MAX": "1"}
 
 
 class Cpu:
@@ -112,11 +109,11 @@ class Cuda(Cpu):
         return int(torch.cuda.get_device_properties().L2_cache_size)
 
     def facts(self) -> dict[str, str | int]:
-        properties = torch.cuda.get_device_properties()
+        chip = torch.cuda.get_device_properties()
         return {
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": int(properties.multi_processor_count),
-            "memory_bytes": int(properties.total_memory),
+            "capability": f"{chip.major}.{chip.minor}",
+            "multiprocessors": int(chip.multi_processor_count),
+            "memory_bytes": int(chip.total_memory),
             "driver": driver_version(),
             "cuda": torch.version.cuda or "",
         }

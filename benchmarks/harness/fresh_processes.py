@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from contenders.cases import Case
+from contenders.cases import Case, Rotation
+from contenders.contender import Runner
+from contenders.linear import contenders_of
 from torch import multiprocessing
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from .device import Cpu
+
 Answers = Iterator[Any]
+OfRunner = Callable[[Runner, Rotation, Cpu], Any]
 
 
 def measure_in(
@@ -55,13 +60,22 @@ def measure_in(
 
 
 def by_contender(
-    environment: Mapping[str, str], measure: Callable[..., Answers], case: Case, names: list[str]
+    environment: Mapping[str, str], measure: OfRunner, case: Case, names: list[str], rotates: bool
 ) -> dict[str, Any]:
-    """The pairs that one process answers; without those that it did not come to."""
-    (answers,), reason = measure_in(1, environment, measure, case, names)
+    """What a fresh process measures of each contender, but for those that it did not come to."""
+    (answers,), reason = measure_in(1, environment, _each, measure, (case, names, rotates))
     if reason:
-        print(f"{measure.__module__} at {case}: {reason}", file=sys.stderr)
+        print(f"{measure.__name__} at {case}: {reason}", file=sys.stderr)
     return dict(answers)
+
+
+def _each(_: int, measure: OfRunner, request: tuple[Case, list[str], bool]) -> Answers:
+    case, names, rotates = request
+    device = Cpu()
+    rotation = Rotation(case, device.cache_bytes() if rotates else 0, device.type)
+    for contender in filter(lambda contender: contender.name in names, contenders_of(case)):
+        if found := measure(contender.make_runner(), rotation, device):
+            yield contender.name, found
 
 
 def _answer(rank: int, folder: str, measure: Callable[..., Any], *request: Any) -> None:

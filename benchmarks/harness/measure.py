@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -82,13 +83,12 @@ def check_agreement(
         else:
             if name in same.values():
                 expected[name] = outcome
-            elif same.get(name) in expected:
-                offs = map(off, outcome, expected[same[name]])
-                found[name] = dict(zip(runner.parts, offs, strict=True))
-                # NaN is no agreement either.
-                if not all(by <= tolerance[name] for by in found[name].values()):
-                    how_far = ", ".join(f"{part} {by:.2g}" for part, by in found[name].items())
-                    reason = f"off from {same[name]}: {how_far}"
+            elif (other := same.get(name)) in expected:
+                offs = dict(zip(runner.parts, map(off, outcome, expected[other]), strict=True))
+                if not all(by <= tolerance[name] for by in offs.values()):  # NaN is none, either
+                    how_far = ", ".join(f"{part} {by:.2g}" for part, by in offs.items())
+                    reason = f"off from {other}: {how_far}"
+                found[name] = offs
             del outcome
         if reason:
             drop(runner, reason)
@@ -97,11 +97,8 @@ def check_agreement(
 
 def off(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The norm of the difference over that of what is expected."""
-    norms = [
-        torch.linalg.vector_norm(each, dtype=torch.float32)
-        for each in (actual - expected, expected)
-    ]
-    return float(norms[0] / norms[1])
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
+    return float(norm(actual - expected) / norm(expected))
 
 
 def rounded(seconds: Mapping[str, Times]) -> dict[str, Times]:
@@ -155,15 +152,8 @@ def _measure_here(case: Case, contenders: list[Contender], session: Session) -> 
     by_name = dict.fromkeys(same, tolerance[case.dtype])
     agreement = check_agreement(runners, rotation, same, by_name, drop)
     entry.add(agreement=agreement)
-    seconds = time_side_by_side(
-        list(runners),
-        rotation,
-        device,
-        session.repeats,
-        session.min_seconds,
-        session.schedule.seconds_for_rounds(),
-        drop=drop,
-    )
+    limits = (session.repeats, session.min_seconds, session.schedule.seconds_for_rounds())
+    seconds = time_side_by_side(list(runners), rotation, device, *limits, drop=drop)
     entry.add(seconds=rounded(seconds))
     if copies := seconds.get("copy", {}).get(TOTAL):
         # Each byte is read and written.

@@ -12,10 +12,9 @@ import time
 
 from contenders.cases import Case, Rotation
 from contenders.contender import Runner
-from contenders.linear import contenders_of
 
-from .device import MALLOC_ENVIRONMENT, Cpu, Device
-from .fresh_processes import Answers, by_contender
+from .device import MALLOC_ENVIRONMENT, Device
+from .fresh_processes import by_contender
 from .timing import FORWARD, HELD, TOTAL
 
 CALLS = 3
@@ -56,14 +55,6 @@ def medians(
     )
 
 
-def measure(_: int, case: Case, names: list[str]) -> Answers:
-    device = Cpu()
-    rotation = Rotation(case, 0, device.type)
-    for contender in filter(lambda contender: contender.name in names, contenders_of(case)):
-        if peaks := medians(contender.make_runner(), rotation, device):
-            yield contender.name, peaks
-
-
 def measure_peaks(case: Case, names: list[str]) -> dict[str, Peaks]:
     """The same from a fresh process, by contender; one that could not be measured is missing."""
-    return by_contender(MALLOC_ENVIRONMENT, measure, case, names)
+    return by_contender(MALLOC_ENVIRONMENT, medians, case, names, rotates=False)

@@ -80,12 +80,12 @@ def time_side_by_side(
         while goes_on():
             shuffle(order)
             for runner in list(order):
-                reason = None
+                reason = ""
                 try:
                     phases = time_once(runner, rotation, device)
                 except Exception as error:
                     reason = describe_error(error)
-                if reason is not None:  # the error, which holds on to memory, is gone
+                if reason:  # the error, which holds on to memory, is gone
                     order.remove(runner)
                     del times[runner.name]
                     drop(runner, reason)

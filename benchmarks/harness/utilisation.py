@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from contenders.cases import Case, Rotation
 from contenders.contender import Runner
-from contenders.linear import contenders_of
 
 from .device import Cpu
-from .fresh_processes import Answers, by_contender
+from .fresh_processes import by_contender
 
 SECONDS = 1.5
 SLEEP_WHILE_WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
@@ -30,38 +29,31 @@ def one_turn(runner: Runner, rotation: Rotation) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def measure(_: int, case: Case, names: list[str]) -> Answers:
-    device = Cpu()
-    rotation = Rotation(case, device.cache_bytes(), device.type)
+def utilisation(runner: Runner, rotation: Rotation, _: Cpu) -> dict[str, Any]:
+    """The cores in use, and the gain over one thread."""
     all_threads = torch.get_num_threads()
-    for contender in contenders_of(case):
-        if contender.name not in names:
-            continue
-        runner = contender.make_runner()
-        one_turn(runner, rotation)
-        alone: list[tuple[float, float]] = []
-        together: list[tuple[float, float]] = []
-        end = time.monotonic() + SECONDS
-        while not together or time.monotonic() < end:
-            for threads, turns in ((1, alone), (all_threads, together)):
-                torch.set_num_threads(threads)
-                turns.append(one_turn(runner, rotation))
-        medians = [statistics.median(wall for wall, _ in turns) for turns in (alone, together)]
-        yield (
-            contender.name,
-            {
-                "threads": all_threads,
-                "calls": rotation.count * len(together),
-                "cores_busy": sum(cpu for _, cpu in together) / sum(wall for wall, _ in together),
-                "gain_over_one_thread": medians[0] / medians[1],
-            },
-        )
+    one_turn(runner, rotation)
+    alone: list[tuple[float, float]] = []
+    together: list[tuple[float, float]] = []
+    end = time.monotonic() + SECONDS
+    while not together or time.monotonic() < end:
+        for threads, turns in ((1, alone), (all_threads, together)):
+            torch.set_num_threads(threads)
+            turns.append(one_turn(runner, rotation))
+    medians = [statistics.median(wall for wall, _ in turns) for turns in (alone, together)]
+    return {
+        "threads": all_threads,
+        "calls": rotation.count * len(together),
+        "cores_busy": sum(cpu for _, cpu in together) / sum(wall for wall, _ in together),
+        "gain_over_one_thread": medians[0] / medians[1],
+    }
 
 
 def measure_utilisation(case: Case, names: list[str]) -> dict[str, Any]:
     """Both figures from fresh processes, by contender."""
     asleep, by_default = (
-        by_contender(environment, measure, case, names) for environment in (SLEEP_WHILE_WAITING, {})
+        by_contender(environment, utilisation, case, names, rotates=True)
+        for environment in (SLEEP_WHILE_WAITING, {})
     )
     gain = "gain_over_one_thread"
     return {n: {**asleep[n], gain: by_default[n][gain]} for n in asleep if n in by_default}

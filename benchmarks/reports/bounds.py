@@ -67,8 +67,7 @@ def time_over_reading(name: str, phase: str) -> Measure:
 
 def faster(case: Case, name: str, title: str, other: tuple[str, str], by: float) -> Bound:
     """How many times as fast as another, forward and backward."""
-    value = time_over(other[0], name)
-    return Bound(case, f"{other[1]} / {title}", value, by, at_least=True)
+    return Bound(case, f"{other[1]} / {title}", time_over(other[0], name), by, at_least=True)
 
 
 def memory_over(
@@ -86,16 +85,12 @@ def memory_over(
     return measure
 
 
-def logits_bytes(result: CaseResult) -> float:
-    return result.case.logits_bytes
-
-
 def row_bytes(result: CaseResult) -> float:
     return result.case.logits_bytes / result.case.num_rows
 
 
 def gain_over_one_thread(result: CaseResult) -> float | None:
-    """How much faster all threads are than one, forward and backward."""
+    """By how much all threads are faster than one, forward and backward."""
     return result.utilisation.get(INPLACE, {}).get("gain_over_one_thread")
 
 
@@ -155,7 +150,7 @@ def cuda_bounds() -> list[Bound]:
         for name in (OURS, INPLACE, FUSED, FUSED_INPLACE)
     ]
     for name, limit in peaks.items():
-        of_logits = memory_over(logits_bytes, name)
+        of_logits = memory_over(lambda result: result.case.logits_bytes, name)
         bounds.append(Bound(large, f"peak of {TITLES[name]} / logits", of_logits, limit))
     off = "loss and gradient, off from eager EAFT"
     return [*bounds, Bound(None, off, disagreement, 0.005, unit="")]
@@ -168,7 +163,8 @@ def vocab_parallel_bounds(result: Result) -> list[Bound]:
     peer = (shards.MEGATRON, "Megatron-Core")
 
     def of_a_process(of_case: CaseResult) -> float | None:
-        return logits_bytes(of_case) / result.processes if of_case.case in cases else None
+        case = of_case.case
+        return case.logits_bytes / result.processes if case in cases else None
 
     bounds = [
         faster(case, name, f"{title}, forward and backward", peer, 3)

@@ -1,5 +1,7 @@
 """The report of run.py: of losses of logits."""
 
+import statistics
+
 from contenders.cases import TIMES
 from contenders.contender import Contender
 from contenders.logits import SWEEP
@@ -22,11 +24,11 @@ UNITS = {"cpu": ("milliseconds", "ms", 1e3), "cuda": ("microseconds", "µs", 1e6
 
 
 def quartiles(result: CaseResult, name: str, scale: float) -> str:
-    spread = result.spread(name)
-    if spread is None:
-        return tables.MISSING
-    figures = (spread.minimum, spread.lower_quartile, spread.upper_quartile)
-    return " / ".join(number(figure * scale) for figure in figures)
+    """The least total and the quartiles around its median, times a scale."""
+    times = result.times(name)
+    two = times * 2 if len(times) == 1 else times
+    lower, _, upper = statistics.quantiles(two, method="inclusive")
+    return " / ".join(number(figure * scale) for figure in (min(times), lower, upper))
 
 
 def case_table(result: CaseResult, contenders: list[Contender], device: str) -> str:
@@ -62,7 +64,7 @@ def launch_table(result: CaseResult, contenders: list[Contender], scale: float) 
     rows = [
         [contender.title, *(median(result, contender.name, scale, phase) for phase in LAUNCHES)]
         for contender in contenders
-        if result.spread(contender.name, LATENCY)
+        if result.times(contender.name, LATENCY)
     ]
     return table(["", *LAUNCHES.values()], rows) if rows else ""
 
@@ -70,7 +72,7 @@ def launch_table(result: CaseResult, contenders: list[Contender], scale: float) 
 def sweep_table(result: CaseResult, scale: float) -> str:
     rows = []
     for k, name in SWEEP.items():
-        if result.spread(name):
+        if result.times(name):
             times = [median(result, name, scale, phase) for phase in (FORWARD, BACKWARD, TOTAL)]
             of_two = [result.ratio(name, SWEEP[2], phase, phase) for phase in (FORWARD, TOTAL)]
             rows.append([f"K = {k}", *times, *(number(ratio, TIMES) for ratio in of_two)])
@@ -90,7 +92,7 @@ def markdown(result: Result) -> str:
     if on_gpu:
         parts += [ON_A_GPU, "## In short", *summary_parts(result)]
     for case in result.cases:
-        rounds = max(spread.rounds for name in case.seconds if (spread := case.spread(name)))
+        rounds = max(len(case.times(name)) for name in case.seconds)
         line = f"Logits of {number(case.case.logits_bytes / MIB)} MiB, {rounds} rounds."
         if on_gpu and case.copy_bytes_per_second:
             line += f" The copy moves {case.copy_bytes_per_second / 1e12:.2f} TB/s."

@@ -1,7 +1,6 @@
 """Result files, and the figures that are read from them."""
 
 import statistics
-from dataclasses import dataclass
 from typing import Any
 
 from contenders import shards
@@ -10,22 +9,6 @@ from contenders.contender import Contender
 from contenders.linear import LINEAR_CONTENDERS
 from contenders.logits import CONTENDERS
 from harness.timing import TOTAL
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Single times in seconds, summed up."""
-
-    rounds: int
-    minimum: float
-    lower_quartile: float
-    median: float
-    upper_quartile: float
-
-    @classmethod
-    def of(cls, times: list[float]) -> "Spread":
-        quartiles = statistics.quantiles(times, method="inclusive") if len(times) > 1 else times * 3
-        return cls(len(times), min(times), *quartiles)
 
 
 def slowest(of_ranks: list[Any]) -> Any:
@@ -59,15 +42,18 @@ class CaseResult:
         self.kept: dict[str, list[str]] = found.get("kept", {})
         self.copy_bytes_per_second: float | None = found.get("copy_bytes_per_second")
 
-    def spread(self, name: str, phase: str = TOTAL) -> Spread | None:
-        """The times of a contender in a phase, None where it has none."""
-        times = self.seconds.get(name, {}).get(phase)
-        return Spread.of(times) if times else None
+    def times(self, name: str, phase: str = TOTAL) -> list[float]:
+        """Those of a contender in a phase, none where it has none."""
+        return self.seconds.get(name, {}).get(phase, [])
+
+    def median(self, name: str, phase: str = TOTAL) -> float | None:
+        times = self.times(name, phase)
+        return statistics.median(times) if times else None
 
     def ratio(self, above: str, below: str, phase: str = TOTAL, of: str = TOTAL) -> float | None:
         """The median of one contender in a phase over that of another, by default its total."""
-        numerator, denominator = self.spread(above, phase), self.spread(below, of)
-        return numerator.median / denominator.median if numerator and denominator else None
+        numerator, denominator = self.median(above, phase), self.median(below, of)
+        return numerator / denominator if numerator and denominator else None
 
     def peak(self, name: str, phase: str = TOTAL) -> int | None:
         """Peak bytes beyond the inputs, None where they were not measured."""

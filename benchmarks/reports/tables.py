@@ -50,17 +50,17 @@ def number(value: float | None, unit: str = "") -> str:
 
 def median(result: CaseResult, name: str, scale: float = 1e3, phase: str = TOTAL) -> str:
     """The median of a contender's times in a phase, times a scale; or why there is none."""
-    spread = result.spread(name, phase)
-    if spread is None and name in result.failed and not result.spread(name):
+    seconds = result.median(name, phase)
+    if name in result.failed and not (seconds or result.times(name)):
         return result.failed[name].split(":")[0]
-    return number(spread.median * scale if spread else None)
+    return number(seconds and seconds * scale)
 
 
 def each_phase(result: Result) -> list[str]:
     """Milliseconds of forward and backward, where they can be told apart."""
 
     def cell(of_case: CaseResult, name: str) -> str:
-        if not of_case.spread(name, FORWARD):
+        if not of_case.times(name, FORWARD):
             return MISSING
         return " + ".join(median(of_case, name, phase=phase) for phase in (FORWARD, BACKWARD))
 
@@ -77,10 +77,8 @@ def times(
 
 
 def memory(result: Result, **only: Any) -> list[str]:
-    return [
-        "Peak memory beyond the inputs, MiB (measured):",
-        by_case(result, mebibytes, **only),
-    ]
+    what = "Peak memory beyond the inputs, MiB (measured):"
+    return [what, by_case(result, mebibytes, **only)]
 
 
 def mebibytes(result: CaseResult, name: str, phase: str = TOTAL) -> str:
@@ -95,22 +93,17 @@ def machine_line(result: Result) -> str:
     else:
         hardware = f"driver {m['driver']}, CUDA {m['cuda']}"
     commit = f", commit {m['commit']}" if m["commit"] else ""
-    beside = [f"{PEERS[module]} {version}" for module, version in m.get("peers", {}).items()]
-    return (
-        f"{m['model']}, {hardware}, torch {m['torch']}, eaft_ext {m['eaft_ext']}{commit}, "
-        + "".join(f"{peer}, " for peer in beside)
-        + f"{m['date'][:10]}."
-    )
+    parts = [m["model"], hardware, f"torch {m['torch']}", f"eaft_ext {m['eaft_ext']}{commit}"]
+    parts += [f"{PEERS[module]} {version}" for module, version in m.get("peers", {}).items()]
+    return ", ".join([*parts, f"{m['date'][:10]}."])
 
 
 def bounds_table(result: Result) -> str:
     def row(bound: Bound, measured: float) -> list[str]:
-        return [
-            f"{bound.case or 'all cases'}: {bound.promise}",
-            f"{'≥' if bound.at_least else '≤'} {bound.limit:g}{bound.unit}",
-            number(measured, bound.unit),
-            "held" if bound.holds(measured) else "missed",
-        ]
+        limit = f"{'≥' if bound.at_least else '≤'} {bound.limit:g}{bound.unit}"
+        verdict = "held" if bound.holds(measured) else "missed"
+        promise = f"{bound.case or 'all cases'}: {bound.promise}"
+        return [promise, limit, number(measured, bound.unit), verdict]
 
     rows = [row(*measured) for measured in bounds.evaluate(result)]
     return table(["promise", "bound", "measured", ""], rows) if rows else ""
@@ -122,9 +115,9 @@ def promises(result: Result) -> list[str]:
     if not found:
         return []
     parts = ["What was promised, and what came out:", found]
-    missing = bounds.unmeasured(result)
+    missing = "; ".join(bound.promise for bound in bounds.unmeasured(result))
     if missing and result.device != "cpu":
-        parts.append("Not measured: " + "; ".join(bound.promise for bound in missing) + ".")
+        parts.append(f"Not measured: {missing}.")
     return parts
 
 
