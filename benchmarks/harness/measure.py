@@ -95,6 +95,7 @@ def check_agreement(
     return found
 
 
+@torch.no_grad()  # some gradients require one
 def off(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The norm of the difference over that of what is expected."""
     norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
