@@ -182,12 +182,11 @@ class Check:
 
     def install(self, what: Sequence[Path], folder: Path) -> Finished:
         """Install wheels, or the package, into a folder; nothing is fetched."""
-        options = ["--no-deps", "--no-index", "--disable-pip-version-check", "--no-input"]
-        options += ["--no-compile", "--target", str(folder)]
+        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-input"]
+        command += ["--disable-pip-version-check", "--no-compile", "--target", folder, *what]
         if what == [ROOT]:
-            options += ["--no-build-isolation", "-v"]
-        command = [sys.executable, "-m", "pip", "install", *options, *what]
-        return self.run(command, self.limit("build") if what == [ROOT] else 60.0)
+            return self.run([*command, "--no-build-isolation", "-v"], self.limit("build"))
+        return self.run(command, 60.0)
 
     def use_folders(self) -> None:
         """Put what is installed in our folders first, and see which peers there are."""
