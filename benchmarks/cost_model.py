@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import costs
-from costs import Call, Collective, Cost
-from pages import fill
-from report import number, table
+from reports import costs
+from reports.costs import Call, Collective, Cost
+from reports.pages import fill
+from reports.tables import number, table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
 

@@ -11,43 +11,18 @@ puts the figures into docs/benchmarks.md. Ends as run.py does: with 1 if one of 
 failed, and with 3 if the device was lost.
 """
 
-from __future__ import annotations
-
-import argparse
-import itertools
 import sys
-from typing import Any
+from functools import partial
 
-import bounds
-import torch
-from cases import TIMES, Case, LinearCase, Rotation
-from contenders import Contender, Runner
-from device import Device
-from linear_contenders import LINEAR_CONTENDERS, PRODUCTS, SAME, chunk_tokens
-from measure import IGNORE_EVERY, blame, start, time_all
-from memory import measure_peaks, peak_once
-from progress import Entry, Progress, describe_error, for_each
-from report import (
-    MIB,
-    MISSING,
-    bounds_not_measured,
-    bounds_table,
-    by_case,
-    failures,
-    machine_line,
-    mebibytes,
-    median,
-    number,
-    table,
-)
-from results import CaseResult, Result
-from run import Benchmark, execute, parse
-from schedule import Schedule
-from timing import BACKWARD, FORWARD
-from torch import Tensor
+from contenders.cases import TIMES, Case, LinearCase
+from contenders.linear import LINEAR_CONTENDERS, PRODUCTS, SAME, chunk_tokens
+from harness.benchmark import Benchmark
+from harness.measure import How
+from reports import tables
+from reports.results import CaseResult, Result
+from reports.tables import by_case, number
 
 SUFFIX = "-linear"
-EXAMPLE = "4096x576x49152"
 # The heads of SmolLM2-135M and of Qwen3-0.6B; a call of the first takes seconds on two cores.
 SHAPES = {
     "cpu": ((4096, 576, 49_152), (384, 1024, 151_936)),
@@ -61,104 +36,11 @@ WARM_UP = {"cpu": 0, "cuda": 1}
 # Of the loss, and of the gradients' norms: 16-bit gradients are rounded where they are added up.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 COMPILATION_SECONDS = 25.0
-# The parts of an outcome.
-COMPARED = ("loss", "hidden_gradient", "weight_gradient")
 
 
-def cases_in_order(arguments: argparse.Namespace) -> list[Case]:
-    """What is measured."""
-    return [
-        LinearCase(num_rows, vocab_size, dtype, hidden_size)
-        for num_rows, hidden_size, vocab_size in arguments.shapes
-        for dtype in arguments.dtypes
-    ]
-
-
-def off(actual: Tensor, expected: Tensor) -> float:
-    """The norm of the difference over that of what is expected."""
-    norms = [
-        torch.linalg.vector_norm(each, dtype=torch.float32)
-        for each in (actual - expected, expected)
-    ]
-    return float(norms[0] / norms[1])
-
-
-def check_agreement(
-    case: Case, runners: list[Runner], rotation: Rotation, device: Device, entry: Entry
-) -> None:
-    """Take out of the runners what computes something else than it should, or fails."""
-    batch = rotation.full_turn()[0]
-    expected: dict[str, Any] = {}
-    found = {}
-    # Those that others are compared with come first.
-    for runner in sorted(runners, key=lambda runner: runner.contender.name in SAME):
-        name = runner.contender.name
-        reason = ""
-        try:
-            outcome: Any = runner.outcome(batch)
-        except Exception as error:
-            reason = describe_error(error)
-        else:
-            if name in SAME.values():
-                expected[name] = outcome
-            elif SAME.get(name) in expected:
-                pairs = zip(outcome, expected[SAME[name]], strict=True)
-                found[name] = dict(zip(COMPARED, itertools.starmap(off, pairs), strict=True))
-                reason = disagreement(found[name], SAME[name], case)
-            del outcome
-        if reason:
-            runners.remove(runner)
-            blame(runner.contender, reason, device, entry)
-    entry.add(agreement=found)
-
-
-def disagreement(differences: dict[str, float], other: str, case: Case) -> str:
-    """How far a contender is from another, "" if that is due to rounding."""
-    # NaN is no agreement either.
-    if all(difference <= TOLERANCE[case.dtype] for difference in differences.values()):
-        return ""
-    how_far = ", ".join(f"{what} {by:.2g}" for what, by in differences.items())
-    return f"off from {other}: {how_far}"
-
-
-def measure_linear(
-    case: Case,
-    contenders: list[Contender],
-    device: Device,
-    entry: Entry,
-    schedule: Schedule,
-    repeats: int,
-    min_seconds: float,
-) -> None:
-    """One case, into its entry: agreement, time side by side, and peak memory."""
-    torch.compiler.reset()
-    device.release()
-    names = _measure_here(case, contenders, device, entry, schedule, repeats, min_seconds)
-    device.release()
-    if device.type == "cpu":
-        entry.add(peak_bytes=measure_peaks(case, names))
-
-
-def _measure_here(
-    case: Case,
-    contenders: list[Contender],
-    device: Device,
-    entry: Entry,
-    schedule: Schedule,
-    repeats: int,
-    min_seconds: float,
-) -> list[str]:
-    """What is measured in this process; whose times there are."""
-    ignore_every = IGNORE_EVERY[device.type]
-    rotation = Rotation(case, device.cache_bytes(), device.type, ignore_every=ignore_every)
-    runners = start(contenders, rotation, device, entry, schedule, WARM_UP[device.type])
-    check_agreement(case, runners, rotation, device, entry)
-
-    seconds = time_all(runners, rotation, device, entry, schedule, repeats, min_seconds)
-    if device.type == "cuda":
-        peaks = for_each("peak", runners, entry, lambda each: peak_once(each, rotation, device))
-        entry.add(peak_bytes=peaks)
-    return list(seconds)
+def make_case(shape: tuple[int, ...], dtype: str) -> Case:
+    num_rows, hidden_size, vocab_size = shape
+    return LinearCase(num_rows, vocab_size, dtype, hidden_size)
 
 
 def chunk_table(result: Result) -> str:
@@ -167,92 +49,65 @@ def chunk_table(result: Result) -> str:
     rows = []
     for of_case in result.cases:
         case = of_case.case
-        tokens = chunk_tokens(case, result.machine["device"])
+        tokens = chunk_tokens(case, result.device)
         of_chunk = tokens * case.logits_bytes / case.num_rows
         sizes = (case.logits_bytes, of_chunk, case.input_bytes)
-        logits, chunk, gradients = (number(size / MIB) for size in sizes)
+        logits, chunk, gradients = (number(size / tables.MIB) for size in sizes)
         rows.append([str(case), logits, f"{tokens:,}", chunk, gradients])
-    return table(head, rows)
+    return tables.table(head, rows)
 
 
 def summary(result: Result) -> str:
-    """The tables for the page of benchmarks."""
-    return "\n\n".join([machine_line(result), *summary_parts(result)])
+    return tables.text([tables.machine_line(result), *summary_parts(result)])
 
 
 def summary_parts(result: Result) -> list[str]:
-    """Tables over all cases, each after a line that says what it is."""
-    names = {name for case in result.cases for name in case.seconds}
-    contenders = [c for c in LINEAR_CONTENDERS if c.name in names]
-
     def times_products(case: CaseResult, name: str) -> str:
         return number(case.ratio(name, PRODUCTS))
 
-    def both_phases(case: CaseResult, name: str) -> str:
-        if not case.spread(name, FORWARD):
-            return MISSING
-        return " + ".join(median(case, name, 1e3, phase) for phase in (FORWARD, BACKWARD))
-
     def beyond_gradients(case: CaseResult, name: str) -> str:
-        peak = bounds.beyond_gradients(case, name)
-        return number(None if peak is None else peak / MIB)
+        peak = case.beyond_gradients(name)
+        return number(None if peak is None else peak / tables.MIB)
 
-    parts = [
+    return [
         f"Tokens {TIMES} hidden {TIMES} vocabulary; the loss, and the gradients of hidden and "
         "weight. The three bare products are those of a whole batch, with nothing between them. "
         "Eager EAFT in chunks computes the logits of a chunk once more for its backward; its "
         "chunks are those of `linear_gated_ce`:",
         chunk_table(result),
-        "Forward and backward together, milliseconds (median, interleaved in one run):",
-        by_case(result.cases, contenders, lambda case, name: median(case, name, 1e3)),
+        *tables.times(result),
         f"The same, {TIMES} the three bare products:",
-        by_case(result.cases, contenders, times_products),
-        "Forward + backward, each by itself, milliseconds:",
-        by_case(result.cases, contenders, both_phases),
-        "Peak memory beyond the inputs, MiB (measured):",
-        by_case(result.cases, contenders, mebibytes),
+        by_case(result, times_products),
+        *tables.each_phase(result),
+        *tables.memory(result),
         "Peak memory beyond the inputs and both gradients, MiB (measured):",
-        by_case(result.cases, contenders, beyond_gradients),
+        by_case(result, beyond_gradients),
+        *tables.promises(result),
     ]
-    if found := bounds_table(result):
-        parts += ["What was promised, and what came out:", found]
-    if missing := bounds_not_measured(result):
-        parts.append(missing)
-    return parts
 
 
 def markdown(result: Result) -> str:
-    """The whole report."""
-    parts = ["# Benchmark of `linear_gated_ce`", machine_line(result)]
-    parts += ["## In short", *summary_parts(result)]
-    for case, failed in result.failed.items():
-        if failed:
-            parts += [f"## What failed at {case}", failures(failed)]
-    return "\n\n".join(parts) + "\n"
-
-
-def write_reports(progress: Progress) -> str:
-    """The report, also written beside the result file."""
-    result = Result(progress.raw)
-    progress.raw["bounds"] = bounds.as_json(result)
-    progress.write()
-    report = markdown(result)
-    progress.path.with_suffix(".md").write_text(report)
-    return report
+    parts = ["# Benchmark of `linear_gated_ce`", tables.machine_line(result)]
+    parts += ["## In short", *summary_parts(result), *tables.failures(result)]
+    return tables.text(parts)
 
 
 def main() -> int:
-    """Measure, print and write."""
-    arguments = parse(__doc__, "TxHxV", EXAMPLE, SHAPES, QUICK_SHAPES, REPEATS, DTYPES)
     benchmark = Benchmark(
         LINEAR_CONTENDERS,
-        cases_in_order(arguments),
-        measure_linear,
-        write_reports,
+        SHAPES,
+        QUICK_SHAPES,
+        REPEATS,
+        partial(tables.write_report, markdown=markdown),
+        DTYPES,
         SUFFIX,
+        "TxHxV",
+        "4096x576x49152",
+        make_case,
+        How(SAME, TOLERANCE, WARM_UP),
         COMPILATION_SECONDS,
     )
-    return execute(benchmark, arguments)
+    return benchmark.execute(__doc__)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@
 Needs matplotlib.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys
@@ -17,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import scaling
-from machine import ROOT
+from harness.machine import FOLDER, ROOT
+from harness.timing import FORWARD, TOTAL
 from matplotlib.figure import Figure
 from PIL import Image
 from readme_tables import newest
-from results import FOLDER, CaseResult, Result
-from timing import FORWARD, TOTAL
+from reports.results import CaseResult, Result
 
-BLOCKS = ("scaling", "scaling_cuda")
 INCHES = (11, 7.6)
 DOTS_PER_INCH = 110
 # Ours are blue, and drawn over the others; the copy is what they are measured by.
@@ -40,7 +37,7 @@ STYLES: dict[str, dict[str, Any]] = {
 # A logarithmic scale has no zero, and less than a few pages is not measured.
 LEAST_MIB = 0.01
 
-Value = Callable[[CaseResult, str], "float | None"]
+Value = Callable[[CaseResult, str], float | None]
 
 
 def gigabytes(of_case: CaseResult, name: str, phase: str) -> float | None:
@@ -50,9 +47,8 @@ def gigabytes(of_case: CaseResult, name: str, phase: str) -> float | None:
 
 
 def milliseconds(of_case: CaseResult, name: str) -> float | None:
-    """Time of forward and backward."""
-    spread = of_case.spread(name)
-    return spread.median * 1e3 if spread else None
+    seconds = of_case.median(name)
+    return seconds and 1e3 * seconds
 
 
 def mebibytes(of_case: CaseResult, name: str) -> float | None:
@@ -66,10 +62,8 @@ def draw(result: Result) -> Figure:
     figure = Figure(INCHES, dpi=DOTS_PER_INCH, layout="constrained")
     (forward, both), (time, memory) = axes = figure.subplots(2, 2)
     of_one_size, of_one_vocabulary = scaling.by_vocabulary(result), scaling.by_rows(result)
-    for panel, phase, title in (
-        (forward, FORWARD, "Forward"),
-        (both, TOTAL, "Forward and backward"),
-    ):
+    phases = (forward, FORWARD, "Forward"), (both, TOTAL, "Forward and backward")
+    for panel, phase, title in phases:
         plot(panel, result, of_one_size, "vocab_size", partial(gigabytes, phase=phase))
         # Of as many bytes in each case: what differs is the memory that they happen to have.
         copies = [r for of_case in of_one_size if (r := scaling.bandwidth(of_case, "copy", phase))]
@@ -94,8 +88,7 @@ def draw(result: Result) -> Figure:
 
 
 def plot(panel: Any, result: Result, cases: list[CaseResult], along: str, value: Value) -> None:
-    """A line for each contender that has values."""
-    for contender in scaling.taking_part(result):
+    for contender in result.contenders:
         points = [
             (getattr(of_case.case, along), found)
             for of_case in cases
@@ -108,17 +101,8 @@ def plot(panel: Any, result: Result, cases: list[CaseResult], along: str, value:
 
 
 def stamp(result: Result) -> str:
-    """What a picture's metadata say of its source."""
     machine = result.machine
     return f"{machine['model']}, commit {machine['commit']}, {machine['date']}"
-
-
-def is_of(path: Path, result: Result) -> bool:
-    """Whether a picture was drawn of a result."""
-    if not path.exists():
-        return False
-    with Image.open(path) as image:
-        return bool(image.info.get("Source") == stamp(result))
 
 
 def main() -> None:
@@ -128,8 +112,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR")
     parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="where docs/ is")
     arguments = parser.parse_args()
-    results = newest(arguments.results)
-    found = [results[block] for block in BLOCKS if block in results]
+    found = [result for name, result in newest(arguments.results).items() if "scaling" in name]
     if not found:
         sys.exit(f"no result of scaling.py in {arguments.results}: run benchmarks/scaling.py first")
     for result in found:
@@ -137,7 +120,7 @@ def main() -> None:
         if not arguments.check:
             path.parent.mkdir(parents=True, exist_ok=True)
             draw(result).savefig(path, metadata={"Source": stamp(result)})
-        elif not is_of(path, result):
+        elif not path.exists() or Image.open(path).info.get("Source") != stamp(result):
             sys.exit(f"{path} does not show the newest result: run benchmarks/plots.py")
 
 

@@ -6,14 +6,12 @@ The rows are short, so that it takes seconds, but for one vocabulary that few ro
 many blocks. The truth is the reference in float64 on the CPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from cases import IGNORED
+from contenders.cases import IGNORED
 from torch import Tensor
 
 import eaft_ext
@@ -34,6 +32,9 @@ KS = (2, 20, 128)
 # Of the largest value, for losses and for gradients, whose last bit is the logits' own.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
+# Operator, which of its results, and the result.
+Found = Iterator[tuple[str, str, Tensor]]
+
 
 def inputs(num_rows: int, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, labels of which one in four is ignored, and upstream gradients, on the CPU."""
@@ -49,27 +50,11 @@ def on_device(logits: Tensor, device: str, misaligned: bool) -> Tensor:
     """A copy on the device; misaligned rows begin one element into memory of one more."""
     if not misaligned:
         return logits.to(device, copy=True)
-    num_rows, vocab_size = logits.shape
-    wide = torch.nn.functional.pad(logits, (1, 0), value=torch.nan).to(device)
-    assert wide.shape == (num_rows, vocab_size + 1)
-    return wide[:, 1:]
+    return torch.nn.functional.pad(logits, (1, 0), value=torch.nan).to(device)[:, 1:]
 
 
-def truth(
-    logits: Tensor, labels: Tensor, upstream: Tensor, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and entropy of each row, and the gradient of their weighted sum, in float64."""
-    leaf = logits.double().requires_grad_()
-    loss, stats = reference.gated_ce(leaf, labels, k, reduction="none", return_stats=True)
-    loss.backward(upstream.double())
-    assert leaf.grad is not None
-    return loss.detach(), stats.entropy, leaf.grad
-
-
-def results(
-    logits: Tensor, labels: Tensor, upstream: Tensor, k: int
-) -> Iterator[tuple[str, str, Tensor]]:
-    """Operator, which of its results, and the result; in-place operators get copies."""
+def results(logits: Tensor, labels: Tensor, upstream: Tensor, k: int) -> Found:
+    """What the operators of the loss give; those that work in place get copies."""
     gate = eaft_ext.EntropyGate()
     options = (labels, k, gate.name, gate.parameters(), IGNORED)
 
@@ -102,17 +87,11 @@ def results(
     yield "gated_ce_forward_with_grad_", "gradient", overwritten
 
 
-def results_of_shards(
-    logits: Tensor, labels: Tensor, upstream: Tensor, k: int
-) -> Iterator[tuple[str, str, Tensor]]:
-    """The same of a vocabulary in three shards."""
+def results_of_shards(logits: Tensor, labels: Tensor, upstream: Tensor, k: int) -> Found:
     gate = eaft_ext.EntropyGate()
     width = max(1, logits.size(1) // 3)
-    shards = [
-        (0, logits[:, :width]),
-        (width, logits[:, width : 2 * width]),
-        (2 * width, logits[:, 2 * width :]),
-    ]
+    parts = logits.tensor_split((width, 2 * width), 1)
+    shards = list(zip((0, width, 2 * width), parts, strict=True))
     partials = [ops.gated_ce_partial(x, labels, k, start, None, IGNORED) for start, x in shards]
     merged = (torch.stack(partials), gate.name, gate.parameters(), IGNORED, 0, None)
     loss, _, entropy, weight, row_max, log_sum = ops.gated_ce_merge(logits, labels, *merged)
@@ -125,48 +104,9 @@ def results_of_shards(
     yield "gated_ce_backward", "gradient", torch.cat(gradients, 1)
 
 
-def relative_error(found: Tensor, right: Tensor) -> float:
-    """The largest difference over the largest value; NaN where there is one."""
-    difference = (found.cpu().double() - right).abs().max()
-    return float(difference / right.abs().max().clamp(min=1e-30))
-
-
-def check_losses(device: str, num_rows: int, vocab_size: int, dtype: torch.dtype, k: int) -> int:
-    """Run all operators of the loss on a shape; how many results were wrong."""
-    logits, labels, upstream = inputs(num_rows, vocab_size, dtype)
-    loss, entropy, gradient = truth(logits, labels, upstream, k)
-    expected = {"loss": loss, "entropy": entropy, "gradient": gradient}
-    expected["half of the gradient"] = gradient / 2
-    wrong = 0
-    for misaligned in (False, True):
-        arguments = (on_device(logits, device, misaligned), labels.to(device), upstream.to(device))
-        for op, what, found in results(*arguments, k):
-            error = relative_error(found, expected[what])
-            if not error <= TOLERANCE[dtype]:  # also if it is NaN
-                case = f"{num_rows} x {vocab_size} {dtype}, k = {k}, misaligned: {misaligned}"
-                print(f"wrong: {what} of {op} at {case}: off by {error:.3g} of the largest")
-                wrong += 1
-    return wrong
-
-
-def check_topk(device: str, num_rows: int, vocab_size: int, dtype: torch.dtype, k: int) -> int:
-    """The same for the values and indices of topk."""
-    logits, _, _ = inputs(num_rows, vocab_size, dtype)
-    k = min(k, vocab_size)
-    right = logits.topk(k).values
-    for misaligned in (False, True):
-        values, indices = ops.topk(on_device(logits, device, misaligned), k)
-        found = logits.gather(1, indices.cpu())
-        if not (torch.equal(values.cpu(), right) and torch.equal(found, right)):
-            print(f"wrong: topk at {num_rows} x {vocab_size} {dtype}, k = {k}")
-            return 1
-    return 0
-
-
 def linear_results(
-    leaves: list[Tensor], labels: Tensor, upstream: Tensor, k: int, chunk_size: int
-) -> Iterator[tuple[str, str, Tensor]]:
-    """Operator of the linear loss, which of its results, and the result."""
+    leaves: Sequence[Tensor], labels: Tensor, upstream: Tensor, k: int, chunk_size: int
+) -> Found:
     hidden, weight, bias = leaves
     arguments = (hidden, weight, labels, bias, k)
     loss, stats = eaft_ext.linear_gated_ce(
@@ -183,19 +123,52 @@ def linear_results(
         yield "linear_gated_ce_forward_with_grad", f"{name}, of the sum", gradient
 
 
-def linear_truth(
-    leaves: list[Tensor], labels: Tensor, upstream: Tensor, k: int
-) -> dict[str, Tensor]:
-    """What they should be, in float64."""
-    hidden, weight, bias = wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    loss, stats = reference.linear_gated_ce(
-        hidden, weight, labels, bias, k, reduction="none", return_stats=True
-    )
-    found = {"loss": loss.detach(), "entropy": stats.entropy, "sum": loss.detach().sum()}
-    weighted = torch.autograd.grad(loss, wide, upstream.double(), retain_graph=True)
-    found |= zip(GRADIENTS, weighted, strict=True)
-    of_sum = torch.autograd.grad(loss.sum(), wide)
-    return found | {f"{n}, of the sum": g for n, g in zip(GRADIENTS, of_sum, strict=True)}
+def count_wrong(
+    found: Iterable[tuple[str, str, Tensor]],
+    expected: Mapping[str, Tensor],
+    tolerance: float,
+    case: str,
+) -> int:
+    """How many results are off, NaN included; each is told of."""
+    wrong = 0
+    for op, what, result in found:
+        right = expected[what]
+        difference = (result.detach().cpu().double() - right).abs().max()
+        error = float(difference / right.abs().max().clamp(min=1e-30))
+        if not error <= tolerance:
+            print(f"wrong: {what} of {op} at {case}: off by {error:.3g} of the largest")
+            wrong += 1
+    return wrong
+
+
+def check_losses(device: str, num_rows: int, vocab_size: int, dtype: torch.dtype, k: int) -> int:
+    """Run all operators of the loss on a shape; how many results were wrong."""
+    logits, labels, upstream = inputs(num_rows, vocab_size, dtype)
+    leaf = logits.double().requires_grad_()
+    loss, stats = reference.gated_ce(leaf, labels, k, reduction="none", return_stats=True)
+    (gradient,) = torch.autograd.grad(loss, leaf, upstream.double())
+    expected = {"loss": loss.detach(), "entropy": stats.entropy, "gradient": gradient}
+    expected["half of the gradient"] = gradient / 2
+    wrong = 0
+    for misaligned in (False, True):
+        arguments = (on_device(logits, device, misaligned), labels.to(device), upstream.to(device))
+        case = f"{num_rows} x {vocab_size} {dtype}, k = {k}, misaligned: {misaligned}"
+        wrong += count_wrong(results(*arguments, k), expected, TOLERANCE[dtype], case)
+    return wrong
+
+
+def check_topk(device: str, num_rows: int, vocab_size: int, dtype: torch.dtype, k: int) -> int:
+    """The same for the values and indices of topk, which are exact."""
+    logits, _, _ = inputs(num_rows, vocab_size, dtype)
+    k = min(k, vocab_size)
+    right = logits.topk(k).values
+    for misaligned in (False, True):
+        values, indices = ops.topk(on_device(logits, device, misaligned), k)
+        found = logits.gather(1, indices.cpu())
+        if not (torch.equal(values.cpu(), right) and torch.equal(found, right)):
+            print(f"wrong: topk at {num_rows} x {vocab_size} {dtype}, k = {k}")
+            return 1
+    return 0
 
 
 def check_linear(
@@ -206,33 +179,31 @@ def check_linear(
     hidden, _, _ = inputs(num_tokens, hidden_size, torch.float32)
     bias, labels, upstream = inputs(num_tokens, vocab_size, torch.float32)
     leaves = [hidden, weight / hidden_size**0.5, bias[0]]
-    expected = linear_truth(leaves, labels, upstream, k)
+    wide = [leaf.double().requires_grad_() for leaf in leaves]
+    loss, stats = reference.linear_gated_ce(
+        *wide[:2], labels, wide[2], k, reduction="none", return_stats=True
+    )
+    expected = {"loss": loss.detach(), "entropy": stats.entropy, "sum": loss.detach().sum()}
+    weighted = torch.autograd.grad(loss, wide, upstream.double(), retain_graph=True)
+    expected |= zip(GRADIENTS, weighted, strict=True)
+    of_sum = torch.autograd.grad(loss.sum(), wide)
+    expected |= {f"{n}, of the sum": g for n, g in zip(GRADIENTS, of_sum, strict=True)}
     placed = [leaf.to(device, copy=True).requires_grad_() for leaf in leaves]
-    wrong = 0
-    arguments = (placed, labels.to(device), upstream.to(device), k, chunk_size)
-    for op, what, found in linear_results(*arguments):
-        error = relative_error(found.detach(), expected[what])
-        if not error <= TOLERANCE[torch.float32]:
-            case = f"{num_tokens} x {hidden_size} x {vocab_size}, k = {k}"
-            print(f"wrong: {what} of {op} at {case}: off by {error:.3g} of the largest")
-            wrong += 1
-    return wrong
+    found = linear_results(placed, labels.to(device), upstream.to(device), k, chunk_size)
+    case = f"{num_tokens} x {hidden_size} x {vocab_size}, k = {k}"
+    return count_wrong(found, expected, TOLERANCE[torch.float32], case)
 
 
 def main() -> int:
     """Run all; 1 if a result was wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", help="cpu tries this script out")
-    arguments = parser.parse_args()
-    cases = [(shape, dtype, k) for shape in SHAPES for dtype in DTYPES for k in KS]
-    cases += [(shape, dtype, KS[1]) for shape in LONG_SHAPES for dtype in DTYPES]
-    wrong = 0
-    for (num_rows, vocab_size), dtype, k in cases:
-        wrong += check_losses(arguments.device, num_rows, vocab_size, dtype, k)
-        wrong += check_topk(arguments.device, num_rows, vocab_size, dtype, k)
-    for sizes in LINEAR_SHAPES:
-        wrong += check_linear(arguments.device, *sizes, KS[1])
-    if arguments.device == "cuda":
+    device = parser.parse_args().device
+    cases = [(*shape, dtype, k) for shape in SHAPES for dtype in DTYPES for k in KS]
+    cases += [(*shape, dtype, KS[1]) for shape in LONG_SHAPES for dtype in DTYPES]
+    wrong = sum(check(device, *case) for case in cases for check in (check_losses, check_topk))
+    wrong += sum(check_linear(device, *sizes, KS[1]) for sizes in LINEAR_SHAPES)
+    if device == "cuda":
         torch.cuda.synchronize()
     print(f"{len(cases) + len(LINEAR_SHAPES)} cases, {wrong} wrong results")
     return 1 if wrong else 0

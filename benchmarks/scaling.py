@@ -10,23 +10,19 @@ it. Ends as run.py does: with 1 if one of our own contenders failed, and with 3 
 lost.
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from cases import TIMES
-from contenders import CONTENDERS, Contender
-from measure import measure_case
-from progress import Progress
-from report import by_case, failures, machine_line, mebibytes, median, number
-from results import CaseResult, Result
-from run import Benchmark, cases_in_order, execute, parse
-from timing import FORWARD, TOTAL
+from contenders.cases import TIMES
+from contenders.logits import CONTENDERS
+from harness.benchmark import Benchmark
+from harness.timing import FORWARD, TOTAL
+from reports import tables
+from reports.results import CaseResult, Result
+from reports.tables import by_case, number
 
 SUFFIX = "-scaling"
-EXAMPLE = "512x151936"
 VOCABULARY = 151_936
 # 50,257 is odd: its rows begin anywhere.
 VOCABULARIES = (4_096, 8_192, 16_384, 32_000, 50_257, 65_536, 128_256, VOCABULARY, 262_144)
@@ -40,15 +36,8 @@ QUICK_SHAPES = ((64, 8_192), (16, VOCABULARY))
 DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16",)}
 REPEATS = {"cpu": 7, "cuda": 15}
 # What compiles does so anew for each shape, and is left to run.py.
-NAMES = (
-    "copy",
-    "gated_ce",
-    "gated_ce_inplace",
-    "gated_ce_fused_inplace",
-    "cross_entropy",
-    "eager",
-    "liger",
-)
+PEERS = ("cross_entropy", "eager", "liger")
+NAMES = ("copy", "gated_ce", "gated_ce_inplace", "gated_ce_fused_inplace", *PEERS)
 SCALING_CONTENDERS = tuple(c for c in CONTENDERS if c.name in NAMES)
 
 # How often each phase moves the logits' bytes at the least, in two passes: a read, and then a read
@@ -60,7 +49,6 @@ GRADIENT_IN_FORWARD = ("gated_ce_fused_inplace", "liger")
 
 
 def shapes(device: str) -> tuple[tuple[int, int], ...]:
-    """What is measured, each shape once."""
     of_one_size = [(ELEMENTS[device] // words, words) for words in VOCABULARIES]
     of_one_vocabulary = [(rows, VOCABULARY) for rows in ROWS[device]]
     return tuple(dict.fromkeys([*of_one_size, *of_one_vocabulary]))
@@ -70,56 +58,41 @@ SHAPES = {device: shapes(device) for device in ELEMENTS}
 
 
 def by_vocabulary(result: Result) -> list[CaseResult]:
-    """The cases of one size, by their vocabulary."""
-    elements = ELEMENTS[result.machine["device"]]
+    elements = ELEMENTS[result.device]
     found = [r for r in result.cases if r.case.num_rows == elements // r.case.vocab_size]
     return sorted(found, key=lambda of_case: of_case.case.vocab_size)
 
 
 def by_rows(result: Result) -> list[CaseResult]:
-    """The cases of one vocabulary, by their rows."""
     found = [r for r in result.cases if r.case.vocab_size == VOCABULARY]
     return sorted(found, key=lambda of_case: of_case.case.num_rows)
 
 
 def bandwidth(of_case: CaseResult, name: str, phase: str) -> float | None:
     """Bytes a second: those that must be moved in two passes, over the time."""
-    if name == "copy":
-        passes, spread = COPY_PASSES, of_case.spread(name)
-    else:
-        passes, spread = PASSES[phase], of_case.spread(name, phase)
-    if spread is None or (phase == FORWARD and name in GRADIENT_IN_FORWARD):
+    is_copy = name == "copy"
+    seconds = of_case.median(name, TOTAL if is_copy else phase)
+    if seconds is None or (phase == FORWARD and name in GRADIENT_IN_FORWARD):
         return None
-    return passes * of_case.case.logits_bytes / spread.median
+    return (COPY_PASSES if is_copy else PASSES[phase]) * of_case.case.logits_bytes / seconds
 
 
-def taking_part(result: Result) -> list[Contender]:
-    """Whose times there are."""
-    names = {name for of_case in result.cases for name in of_case.seconds}
-    return [c for c in SCALING_CONTENDERS if c.name in names]
-
-
-def gigabytes(phase: str) -> Callable[[CaseResult, str], str]:
-    """A cell of a table: the bandwidth in a phase."""
-
-    def cell(of_case: CaseResult, name: str) -> str:
-        rate = bandwidth(of_case, name, phase)
-        return number(None if rate is None else rate / 1e9)
-
-    return cell
+def gigabytes(of_case: CaseResult, name: str, phase: str) -> str:
+    rate = bandwidth(of_case, name, phase)
+    return number(None if rate is None else rate / 1e9)
 
 
 def picture(result: Result) -> str:
     """Where plots.py puts what it draws of a result, from the root of the repository."""
-    return f"docs/scaling-{result.machine['device']}.png"
+    return f"docs/scaling-{result.device}.png"
 
 
 def summary(result: Result) -> str:
     """The picture, for the page of benchmarks, which is beside it."""
     sizes = {number(of_case.case.logits_bytes / 2**20) for of_case in by_vocabulary(result)}
-    return "\n\n".join(
+    return tables.text(
         [
-            machine_line(result),
+            tables.machine_line(result),
             f"![Bandwidth against the vocabulary, time and memory against the rows]"
             f"({Path(picture(result)).name})",
             f"*Above: logits of {' or '.join(sorted(sizes))} MiB with ever larger vocabularies; "
@@ -131,45 +104,25 @@ def summary(result: Result) -> str:
 
 
 def markdown(result: Result) -> str:
-    """The whole report."""
-    contenders = taking_part(result)
-    parts = ["# Benchmark of how `gated_ce` scales", machine_line(result), "## In short"]
+    parts = ["# Benchmark of how `gated_ce` scales", tables.machine_line(result), "## In short"]
     if found := by_vocabulary(result):
         for phase, passes in PASSES.items():
             what = "Forward" if phase == FORWARD else "Forward and backward, in two passes"
             parts += [
                 f"{what}, GB/s of the {passes} {TIMES} logits that must be moved (the copy: "
                 f"{COPY_PASSES} {TIMES}):",
-                by_case(found, contenders, gigabytes(phase)),
+                by_case(result, partial(gigabytes, phase=phase), cases=found),
             ]
     if found := by_rows(result):
-        parts += [
-            "Forward and backward together, milliseconds (median, interleaved in one run):",
-            by_case(found, contenders, lambda case, name: median(case, name, 1e3)),
-            "Peak memory beyond the inputs, MiB (measured):",
-            by_case(found, contenders, mebibytes),
-        ]
-    for case, failed in result.failed.items():
-        if failed:
-            parts += [f"## What failed at {case}", failures(failed)]
-    return "\n\n".join(parts) + "\n"
-
-
-def write_reports(progress: Progress) -> str:
-    """The report, also written beside the result file."""
-    progress.write()
-    report = markdown(Result(progress.raw))
-    progress.path.with_suffix(".md").write_text(report)
-    return report
+        parts += tables.times(result, cases=found) + tables.memory(result, cases=found)
+    return tables.text(parts + tables.failures(result))
 
 
 def main() -> int:
-    """Measure, print and write."""
-    arguments = parse(__doc__, "NxV", EXAMPLE, SHAPES, QUICK_SHAPES, REPEATS, DTYPES)
-    benchmark = Benchmark(
-        SCALING_CONTENDERS, cases_in_order(arguments), measure_case, write_reports, SUFFIX
-    )
-    return execute(benchmark, arguments)
+    # It promises nothing.
+    report = partial(tables.write_report, markdown=markdown, has_bounds=False)
+    benchmark = Benchmark(SCALING_CONTENDERS, SHAPES, QUICK_SHAPES, REPEATS, report, DTYPES, SUFFIX)
+    return benchmark.execute(__doc__)
 
 
 if __name__ == "__main__":

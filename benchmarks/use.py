@@ -9,39 +9,33 @@ trains two copies of the model in bfloat16 autocast, one on eager EAFT of all lo
 ``use_linear_gated_ce``: their losses must stay together and fall. Ends with 1 if something fails.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
+import runpy
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import ROOT
+from harness.machine import ROOT
 
 from eaft_ext.cli.bench import eager_eaft
 from eaft_ext.cli.main import main as command
-
-sys.path.append(str(ROOT / "tests" / "command_line"))
 
 STEPS = 20
 # Of a loss of some nats: two ways through bfloat16 drift apart as they train.
 TOLERANCE = 0.05
 
 
-def run_command(folder: Path, *words: str) -> None:
-    """Run a command on the model; anything but success is an error."""
-    model = ["--model", str(folder)] if words[0] in ("demo", "inspect") else []
-    status = command([*words, *model])
-    if status != 0:
+def run_command(words: list[str]) -> None:
+    """Anything but success is an error."""
+    if status := command(words):
         raise RuntimeError(f"eaft-ext {words[0]} ended with {status}")
 
 
-def fine_tune(folder: Path, device: str) -> None:
+def fine_tune(folder: str, device: str) -> None:
     """Train on both losses side by side."""
     import transformers
 
@@ -55,8 +49,7 @@ def fine_tune(folder: Path, device: str) -> None:
     labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
 
     def eager_loss() -> torch.Tensor:
-        logits = eager(tokens).logits
-        return eager_eaft(logits.flatten(0, 1), labels.flatten())
+        return eager_eaft(eager(tokens).logits.flatten(0, 1), labels.flatten())
 
     def fused_loss() -> torch.Tensor:
         loss: torch.Tensor = fused(tokens, labels=tokens).loss
@@ -74,7 +67,6 @@ def fine_tune(folder: Path, device: str) -> None:
 
 
 def train(model: Any, loss_of: Callable[[], torch.Tensor], device: str) -> list[float]:
-    """The losses of some steps on one batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(STEPS):
@@ -92,23 +84,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args().device
-    from demo_tiny_model import save_tiny_model
-
+    (tiny_model,) = (ROOT / "tests").rglob("demo_tiny_model.py")
     failed = []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "model"
-        save_tiny_model(folder)
-        on = ("--device", device)
-        on_text = (*on, "--sequence-length", "64")
-        short = (*on_text, "--steps", "4", "--output", f"{scratch}/demo")
-        small = (*on, "--tokens", "256", "--rounds", "3")
-        for name, run in (
-            ("demo", lambda: run_command(folder, "demo", *short)),
-            ("demo --fused-linear", lambda: run_command(folder, "demo", *short, "--fused-linear")),
-            ("inspect", lambda: run_command(folder, "inspect", *on_text, "--tokens", "500")),
-            ("bench", lambda: run_command(folder, "bench", *small)),
-            ("fine-tuning", lambda: fine_tune(folder, device)),
-        ):
+        folder = f"{scratch}/model"
+        runpy.run_path(str(tiny_model))["save_tiny_model"](folder)
+        on = ["--device", device]
+        on_text = [*on, "--model", folder, "--sequence-length", "64"]
+        demo = ["demo", *on_text, "--steps", "4", "--output", f"{scratch}/demo"]
+        runs: dict[str, Callable[[], None]] = {
+            "demo": lambda: run_command(demo),
+            "demo --fused-linear": lambda: run_command([*demo, "--fused-linear"]),
+            "inspect": lambda: run_command(["inspect", *on_text, "--tokens", "500"]),
+            "bench": lambda: run_command(["bench", *on, "--tokens", "256", "--rounds", "3"]),
+            "fine-tuning": lambda: fine_tune(folder, device),
+        }
+        for name, run in runs.items():
             print(f"== {name}", flush=True)
             try:
                 run()

@@ -1,7 +1,5 @@
 """gpu_check.py on commands that only say that they ran, and what it reads of their logs."""
 
-# ruff: noqa: E402, the benchmarks are scripts, found in a folder of their own.
-
 from __future__ import annotations
 
 import argparse
@@ -13,18 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gpu_check
 import pytest
+from gpu import outcomes, processes
+from gpu.outcomes import ERROR_STATUS, WATCHES, Watch
 
 import eaft_ext
 from eaft_ext._library import has_kernel
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-import gpu_check
-import outcomes
-import processes
-from watches import ERROR_STATUS, WATCHES, Watch
 
 PLAIN_LOG = """
 tests/test_a.py::test_x[cpu-float32] PASSED                              [ 10%]
@@ -235,7 +228,7 @@ class TestGpuCheck:
     def test_a_lost_device_is_tried_again(
         self, commands: list[list[str]], tmp_path: Path, step: str
     ) -> None:
-        script = gpu_check.BENCHMARKS[step]
+        script = gpu_check.STEPS[step].benchmark
         self.answers[script] = (gpu_check.DEVICE_LOST, "")
         assert gpu_check.main(["--output", str(tmp_path / "out"), "--only", step]) == 1
         runs = [words for words in commands if words[1].endswith(script)]

@@ -1,7 +1,5 @@
 """The benchmark of the linear loss: a run in small, and what is made of its numbers."""
 
-# ruff: noqa: E402, the benchmarks are scripts, found in a folder of their own.
-
 from __future__ import annotations
 
 import dataclasses
@@ -11,26 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from torch import Tensor
-
-import eaft_ext
-from eaft_ext.cli.bench import eager_eaft
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-import linear_contenders
 import linear_loss
+import pytest
 import readme_tables
-import results
-import run
-from bounds import LINEAR_BOUNDS, evaluate, unmeasured
-from cases import TIMES, Case, LinearBatch, LinearCase, Rotation
-from contenders import CONTENDERS
-from device import Cpu
-from linear_contenders import (
+import torch
+from contenders import linear
+from contenders.cases import TIMES, Case, LinearBatch, LinearCase, Rotation
+from contenders.linear import (
     CHUNKED,
     COMPILED,
     CUT,
@@ -45,6 +30,16 @@ from linear_contenders import (
     UNFUSED,
     UNFUSED_INPLACE,
 )
+from contenders.logits import CONTENDERS
+from harness import benchmark, measure
+from harness.device import Cpu
+from harness.timing import HELD
+from reports import results
+from reports.bounds import LINEAR_BOUNDS, evaluate, unmeasured
+from torch import Tensor
+
+import eaft_ext
+from eaft_ext.cli.bench import eager_eaft
 
 SHAPE = (48, 16, 256)
 CASE = LinearCase(48, 256, "bfloat16", 16)
@@ -88,7 +83,7 @@ def test_a_quick_run(
         assert 0 <= max(differences.values()) < 0.02
     if sys.platform.startswith("linux"):
         assert set(case["peak_bytes"]) == ON_A_CPU
-        assert set(case["peak_bytes"][OURS]) == {"forward", "total"}
+        assert set(case["peak_bytes"][OURS]) == {"forward", HELD, "total"}
     # Of so small a case nothing is promised.
     assert {bound["held"] for bound in raw["bounds"]} == {None}
     report = next(tmp_path.glob("*-linear.md")).read_text()
@@ -115,15 +110,15 @@ def test_who_takes_part() -> None:
     assert {c.name for c in LINEAR_CONTENDERS if c.is_ours} == {
         OURS, FLOAT32, NO_GATE, UNFUSED, UNFUSED_INPLACE,
     }  # fmt: skip
-    assert linear_contenders.contenders_of(CASE) == LINEAR_CONTENDERS
-    assert linear_contenders.contenders_of(Case(1, 2, "float32")) == CONTENDERS
+    assert linear.contenders_of(CASE) == LINEAR_CONTENDERS
+    assert linear.contenders_of(Case(1, 2, "float32")) == CONTENDERS
 
 
 @pytest.mark.parametrize("name", sorted(ON_A_CPU - {PRODUCTS}))
 def test_contenders_compute_the_loss_and_its_gradients(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(linear_contenders, "default_chunk_size", lambda *_: 7)
+    monkeypatch.setattr(linear, "default_chunk_size", lambda *_: 7)
     case = dataclasses.replace(CASE, dtype="float32")
     batch: LinearBatch = Rotation(case, 0, "cpu", ignore_every=5).next()
     found = _contender(name).make_runner().outcome(batch)
@@ -163,7 +158,7 @@ def _not_a_number(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def test_what_computes_something_else_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: Callable[..., Tensor]
 ) -> None:
-    monkeypatch.setattr(linear_loss, "measure_peaks", lambda case, names: {})
+    monkeypatch.setattr(measure, "measure_peaks", lambda case, names: {})
     broken = dataclasses.replace(_contender(OURS), build=lambda: wrong)
     kept = [_contender(PRODUCTS), broken, _contender(CHUNKED)]
     monkeypatch.setattr(linear_loss, "LINEAR_CONTENDERS", kept)
@@ -194,9 +189,9 @@ class FakeGpu(Cpu):
 
 
 def test_a_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(run, "open_device", lambda name: FakeGpu())
+    monkeypatch.setattr(benchmark, "open_device", lambda name: FakeGpu())
     monkeypatch.setattr(
-        linear_loss,
+        measure,
         "Rotation",
         lambda case, cache, device, **options: Rotation(case, cache, "cpu", **options),
     )
@@ -209,7 +204,7 @@ def test_a_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     (case,) = raw["cases"]
     assert set(case["seconds"]) == ON_A_CPU | {NO_GATE}
     assert list(case["failed"]) == [LIGER]
-    assert case["peak_bytes"][OURS] == {"forward": 10**6, "total": 10**6}
+    assert case["peak_bytes"][OURS] == {"forward": 10**6, HELD: 0, "total": 10**6}
     assert [path.name for path in tmp_path.glob("*.json")] == ["cuda-fake-gpu-1-linear.json"]
     text = (tmp_path / "cuda-fake-gpu-1-linear.md").read_text()
     assert "## In short" in text and f"- without {LIGER}: off from {NO_GATE}" in text
@@ -234,7 +229,7 @@ def _phases(total: float) -> dict[str, list[float]]:
 def _raw(case: LinearCase, **seconds: float) -> dict[str, Any]:
     """Ours needs a chunk beyond the gradients, all others all logits."""
     device = "cpu" if case is HEAD else "cuda"
-    chunk = linear_contenders.chunk_tokens(case, device) * case.logits_bytes // case.num_rows
+    chunk = linear.chunk_tokens(case, device) * case.logits_bytes // case.num_rows
     peaks = {
         name: {"total": case.input_bytes + (chunk if name == OURS else case.logits_bytes)}
         for name in seconds
@@ -266,7 +261,7 @@ CHUNK = "peak beyond inputs and gradients / a chunk's logits"
 
 def test_promises_on_a_cpu() -> None:
     raw = _raw(HEAD, **{OURS: 1.1, UNFUSED: 1.25})
-    chunk = linear_contenders.chunk_tokens(HEAD, "cpu") / HEAD.num_rows
+    chunk = linear.chunk_tokens(HEAD, "cpu") / HEAD.num_rows
     assert _held(raw) == {
         TIME: (0.88, True),
         PEAK: (round(chunk, 3), True),

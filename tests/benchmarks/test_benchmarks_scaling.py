@@ -1,7 +1,5 @@
 """The benchmark of many sizes, what is made of its numbers, and the picture of them."""
 
-# ruff: noqa: E402, the benchmarks are scripts, found in a folder of their own.
-
 from __future__ import annotations
 
 import dataclasses
@@ -12,15 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
 import readme_tables
 import scaling
-from cases import TIMES, Case
-from results import Result
-from timing import FORWARD, TOTAL
+from contenders.cases import TIMES, Case
+from harness.timing import FORWARD, TOTAL
+from reports.results import Result
 
 MACHINE = {
     "device": "cpu", "model": "A CPU", "threads": 2, "cores": 2, "cpu_capability": "AVX2",

@@ -1,7 +1,5 @@
 """The benchmark of shards of the vocabulary: a run in small, and what is made of its numbers."""
 
-# ruff: noqa: E402, the benchmarks are scripts, found in a folder of their own.
-
 from __future__ import annotations
 
 import json
@@ -13,19 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import readme_tables
 import torch
+import vocab_parallel
+from contenders.cases import TIMES, Case
+from contenders.shards import CONTENDERS, INPLACE, MEGATRON, NO_GATE, OURS
+from harness.timing import HELD
+from reports.bounds import evaluate
+from reports.results import Result
 
 import eaft_ext
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-import readme_tables
-import vocab_parallel
-from bounds import evaluate
-from cases import TIMES, Case
-from vocab_parallel_rank import CONTENDERS, HELD, INPLACE, MEGATRON, NO_GATE, OURS
-
+BENCHMARKS = Path(vocab_parallel.__file__).parent
 TIMEOUT = 120
 SHAPE = (16, 256)
 NAME = "cpu-a-cpu-vocab-parallel.json"
@@ -92,24 +89,24 @@ def test_a_quick_run(tmp_path: Path) -> None:
 
 
 FAILING = """
-import json, sys, time
-from vocab_parallel_rank import Request
-request = Request(**json.loads(sys.argv[1]))
-if request.rank == 1:
-    raise SystemExit("no luck")
-time.sleep(600)
+import time
+
+def measure(rank, *_):
+    if rank == 1:
+        raise RuntimeError("no luck")
+    time.sleep(600)
+    yield
 """
 
 
 def test_one_that_fails_ends_all(tmp_path: Path) -> None:
-    worker = tmp_path / "failing.py"
-    worker.write_text(FAILING)
+    (tmp_path / "failing.py").write_text(FAILING)
     program = (
-        "import sys, vocab_parallel; from pathlib import Path; "
-        "vocab_parallel.WORKER = Path(sys.argv.pop(1)); vocab_parallel.main()"
+        "import sys; sys.path.append(sys.argv.pop(1)); import failing, vocab_parallel; "
+        "vocab_parallel.lockstep.measure = failing.measure; vocab_parallel.main()"
     )
     begin = time.monotonic()
-    done = _python("-c", program, worker, "--quick", "--output", tmp_path / "results")
+    done = _python("-c", program, tmp_path, "--quick", "--output", tmp_path / "results")
     assert done.returncode == 1
     assert time.monotonic() - begin < TIMEOUT
     assert "no luck" in done.stderr
@@ -158,7 +155,7 @@ def _raw() -> dict[str, Any]:
 
 
 def test_the_slowest_process_counts() -> None:
-    (case,) = vocab_parallel.read(_raw()).cases
+    (case,) = Result(_raw()).cases
     assert case.seconds[OURS]["total"] == [0.01, 0.009, 0.08]
     assert case.ratio(MEGATRON, OURS) == pytest.approx(4)
 
@@ -166,7 +163,7 @@ def test_the_slowest_process_counts() -> None:
 def test_promises() -> None:
     rows = {
         bound.promise: (round(value, 3), bound.holds(value))
-        for bound, value in evaluate(vocab_parallel.read(_raw()))
+        for bound, value in evaluate(Result(_raw()))
     }
     assert rows == {
         f"Megatron-Core / `{OURS}`, forward and backward": (4.0, True),
@@ -179,7 +176,7 @@ def test_promises() -> None:
 def test_nothing_is_promised_of_small_cases() -> None:
     raw = _raw()
     raw["cases"][0]["case"]["num_rows"] = 64
-    assert evaluate(vocab_parallel.read(raw)) == []
+    assert evaluate(Result(raw)) == []
 
 
 def test_promises_without_megatron() -> None:
@@ -188,7 +185,7 @@ def test_promises_without_megatron() -> None:
     for rank in raw["cases"][0]["ranks"]:
         for figures in rank.values():
             figures.pop(MEGATRON, None)
-    result = vocab_parallel.read(raw)
+    result = Result(raw)
     assert all("kept by" in bound.promise for bound, _ in evaluate(result))
     assert "Megatron-Core did not take part" in vocab_parallel.summary(result)
 

@@ -1,10 +1,8 @@
-"""The model of benchmarks/costs.py against real runs: bytes, collectives and memory.
+"""The model of benchmarks/reports/costs.py against real runs: bytes, collectives and memory.
 
 Bytes that operators move and collectives that they ask for are those of the model, exactly. Memory
 is, but for what has one number a token.
 """
-
-# ruff: noqa: E402, the benchmarks are scripts, found in a folder of their own.
 
 from __future__ import annotations
 
@@ -12,16 +10,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cost_model
 import pytest
 from cost_model_worker import CHUNK, HIDDEN, OWN_WORDS, TOKENS, K
+from reports import costs
+from reports.costs import Call, Cost
 from spawned import Runs, by_size
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-import cost_model
-import costs
-from costs import Call, Cost
 
 FLOAT32 = 4
 SCALARS = 64

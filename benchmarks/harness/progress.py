@@ -1,19 +1,17 @@
 """A result file that grows case by case, so that what ends a process early costs one case."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cases import Case
-from contenders import Contender, Runner
+import torch
+from contenders.cases import Case
+from contenders.contender import Contender, Runner
 
 T = TypeVar("T")
 
-OUT_OF_MEMORY = "out of memory"
 ENDED = "the process ended there"
 LOST = "the device was lost"
 LEFT_OUT = "left out: too little time"
@@ -26,34 +24,28 @@ class DeviceLostError(Exception):
 
 
 def describe_error(error: BaseException) -> str:
-    """One line about an error."""
-    if type(error).__name__ == "OutOfMemoryError":  # of torch, and of torch.cuda before 2.5
-        return OUT_OF_MEMORY
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 class Entry:
     """One case in the file. ``failed`` says of contenders, or of "all", why there are no times."""
 
-    def __init__(self, raw: dict[str, Any], progress: Progress) -> None:
+    def __init__(self, raw: dict[str, Any], progress: "Progress") -> None:
         self.raw = raw
         self.failed: dict[str, str] = raw.setdefault("failed", {})
-        self._progress = progress
+        self.progress = progress
 
     @property
     def attempts(self) -> int:
-        """How many processes have begun with the case."""
         return int(self.raw.get("attempts", 0))
-
-    def culprits(self) -> set[str]:
-        """What has cost a process, in any case."""
-        return self._progress.culprits()
 
     def excludes(self, contender: Contender) -> bool:
         """Whether a contender failed here before, or is another's and cost a process elsewhere."""
         if contender.name in self.failed:
             return True
-        if contender.is_ours or contender.name not in self.culprits():
+        if contender.is_ours or contender.name not in self.progress.culprits():
             return False
         self.fail(contender.name, "left out: it cost a process elsewhere")
         return True
@@ -65,41 +57,38 @@ class Entry:
             return False
         self.raw["attempts"] = self.attempts + 1
         self.failed.pop("all", None)
-        self._progress.write()
+        self.progress.write()
         return True
 
     def fail(self, name: str, reason: str) -> None:
-        """Remember why a contender has no times."""
         self.failed[name] = reason
-        self._progress.write()
+        self.progress.write()
 
     def attempt(self, name: str) -> None:
         """Blame a contender, should this process end before ``forgive``."""
         self.fail(name, ENDED)
 
     def forgive(self, name: str) -> None:
-        """The contender works."""
         del self.failed[name]
-        self._progress.write()
+        self.progress.write()
 
     def add(self, **measured: Any) -> None:
         """Add what was measured, or replace it. With ``seconds`` the case counts as measured."""
         self.raw.update(measured)
-        self._progress.write()
+        self.progress.write()
 
-
-def for_each(
-    what: str, runners: list[Runner], entry: Entry, measure: Callable[[Runner], T]
-) -> dict[str, T]:
-    """What is measured of each runner, by its name; the entry says of which it failed."""
-    found = {}
-    for runner in runners:
-        name = runner.contender.name
-        try:
-            found[name] = measure(runner)
-        except Exception as error:
-            entry.fail(f"{what} of {name}", describe_error(error))
-    return found
+    def for_each(
+        self, what: str, runners: list[Runner], measure: Callable[[Runner], T]
+    ) -> dict[str, T]:
+        """What is measured of each runner, by its name; of which it failed is taken down."""
+        found = {}
+        for runner in runners:
+            name = runner.name
+            try:
+                found[name] = measure(runner)
+            except Exception as error:
+                self.fail(f"{what} of {name}", describe_error(error))
+        return found
 
 
 class Progress:
@@ -113,7 +102,6 @@ class Progress:
             self.raw["cases"] = json.loads(path.read_text())["cases"]
 
     def entry(self, case: Case) -> Entry:
-        """The entry of a case, a new one if there is none."""
         for known in self.raw["cases"]:
             if known["case"] == asdict(case):
                 return Entry(known, self)
@@ -130,7 +118,6 @@ class Progress:
         }
 
     def is_complete(self, case: Case) -> bool:
-        """Whether a case has been measured."""
         return any(c["case"] == asdict(case) and "seconds" in c for c in self.raw["cases"])
 
     def write(self) -> None:

@@ -1,7 +1,5 @@
 """Commands with a time limit, whose output goes to a log while they run."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -13,8 +11,9 @@ from pathlib import Path
 
 # How long a process may take to end after it was interrupted, in seconds.
 GRACE = 8.0
+Command = Sequence[str | Path]
 
-_running: set[subprocess.Popen[bytes]] = set()
+_running: set[int] = set()
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,16 @@ class Finished:
 
     @property
     def outcome(self) -> str:
-        """In one word or two."""
-        if self.code is None:
-            return "timed out"
-        return "passed" if self.code == 0 else "failed"
+        return {None: "timed out", 0: "passed"}.get(self.code, "failed")
+
+    @property
+    def crashed(self) -> bool:
+        """Whether a signal ended it, not its time."""
+        return self.code is not None and self.code < 0
 
 
 def run(
-    command: Sequence[str | Path],
+    command: Command,
     log: Path,
     limit: float,
     environment: Mapping[str, str] | None = None,
@@ -45,20 +46,21 @@ def run(
     It is interrupted first, so that it can say how far it came.
     """
     begin = time.monotonic()
+    words = [str(part) for part in command]
     with log.open("ab") as out:
         start = out.tell()
-        out.write(f"\n$ {' '.join(map(str, command))}\n".encode())
+        out.write(f"\n$ {' '.join(words)}\n".encode())
         out.flush()
         process = subprocess.Popen(
-            [str(part) for part in command],
+            words,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=None if environment is None else dict(environment),
+            env=environment,
             cwd=folder,
             start_new_session=True,  # a group, to be ended as a whole
         )
-    _running.add(process)
+    _running.add(process.pid)
     code: int | None = None
     try:
         code = process.wait(max(limit, 0))
@@ -67,9 +69,9 @@ def run(
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
     finally:
-        _signal(process, signal.SIGKILL)
+        _kill(process.pid)
         process.wait()
-        _running.discard(process)
+        _running.discard(process.pid)
     with log.open("rb") as written:
         written.seek(start)
         output = written.read().decode(errors="replace")
@@ -77,12 +79,10 @@ def run(
 
 
 def end_all() -> None:
-    """End whatever runs."""
-    for process in list(_running):
-        _signal(process, signal.SIGKILL)
+    for group in list(_running):
+        _kill(group)
 
 
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    """Signal the whole group, which may be gone."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
+def _kill(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it may be gone
+        os.killpg(group, signal.SIGKILL)

@@ -1,12 +1,10 @@
 """How a time limit is shared out among the cases that are left."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence
 
-from cases import Case
+from contenders.cases import FEW_ROWS, Case
 
 # A case is not worth beginning with less, and its rounds get no less.
 CASE_SECONDS = 5.0
@@ -30,21 +28,17 @@ class Schedule:
         self._longest_compilation = compilation
 
     def has_time(self) -> bool:
-        """Whether a case may begin."""
         return time.monotonic() + CASE_SECONDS < self._end
 
     def begin(self, case: Case, after: Sequence[Case]) -> None:
-        """A case begins now."""
         now = time.monotonic()
-        weights = [1 if each.num_rows <= 64 else 3 for each in (case, *after)]
+        weights = [1 if each.num_rows <= FEW_ROWS else 3 for each in (case, *after)]
         self._case_end = now + (self._end - now) * weights[0] / sum(weights)
 
     def seconds_for_rounds(self) -> float:
-        """What is left for the rounds of the case."""
         return max(self._case_end - time.monotonic(), ROUNDS_SECONDS)
 
     def seconds_until_hopeless(self) -> float:
-        """When to give the case up."""
         return self._case_end - time.monotonic() + PATIENCE_SECONDS
 
     def can_compile(self) -> bool:
@@ -53,5 +47,4 @@ class Schedule:
         return time.monotonic() + needed < self._case_end
 
     def has_compiled(self, seconds: float) -> None:
-        """Remember how long it took."""
         self._longest_compilation = max(self._longest_compilation, seconds)

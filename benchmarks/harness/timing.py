@@ -1,22 +1,22 @@
 """Time, side by side: every contender once a round, in an order shuffled anew, for many rounds."""
 
-from __future__ import annotations
-
 import gc
 import math
 import random
 import time
 from collections.abc import Callable, Sequence
 
-from cases import Rotation
-from contenders import Runner
-from device import Device
-from progress import describe_error
+from contenders.cases import Rotation
+from contenders.contender import Runner
+
+from .device import Device
+from .progress import describe_error
 
 FORWARD, BACKWARD, TOTAL = "forward", "backward", "total"
 # Forward and backward on an idle device, and replayed from a graph: see launches.py.
 LATENCY, GRAPH = "latency", "graph"
-PHASES = (FORWARD, BACKWARD, TOTAL, LATENCY, GRAPH)
+# Of memory: what is taken from the end of the forward to the beginning of the backward.
+HELD = "held"
 Times = dict[str, list[float]]
 # No case gets more than this many times the rounds that were asked for, nor fewer than these.
 MORE_ROUNDS = 20
@@ -62,7 +62,7 @@ def time_side_by_side(
     not done with them after ``max_seconds`` ends there. A runner that fails has no times and takes
     no further part; ``drop`` is told the reason.
     """
-    times: dict[str, Times] = {runner.contender.name: {} for runner in runners}
+    times: dict[str, Times] = {runner.name: {} for runner in runners}
     order = list(runners)
     shuffle = random.Random(0).shuffle
     begin = time.monotonic()
@@ -80,19 +80,18 @@ def time_side_by_side(
         while goes_on():
             shuffle(order)
             for runner in list(order):
-                name = runner.contender.name
-                reason = None
+                reason = ""
                 try:
                     phases = time_once(runner, rotation, device)
                 except Exception as error:
                     reason = describe_error(error)
-                if reason is not None:  # the error, which holds on to memory, is gone
+                if reason:  # the error, which holds on to memory, is gone
                     order.remove(runner)
-                    del times[name]
+                    del times[runner.name]
                     drop(runner, reason)
                     continue
                 for phase, seconds in phases.items():
-                    times[name].setdefault(phase, []).append(seconds)
+                    times[runner.name].setdefault(phase, []).append(seconds)
             rounds += 1
             gc.collect(0)  # cycles of the round, which may hold on to memory
     finally:

@@ -1,75 +1,28 @@
-"""What differs from device to device: the clock, the memory counters, the size of the cache."""
+"""What differs from device to device: the clock, the memory counters, the size of the cache.
 
-from __future__ import annotations
+``mark`` and ``seconds`` time, ``reset_peak`` and ``peak_bytes`` count memory.
+"""
 
-import abc
 import contextlib
 import ctypes
 import gc
 import re
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import collect_env
 
 NO_GPU = "There is no CUDA GPU that PyTorch can use here, so nothing was measured."
+# For a process that measures memory: blocks of 64 KB and more are mapped and unmapped one by one,
+# and the heap shrinks at once.
+THRESHOLDS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+MALLOC_ENVIRONMENT = {**dict.fromkeys(THRESHOLDS, "65536"), "MALLOC_ARENA_MAX": "1"}
 
 
-class Device(abc.ABC):
-    """A device to measure on. ``mark`` and ``seconds`` time, the peak methods count memory."""
-
-    type: str
-
-    @abc.abstractmethod
-    def model(self) -> str:
-        """The name of the hardware."""
-
-    @abc.abstractmethod
-    def cache_bytes(self) -> int:
-        """The size of the last-level cache, beyond which inputs are rotated."""
-
-    @abc.abstractmethod
-    def mark(self) -> Any:
-        """A point in time of the device's work."""
-
-    @abc.abstractmethod
-    def seconds(self, begin: Any, end: Any) -> float:
-        """The time between two marks; waits for the work before ``end``."""
-
-    @abc.abstractmethod
-    def reset_peak(self) -> int | None:
-        """Forget the peak so far; the bytes in use now, or None where they cannot be measured."""
-
-    @abc.abstractmethod
-    def peak_bytes(self) -> int:
-        """The most bytes that were in use since ``reset_peak``."""
-
-    def facts(self) -> dict[str, str | int]:
-        """What else a result file says of the device."""
-        return {}
-
-    @abc.abstractmethod
-    def get_ahead(self) -> None:
-        """Let the host queue what follows, so that launching it is not part of its time."""
-
-    @abc.abstractmethod
-    def wait(self) -> None:
-        """Return when all work is done."""
-
-    def release(self) -> None:
-        """Hand back the memory that is not in use."""
-        gc.collect()
-
-    def is_alive(self) -> bool:
-        """Whether the device still works after an error."""
-        return True
-
-
-class Cpu(Device):
+class Cpu:
     """The CPU: a wall clock, and the kernel's own count of the process's resident memory.
 
     The high-water mark of resident memory (``VmHWM``) sees every page that anyone touches, tensors
@@ -82,28 +35,31 @@ class Cpu(Device):
     type = "cpu"
 
     def model(self) -> str:
-        """The name that the system reports."""
         from eaft_ext.cli import info  # not where the package is yet to be built
 
         return info.collect()["system"]["cpu"].rsplit(" (", 1)[0]
 
     def cache_bytes(self) -> int:
-        """The largest cache that Linux lists; 64 MiB where it lists none."""
+        """The largest cache that Linux lists, beyond which inputs are rotated; else 64 MiB."""
         units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
         files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
         found = [re.fullmatch(r"(\d+)([KMG]?)", file.read_text().strip()) for file in files]
         return max((int(m[1]) * units[m[2]] for m in found if m), default=64 * 2**20)
 
-    def mark(self) -> float:
-        """The wall clock: the work is done when a call returns."""
+    def facts(self) -> dict[str, str | int]:
+        """What else a result file says of the device."""
+        return {}
+
+    def mark(self) -> Any:
+        """A point in time of the device's work, which is done when a call returns."""
         return time.perf_counter()
 
-    def seconds(self, begin: float, end: float) -> float:
-        """The difference."""
-        return end - begin
+    def seconds(self, begin: Any, end: Any) -> float:
+        """The time between two marks; waits for the work before ``end``."""
+        return float(end - begin)
 
     def reset_peak(self) -> int | None:
-        """Set the high-water mark back to the resident memory."""
+        """Forget the peak so far; the bytes in use now, or None where they cannot be measured."""
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # only in the GNU C library
             ctypes.CDLL(None).malloc_trim(0)
@@ -114,28 +70,27 @@ class Cpu(Device):
         return self.peak_bytes()
 
     def peak_bytes(self) -> int:
-        """The high-water mark."""
+        """The most bytes that were in use since ``reset_peak``."""
         match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         assert match, "Linux reports VmHWM"
         return int(match[1]) * 1024
 
     def get_ahead(self) -> None:
-        """There is no queue."""
+        """Let the host queue what follows, so that launching it is not part of its time."""
 
     def wait(self) -> None:
-        """The work is done when a call returns."""
+        """Return when all work is done."""
+
+    def release(self) -> None:
+        """Hand back the memory that is not in use."""
+        gc.collect()
+
+    def is_alive(self) -> bool:
+        """Whether the device still works after an error."""
+        return True
 
 
-# For a process that measures memory: blocks of 64 KB and more are mapped and unmapped one by one,
-# and the heap shrinks at once.
-MALLOC_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MALLOC_ARENA_MAX": "1",
-}
-
-
-class Cuda(Device):
+class Cuda(Cpu):
     """The current CUDA device: events on its stream, and the counters of PyTorch's allocator.
 
     Those see all that anyone allocates through PyTorch, tensors and scratch alike, rounded up to
@@ -148,56 +103,47 @@ class Cuda(Device):
     _AHEAD_CYCLES = 4_000_000
 
     def model(self) -> str:
-        """The name that the driver reports."""
         return torch.cuda.get_device_name()
 
     def cache_bytes(self) -> int:
-        """The size of the L2."""
-        return int(self._properties().L2_cache_size)
+        return int(torch.cuda.get_device_properties().L2_cache_size)
+
+    def facts(self) -> dict[str, str | int]:
+        chip = torch.cuda.get_device_properties()
+        return {
+            "capability": f"{chip.major}.{chip.minor}",
+            "multiprocessors": int(chip.multi_processor_count),
+            "memory_bytes": int(chip.total_memory),
+            "driver": driver_version(),
+            "cuda": torch.version.cuda or "",
+        }
 
     def mark(self) -> torch.cuda.Event:
-        """An event on the current stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """The time between the events, after the second one."""
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
 
-    def reset_peak(self) -> int | None:
-        """Set the allocator's peak back to what is allocated."""
+    def reset_peak(self) -> int:
         gc.collect(0)
         self.wait()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
 
     def peak_bytes(self) -> int:
-        """The allocator's peak."""
         return torch.cuda.max_memory_allocated()
-
-    def facts(self) -> dict[str, str | int]:
-        """The chip, the driver, and what is installed for it."""
-        properties = self._properties()
-        return {
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": int(properties.multi_processor_count),
-            "memory_bytes": int(properties.total_memory),
-            "driver": driver_version(),
-            "cuda": torch.version.cuda or "",
-        }
 
     def get_ahead(self) -> None:
         """Occupy the stream without touching memory."""
         torch.cuda._sleep(self._AHEAD_CYCLES)
 
     def wait(self) -> None:
-        """Synchronise."""
         torch.cuda.synchronize()
 
     def release(self) -> None:
-        """Empty the allocator's cache, if the device still works."""
         gc.collect()
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
@@ -210,22 +156,18 @@ class Cuda(Device):
             return False
         return True
 
-    @staticmethod
-    def _properties() -> Any:
-        return torch.cuda.get_device_properties(torch.cuda.current_device())
+
+Device = Cpu
 
 
 def driver_version() -> str:
     """The version of the NVIDIA driver; "" where nothing tells it."""
-    if smi := shutil.which("nvidia-smi"):
-        command = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0 and done.stdout.strip():
-            return done.stdout.split()[0]
+    if found := collect_env.get_nvidia_driver_version(collect_env.run):
+        return str(found)
     with contextlib.suppress(OSError):
         text = Path("/proc/driver/nvidia/version").read_text()
-        if match := re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", text):
-            return match[1]
+        if match := re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", text):
+            return match[0]
     return ""
 
 

@@ -1,29 +1,28 @@
 """Where and with what a result was measured."""
 
-from __future__ import annotations
-
-import importlib.metadata
 import os
 import platform
 import re
 import subprocess
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import peers
 import torch
-from device import Device
+from contenders import peers
 
 import eaft_ext
 
-ROOT = Path(__file__).resolve().parent.parent
+from .device import Device
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks" / "results"
 # By the benchmarks and the scripts that show their results.
 WRITTEN = ("benchmarks/results", "docs", "README.md")
 
 
 def describe(device: Device) -> dict[str, Any]:
-    """The facts that go into a result file."""
     build = eaft_ext.build_info()
     machine: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -43,16 +42,9 @@ def describe(device: Device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         machine["cuda_arch_list"] = build["cuda_arch_list"]
-        machine["triton"] = _version("triton")
         machine["peers"] = peers.versions()
+        machine["triton"] = peers.distribution_version("triton")
     return machine
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def commit() -> str:
@@ -73,10 +65,8 @@ def commit() -> str:
 
 
 def _git(*arguments: str) -> str:
-    command = ["git", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def file_stem(machine: dict[str, Any]) -> str:
@@ -86,5 +76,8 @@ def file_stem(machine: dict[str, Any]) -> str:
 
 
 def load() -> float:
-    """Processes that wanted to run in the last minute, this one included; 0 where unknown."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    """Processes that wanted to run in the last minute, this one included; told of if too many."""
+    found = os.getloadavg()[0]
+    if found > 0.5:
+        print(f"load {found:.1f}: times will be unsteady", file=sys.stderr)
+    return found

@@ -1,8 +1,8 @@
 """What a call of the loss costs in one process of many: a model, in bytes.
 
 A byte counts as often as an operator reads or writes it: each operand once, so that these are
-floors. What has one number a token (labels, losses, stats) is left out. tests/benchmarks/test_cost_model.py
-counts the same in real runs, to the byte; cost_model.py makes tables of it.
+floors. What has one number a token (labels, losses, stats) is left out. test_cost_model.py counts
+the same in real runs, to the byte; cost_model.py makes tables of it.
 """
 
 from __future__ import annotations

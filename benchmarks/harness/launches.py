@@ -6,31 +6,28 @@ rotation, one after the other. The times of ``timing.py`` are in between: the ho
 device, as it is in training.
 """
 
-from __future__ import annotations
-
 import time
+from typing import Any
 
 import torch
-from cases import Rotation
-from contenders import Runner
-from device import Device
-from progress import LOST, DeviceLostError, Entry, describe_error, for_each
-from timing import GRAPH, LATENCY, Times
+from contenders.cases import Rotation
+from contenders.contender import Runner
 
-MAX_ROWS = 64
+from .device import Device
+from .progress import LOST, DeviceLostError, Entry, describe_error
+from .timing import GRAPH, LATENCY, Times
+
 ROUNDS = 50
 GRAPH_ROUNDS = 20
 
 
-def call(runner: Runner, arguments: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Forward and backward."""
+def call(runner: Runner, arguments: Any) -> None:
     result = runner.forward(arguments)
     if runner.has_backward:
         runner.backward(result)
 
 
 def time_latency(runner: Runner, rotation: Rotation, device: Device) -> list[float]:
-    """Seconds of wall time, call by call."""
     times = []
     for _ in range(ROUNDS):
         arguments = runner.prepare(rotation.next())
@@ -57,7 +54,6 @@ def synchronises(runner: Runner, rotation: Rotation) -> str:
 
 
 def capture(runner: Runner, rotation: Rotation) -> torch.cuda.CUDAGraph:
-    """Calls on every batch, in one graph."""
     batches = rotation.full_turn()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -73,7 +69,6 @@ def capture(runner: Runner, rotation: Rotation) -> torch.cuda.CUDAGraph:
 
 
 def time_graph(runner: Runner, rotation: Rotation, device: Device) -> list[float]:
-    """Seconds for each call, replay by replay."""
     graph = capture(runner, rotation)
     times = []
     for _ in range(1 + GRAPH_ROUNDS):
@@ -88,30 +83,25 @@ def time_graph(runner: Runner, rotation: Rotation, device: Device) -> list[float
 
 
 def time_launches(
-    runners: list[Runner],
-    rotation: Rotation,
-    device: Device,
-    times: dict[str, Times],
-    entry: Entry,
+    runners: list[Runner], rotation: Rotation, device: Device, times: dict[str, Times], entry: Entry
 ) -> None:
     """Add both to the times of a case, and to its entry what could not be captured.
 
     A capture that fails leaves allocator and random numbers unusable. It is tried only with what
     does not synchronise, and if it fails all the same, this process is of no more use.
     """
-    latencies = for_each(LATENCY, runners, entry, lambda each: time_latency(each, rotation, device))
+    latencies = entry.for_each(LATENCY, runners, lambda each: time_latency(each, rotation, device))
     for name, seconds in latencies.items():
         times[name][LATENCY] = seconds
     for runner in runners:
-        name = runner.contender.name
-        graph = f"{GRAPH} of {name}"
-        if graph in entry.failed or graph in entry.culprits():
+        graph = f"{GRAPH} of {runner.name}"
+        if graph in entry.failed or graph in entry.progress.culprits():
             continue
         if reason := synchronises(runner, rotation):
             entry.fail(graph, f"it synchronises: {reason}")
             continue
         try:
-            times[name][GRAPH] = time_graph(runner, rotation, device)
+            times[runner.name][GRAPH] = time_graph(runner, rotation, device)
         except Exception as error:
             entry.fail(graph, f"{LOST}: {describe_error(error)}")
             raise DeviceLostError(f"{graph}: {describe_error(error)}") from error

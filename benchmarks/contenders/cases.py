@@ -1,7 +1,5 @@
 """The cases that are measured, and their inputs."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +8,10 @@ import torch
 from torch import Tensor
 
 TIMES = "\N{MULTIPLICATION SIGN}"
+DTYPES = ("float32", "bfloat16")
+IGNORED = -100
+# With so few rows, the time goes into launching kernels.
+FEW_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,14 @@ class Case:
     @property
     def logits_bytes(self) -> int:
         """The size of the logits, and of their gradient."""
-        return self.num_rows * self.vocab_size * getattr(torch, self.dtype).itemsize
+        return self.num_rows * self.vocab_size * self._itemsize()
 
     @property
     def input_bytes(self) -> int:
         """The size of all that a gradient is wanted for, and of the gradients."""
         return self.logits_bytes
 
-    def batch(self, generator: torch.Generator) -> Batch | LinearBatch:
+    def batch(self, generator: torch.Generator) -> "Batch | LinearBatch":
         """An input of one call, on the generator's device.
 
         Logits are normal with standard deviation 3, about what a language model gives; labels are
@@ -41,6 +43,9 @@ class Case:
         """
         logits = self._normal((self.num_rows, self.vocab_size), 3, generator)
         return Batch(logits, self._labels(generator), torch.empty_like(logits))
+
+    def _itemsize(self) -> int:
+        return int(getattr(torch, self.dtype).itemsize)
 
     def _normal(
         self, shape: tuple[int, int], deviation: float, generator: torch.Generator
@@ -66,11 +71,9 @@ class LinearCase(Case):
     @property
     def input_bytes(self) -> int:
         """Hidden and weight; the labels need no gradient."""
-        itemsize: int = getattr(torch, self.dtype).itemsize
-        return (self.num_rows + self.vocab_size) * self.hidden_size * itemsize
+        return (self.num_rows + self.vocab_size) * self.hidden_size * self._itemsize()
 
-    def batch(self, generator: torch.Generator) -> LinearBatch:
-        """Logits and labels are as those of any other case."""
+    def batch(self, generator: torch.Generator) -> "LinearBatch":
         hidden = self._normal((self.num_rows, self.hidden_size), 1, generator)
         deviation = 3 / math.sqrt(self.hidden_size)
         weight = self._normal((self.vocab_size, self.hidden_size), deviation, generator)
@@ -78,25 +81,7 @@ class LinearCase(Case):
 
 
 def case_of(fields: dict[str, Any]) -> Case:
-    """The case that a result file or a request describes."""
     return LinearCase(**fields) if "hidden_size" in fields else Case(**fields)
-
-
-DTYPES = ("float32", "bfloat16")
-# In order of worth: time may be short.
-SHAPES = {
-    "cpu": ((512, 151_936), (2048, 50_257), (4, 151_936)),
-    "cuda": (
-        (8192, 151_936),
-        (8192, 128_256),
-        (4096, 262_144),
-        (16384, 32_000),
-        (64, 151_936),
-        (1, 151_936),
-    ),
-}
-QUICK_SHAPES = ((64, 8_192),)
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -121,7 +106,7 @@ class LinearBatch:
     labels: Tensor
 
     def restore(self) -> None:
-        """There is nothing to undo."""
+        pass
 
 
 class Rotation:
@@ -132,21 +117,14 @@ class Rotation:
     """
 
     def __init__(
-        self,
-        case: Case,
-        cache_bytes: int,
-        device: str,
-        seed: int = 0,
-        ignore_every: int = 0,
+        self, case: Case, cache_bytes: int, device: str, seed: int = 0, ignore_every: int = 0
     ) -> None:
         self.count = 1 + math.ceil(2 * cache_bytes / case.input_bytes)
         generator = torch.Generator(device).manual_seed(seed)
-        self._batches: list[Any] = []
-        for _ in range(self.count):
-            batch = case.batch(generator)
-            if ignore_every:
+        self._batches: list[Any] = [case.batch(generator) for _ in range(self.count)]
+        if ignore_every:
+            for batch in self._batches:
                 batch.labels[ignore_every // 2 :: ignore_every] = IGNORED
-            self._batches.append(batch)
         self._turn = 0
 
     def full_turn(self) -> list[Any]:

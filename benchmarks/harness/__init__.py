@@ -1,0 +1,1 @@
+"""How it is measured: clock, memory, rounds, processes, and the result file that grows."""
