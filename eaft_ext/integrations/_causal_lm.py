@@ -79,8 +79,9 @@ def expected_map(causal: nn.Module) -> LogitMap:
 
     def heeded(option: str) -> float | None:
         value = getattr(config, option, None)
-        is_positive = isinstance(value, (int, float)) and value > 0
-        return float(value) if is_positive and _uses(causal, option) else None
+        if not isinstance(value, (int, float)) or value <= 0 or not _uses(causal, option):
+            return None
+        return float(value)
 
     softcap = next((value for option in SOFTCAPS if (value := heeded(option))), None)
     scale = heeded("logit_scale") or 1 / (heeded("logits_scaling") or 1.0)

@@ -14,8 +14,8 @@ import eaft_ext
 from eaft_ext._checks import check_chunks
 from eaft_ext._options import LOSS_DEFAULTS, LossKeywords, token_loss, with_keywords
 from eaft_ext.integrations import _output_layer
-from eaft_ext.integrations._absent_logits import AbsentLogits
-from eaft_ext.integrations._causal_lm import causal_lm
+from eaft_ext.integrations._absent_logits import AbsentLogits, LogitMap
+from eaft_ext.integrations._causal_lm import causal_lm, expected_map
 from eaft_ext.integrations._output_layer import active
 from eaft_ext.integrations._patches import Patch, forward_slot, patch_of, restore
 from eaft_ext.integrations._training_steps import TrainingSteps, calling_function, defined_as

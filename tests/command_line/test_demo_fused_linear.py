@@ -169,7 +169,7 @@ class TestFusedLinear:
         assert demo(*capped, "--fused-linear") == (1, None)
         error = capsys.readouterr().err
         assert error.startswith("eaft-ext demo: --fused-linear cannot train this model: it changes")
-        assert "config.final_logit_softcapping = 30.0" in error
+        assert "(softcap 30.0, scale 1.0)" in error
         assert error.count("\n") == 1
         assert demo(*capped)[0] == 0
 

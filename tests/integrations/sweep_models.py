@@ -80,8 +80,8 @@ EVERYWHERE = {
 OPTIONS: dict[str, tuple[Any, Any]] = {
     "final_logit_softcapping": (None, 5.0),
     "lm_head_multiplier": (1.0, 0.5),
-    "logit_scale": (None, 0.25),
-    "logits_scaling": (1.0, 4.0),
+    "logit_scale": (None, 2.0),
+    "logits_scaling": (1.0, 0.5),
     "logits_soft_cap": (None, 5.0),
     "mtp_loss_scaling_factor": (0.0, 0.5),
     "output_multiplier": (1.0, 0.25),
@@ -110,11 +110,17 @@ _VISION = {
     "image_size": 16,
     "patch_size": 4,
 }
+# Their own flatten the logits of so small a model: all gates would be 1.
+_STEEP = {"logit_scale": 2.0}
+_STEEPER = {"output_multiplier": 2.0}
 BESIDES: dict[str, dict[str, Any]] = {
     "apertus1p5": {"image_token_offset": 41, "audio_token_offset": 45},
     "apertus1p5_vision_tokenizer": {"codebook_size": 4},
     "blip-2": {"image_token_index": 60},
     "chameleon": {"vocabulary_map": {"<image>": 60}},
+    "cohere": _STEEP,
+    "cohere2": _STEEP,
+    "cohere2_moe": _STEEP,
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": _THREE_AXES["rope_parameters"]},
     },
@@ -165,6 +171,8 @@ BESIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["full_attention"]},
     "longcat_flash": {"qk_head_dim": 16},
     "mamba2": {"head_dim": 16},
+    "muse_glimmer_text": _STEEPER,
+    "muse_spark_text": _STEEPER,
     "ministral": {"head_dim": 8},
     "mistral4": _rope(llama_4_scaling_beta=0.1, original_max_position_embeddings=64),
     "mistral_large4_text": {"kv_source_layers": [0]},

@@ -137,11 +137,6 @@ def _has_other_loss(found: Trace, name: str, loss: str) -> bool:
     return causal_of(found.model).loss_function.__name__ == loss != "ForCausalLMLoss"
 
 
-def _has_option(found: Trace, name: str, option: str, value: str) -> bool:
-    config = causal_of(found.model).config.get_text_config()
-    return str(getattr(config, option)) == value and bool(found.uses)
-
-
 _SAME = {"truediv": {"div", "rtruediv", "true_divide"}, "mul": {"rmul", "multiply"}}
 
 
@@ -200,7 +195,6 @@ AT_ONCE: dict[str, Callable[..., bool]] = {
     rf"the forward of {NAME} takes no labels": _takes_no_labels,
 }
 IN_FORWARD: dict[str, Callable[..., bool]] = {
-    rf"{NAME} changes its logits before its loss \({NAME}=(.*?)\)": _has_option,
     rf"{NAME} changes its logits, or uses them, outside of its loss function \((.*?)\)": (
         _uses_logits
     ),

@@ -30,17 +30,6 @@ def refused(model: Any, sentence: str, **options: Any) -> None:
     assert not before or own_attributes(model) == before
 
 
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        ("gemma2", "Gemma2ForCausalLM changes its logits before its loss (final_logit_softcapp"),
-        ("cohere", "CohereForCausalLM changes its logits before its loss (logit_scale=0.0625)"),
-    ],
-)
-def test_models_that_change_their_logits(name: str, sentence: str) -> None:
-    refused(build(name), sentence)
-
-
 def test_options_that_a_model_does_not_heed() -> None:
     """Its configuration has one, and its forward leaves the logits as they are."""
     model = build("mpt", logit_scale=0.25, d_model=16, n_heads=2, n_layers=1, max_seq_len=64)
@@ -50,20 +39,23 @@ def test_options_that_a_model_does_not_heed() -> None:
     torch.testing.assert_close(model(tokens, labels=labels).loss, expected)
 
 
-def test_models_that_show_it_in_their_forward() -> None:
-    """With labels; as it is named, the option might be for what the output layer is given."""
-    model = build("granite", logits_scaling=8.0)
-    tokens, labels = batch()
-    logits = model(tokens).logits
-    use_linear_gated_ce(model)
-    sentence = "GraniteForCausalLM changes its logits, or uses them, outside of its loss function"
-    with pytest.raises(TypeError, match=f"^{PREFIX}{sentence}"):
-        model(tokens, labels=labels)
-    assert torch.equal(model(tokens).logits, logits)
+def _negated(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    logits = model.lm_head(hidden) * -1.0
+    return logits, model.loss_function(logits, labels, V, **given)
 
 
-def _scaled(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
-    logits = model.lm_head(hidden) * 1.0
+def _scaled_by_a_tensor(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    logits = model.lm_head(hidden) * torch.tensor(0.5)
+    return logits, model.loss_function(logits, labels, V, **given)
+
+
+def _capped_twice(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    logits = torch.tanh(torch.tanh(model.lm_head(hidden)) * 5.0)
+    return logits, model.loss_function(logits, labels, V, **given)
+
+
+def _shifted_up(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
+    logits = torch.tanh(model.lm_head(hidden)) + 1.0
     return logits, model.loss_function(logits, labels, V, **given)
 
 
@@ -132,7 +124,16 @@ def _two_heads(model: Any, hidden: Tensor, labels: Any, given: Any) -> Any:
 @pytest.mark.parametrize(
     ("trick", "sentence"),
     [
-        (_scaled, "Llama changes its logits, or uses them, outside of its loss function (mul)"),
+        (_negated, "Llama changes its logits, or uses them, outside of its loss function (mul)"),
+        (
+            _scaled_by_a_tensor,
+            "Llama changes its logits, or uses them, outside of its loss function (mul)",
+        ),
+        (
+            _capped_twice,
+            "Llama changes its logits, or uses them, outside of its loss function (tanh)",
+        ),
+        (_shifted_up, "Llama changes its logits, or uses them, outside of its loss function (add)"),
         (
             _scaled_in_place,
             "Llama changes its logits, or uses them, outside of its loss function (mul_)",

@@ -14,7 +14,8 @@ import eaft_ext.reference
 from eaft_ext.cli.batches import IGNORE_INDEX, Batch
 from eaft_ext.cli.errors import CommandError
 from eaft_ext.cli.model import mixed_precision
-from eaft_ext.integrations._causal_lm import LOGIT_OPTIONS
+from eaft_ext.integrations._absent_logits import LogitMap
+from eaft_ext.integrations._causal_lm import expected_map
 
 CHUNK_TOKENS = 64
 """Tokens whose logits ``--fused-linear`` holds at a time.
@@ -108,14 +109,12 @@ def check_output_layer(model: Any, batch: Batch) -> None:
     Raises:
         CommandError: they are not; ``of_hidden`` would train on another loss.
     """
-    for config in (model.config, getattr(model.config, "text_config", None)):
-        for name in LOGIT_OPTIONS:
-            value = getattr(config, name, None)
-            if value not in (None, 1.0):
-                raise CommandError(
-                    f"--fused-linear cannot train this model: it changes its logits after the "
-                    f"output layer (config.{name} = {value})"
-                )
+    of_model = expected_map(model)
+    if of_model != LogitMap():
+        raise CommandError(
+            f"--fused-linear cannot train this model: it changes its logits after the output layer "
+            f"(softcap {of_model.softcap}, scale {of_model.logit_scale})"
+        )
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or model.base_model is model:
         raise CommandError(
