@@ -224,38 +224,38 @@ def merge_partials(
     return nll, entropy, row_max, torch.where(nll.isnan(), nll, log_sum)
 
 
-class RowWeights(NamedTuple):
-    """Of a row's gradient, ``all softmax(x') - target onehot(y)``."""
-
-    all: Tensor
-    target: Tensor
-
-
-def row_weights(
+def weight_of_all(
     z_loss: float, upstream: Tensor, weight: Tensor, row_max: Tensor, log_sum: Tensor
-) -> RowWeights:
-    """Those of the loss and its z-loss; ``weight`` is the upstream gradient times the gate."""
-    if z_loss == 0:
-        return RowWeights(weight, weight)
-    return RowWeights(weight + 2 * z_loss * (row_max + log_sum) * upstream, weight)
+) -> Tensor:
+    """What softmax(x) is multiplied by in a row's gradient: ``weight + 2 z_loss lse upstream``.
+
+    ``weight``, the upstream gradient times the gate, is that of the label.
+    """
+    return weight if z_loss == 0 else weight + 2 * z_loss * (row_max + log_sum) * upstream
 
 
 def shard_gradient(
-    weights: RowWeights,
+    weight: Tensor,
     logits: Tensor,
     labels: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
     vocab_start: int,
+    *,
+    of_all: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """``dx'/dx (all softmax(x') - target onehot(y))`` of the columns from ``vocab_start`` on."""
+    """``dx'/dx (of_all softmax(x') - weight onehot(y))`` of the columns from ``vocab_start`` on.
+
+    ``of_all`` is the weight unless it is given, and x' what :func:`map_logits` makes of the logits.
+    """
     x = _widened(map_logits(logits, softcap, logit_scale))
     shifted = (x - row_max.unsqueeze(-1)) - log_sum.unsqueeze(-1)
     columns = torch.arange(vocab_start, vocab_start + x.size(-1), device=x.device)
     here = columns == labels.unsqueeze(-1)
-    everywhere, target = (weight.unsqueeze(-1) for weight in weights)
+    target = weight.unsqueeze(-1)
+    everywhere = target if of_all is None else of_all.unsqueeze(-1)
     # p - 1 before any rounding: close to p = 1 it is all there is.
     at_label = target * shifted.expm1() + (everywhere - target) * shifted.exp()
     gradient = logit_scale * torch.where(here, at_label, everywhere * shifted.exp())

@@ -72,16 +72,17 @@ class Rows:
             )
             return
         ignored = labels == of_token.ignore_index
-        weights = reference.row_weights(of_token.z_loss, upstream, weight, row_max, log_sum)
+        of_all = reference.weight_of_all(of_token.z_loss, upstream, weight, row_max, log_sum)
         logits[:] = reference.shard_gradient(
-            reference.RowWeights(*(torch.where(ignored, 0.0, each) for each in weights)),
+            torch.where(ignored, 0.0, weight),
             logits,
             labels,
             row_max,
             log_sum,
             self.vocab_start,
-            of_token.softcap,
-            of_token.logit_scale,
+            of_all=torch.where(ignored, 0.0, of_all),
+            softcap=of_token.softcap,
+            logit_scale=of_token.logit_scale,
         )
 
     def losses_and_gradient_(

@@ -63,10 +63,10 @@ class _ReferenceNll(torch.autograd.Function):
     def backward(ctx: Any, grad_nll: Tensor, grad_lse: Tensor, _: Tensor) -> tuple[Any, ...]:
         logits, labels, row_max, log_sum = ctx.saved_tensors
         ignored = labels == ctx.of_token.ignore_index
-        target = torch.where(ignored, 0.0, grad_nll)
-        everywhere = target + torch.where(ignored, 0.0, grad_lse)
+        weight = torch.where(ignored, 0.0, grad_nll)
+        of_all = weight + torch.where(ignored, 0.0, grad_lse)
         gradient = _ReferenceGradient.apply(
-            everywhere, target, logits, labels, row_max, log_sum, ctx.of_token, ctx.shard
+            weight, of_all, logits, labels, row_max, log_sum, ctx.of_token, ctx.shard
         )
         return gradient, *(None,) * 4
 
@@ -77,8 +77,8 @@ class _ReferenceGradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        everywhere: Tensor,
-        target: Tensor,
+        weight: Tensor,
+        of_all: Tensor,
         logits: Tensor,
         labels: Tensor,
         row_max: Tensor,
@@ -89,14 +89,15 @@ class _ReferenceGradient(torch.autograd.Function):
         words = num_words(logits.size(-1), shard)
         gradient = torch.zeros_like(logits)
         gradient[..., :words] = reference.shard_gradient(
-            reference.RowWeights(everywhere, target),
+            weight,
             logits[..., :words],
             labels,
             row_max,
             log_sum,
             shard.start,
-            of_token.softcap,
-            of_token.logit_scale,
+            of_all=of_all,
+            softcap=of_token.softcap,
+            logit_scale=of_token.logit_scale,
         )
         return gradient
 
