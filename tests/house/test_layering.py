@@ -199,6 +199,49 @@ def _implementations(device: str) -> dict[str, str]:
     return dict(re.findall(r'm\.impl\("(\w+)",\s*&?(\w+)\)', path.read_text()))
 
 
+MOST_PARAMETERS = 8
+"""Of a function beneath the public ones and the operators: options travel as one thing."""
+
+
+def _parameters_in_python(path: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.FunctionDef) or node.name == "_":  # an operator's
+            continue
+        decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+        if decorators & {"overload", "with_keywords"}:  # public
+            continue
+        given = node.args
+        names = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+        yield node.name, len([name for name in names if name not in ("self", "cls", "ctx")])
+
+
+def _parameters_in_cpp(path: Path) -> Iterator[tuple[str, int]]:
+    text = re.sub(r"//[^\n]*", "", path.read_text())
+    for name, given in re.findall(r"\b(\w+)\(((?:[^()]|\([^()]*\))*)\)\s*(?:const\s*)?\{", text):
+        is_operator = re.fullmatch(r"\w+_(cpu|cuda)_?", name)
+        if not is_operator and name not in ("if", "for", "while", "switch"):
+            plain = re.sub(r"<[^<>]*>|\([^()]*\)|\{[^{}]*\}", "", given)
+            yield name, plain.count(",") + 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        # But for where the keywords have their home, with the defaults of each.
+        *(
+            f"eaft_ext/{file}"
+            for file in PYTHON_FILES
+            if not file.startswith(("cli/", "reference", "_options"))
+        ),
+        *(f"csrc/{file}" for file in CPP_FILES),
+    ],
+)
+def test_number_of_parameters(path: str) -> None:
+    found = _parameters_in_python if path.endswith(".py") else _parameters_in_cpp
+    for name, count in found(ROOT / path):
+        assert count <= MOST_PARAMETERS, f"{name} of {path} takes {count}"
+
+
 def test_every_operator_is_complete() -> None:
     schemas = _schemas()
     assert len(schemas) == len(set(schemas)) >= 6
