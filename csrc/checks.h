@@ -34,13 +34,13 @@ inline VocabShard checked_shard(const char* op, const at::Tensor& logits,
   return VocabShard(logits, vocab_start, vocab_size);
 }
 
-// The partials of all shards; gives their k.
+// The partials of all shards; gives their k. num_others: numbers behind the k largest.
 inline int check_partials(const char* op, const at::Tensor& partials, const at::Tensor& labels,
-                          at::ScalarType dtype) {
-  const int64_t k = partials.dim() == 0 ? 0 : partials.size(-1) - kPartialTop;
+                          at::ScalarType dtype, int num_others) {
+  const int64_t k = partials.dim() == 0 ? 0 : partials.size(-1) - kPartialTop - num_others;
   const bool fits = partials.dim() == labels.dim() + 2 && partials.size(0) >= 1 && k >= kMinTopK &&
                     k <= kMaxTopK && partials.sizes().slice(1, labels.dim()) == labels.sizes();
-  TORCH_CHECK_VALUE(fits, op, ": partials must be (num_shards, ..., k + ", kPartialTop,
+  TORCH_CHECK_VALUE(fits, op, ": partials must be (num_shards, ..., k + ", kPartialTop + num_others,
                     ") with k from ", kMinTopK, " to ", kMaxTopK, ", got ", partials.sizes(),
                     " for labels ", labels.sizes());
   TORCH_CHECK_VALUE(partials.scalar_type() == dtype && partials.device() == labels.device(), op,
@@ -85,22 +85,24 @@ inline void check_k(const char* op, int64_t k, int64_t min_k, int64_t max_k) {
                     ", got ", k);
 }
 
-// Of the family, which is empty or (softcap, 0 for none; logit_scale; z_loss).
+// Of the family, which is empty or (softcap, 0 for none; logit_scale; label_smoothing; z_loss).
 inline TokenLoss checked_family(const char* op, int64_t ignore_index,
                                 c10::ArrayRef<double> family) {
   TokenLoss loss;
   loss.ignore_index = ignore_index;
   if (family.empty()) return loss;
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  TORCH_CHECK_VALUE(family.size() == 3 && family[0] >= 0 && family[0] < kInfinity &&
+  TORCH_CHECK_VALUE(family.size() == 4 && family[0] >= 0 && family[0] < kInfinity &&
                         family[1] > 0 && family[1] < kInfinity && family[2] >= 0 &&
-                        family[2] < kInfinity,
+                        family[2] <= 1 && family[3] >= 0 && family[3] < kInfinity,
                     op,
-                    ": family must be empty, or a softcap of at least 0, a logit_scale above 0 "
-                    "and a z_loss of at least 0, all finite, got ",
+                    ": family must be empty, or a softcap of at least 0, a logit_scale above 0, a "
+                    "label_smoothing "
+                    "from 0 to 1 and a z_loss of at least 0, all finite, got ",
                     family);
   loss.map = {family[1], family[0]};
-  loss.z_loss = family[2];
+  loss.label_smoothing = family[2];
+  loss.z_loss = family[3];
   return loss;
 }
 
@@ -114,6 +116,14 @@ inline TokenLoss checked_token_loss(const char* op, int64_t k, std::string_view 
   return loss;
 }
 
+// Of all shards, where a shard alone does not say how many words there are.
+inline int64_t checked_num_words(const char* op, std::optional<int64_t> num_words,
+                                 const at::Tensor& logits) {
+  TORCH_CHECK_VALUE(!num_words || *num_words >= 1, op, ": num_words must be at least 1, got ",
+                    num_words.value_or(0));
+  return num_words.value_or(logits.size(-1));
+}
+
 // What a backward is told of each row, as the operator was given it. upstream is for the z-loss.
 struct RowsOfBackward {
   const at::Tensor& weight;
@@ -124,9 +134,11 @@ struct RowsOfBackward {
   TokenLoss loss;
 };
 
-inline RowsOfBackward checked_rows(const char* op, const RowsOfBackward& rows) {
+inline RowsOfBackward checked_rows(const char* op, RowsOfBackward rows, const at::Tensor& logits,
+                                   std::optional<int64_t> num_words) {
   TORCH_CHECK_VALUE(rows.loss.z_loss == 0 || rows.upstream.defined(), op,
                     ": a z_loss needs the upstream gradient, got none");
+  rows.loss.num_words = checked_num_words(op, num_words, logits);
   return rows;
 }
 

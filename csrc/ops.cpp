@@ -8,8 +8,9 @@
 // vocab_start on; columns of words from vocab_size on are padding, which is not read and whose
 // gradient is 0.
 //
-// family is empty, or softcap (0: none), logit_scale and z_loss, by the formulas of
-// core/token_loss.h. Without it a loss is the gated cross-entropy of the logits as they are.
+// family is empty, or softcap (0: none), logit_scale, label_smoothing and z_loss, by the formulas
+// of core/token_loss.h. Without it a loss is the gated cross-entropy of the logits as they are.
+// num_words are those of the whole vocabulary, which label smoothing has to know.
 #include <torch/library.h>
 
 TORCH_LIBRARY(eaft_ext, m) {
@@ -26,25 +27,25 @@ TORCH_LIBRARY(eaft_ext, m) {
   m.def(
       "gated_ce_backward(Tensor weight, Tensor logits, Tensor labels, Tensor row_max, "
       "Tensor log_sum, int ignore_index, SymInt? vocab_start=None, SymInt? vocab_size=None, "
-      "Tensor? upstream=None, float[] family=[]) -> Tensor");
+      "Tensor? upstream=None, float[] family=[], SymInt? num_words=None) -> Tensor");
   // The same, written over the logits.
   m.def(
       "gated_ce_backward_(Tensor weight, Tensor(a!) logits, Tensor labels, Tensor row_max, "
       "Tensor log_sum, int ignore_index, SymInt? vocab_start=None, SymInt? vocab_size=None, "
-      "Tensor? upstream=None, float[] family=[]) -> ()");
+      "Tensor? upstream=None, float[] family=[], SymInt? num_words=None) -> ()");
 
   // The forward where the vocabulary is divided: what a shard tells the others of each row,
-  // partial (..., k + 3), as core/shard_partial.h has it.
+  // partial (..., k + 3), or with label smoothing k + 4, as core/shard_partial.h has it.
   m.def(
       "gated_ce_partial(Tensor logits, Tensor labels, int k, SymInt vocab_start, SymInt? "
       "vocab_size, int ignore_index, float[] family=[]) -> Tensor");
-  // And what all of them, partials (num_shards, ..., k + 3), make of it together.
+  // And what all of them, partials of all shards, make of it together.
   // -> loss, nll, entropy, gate, row_max, log_sum. logits, vocab_start, vocab_size and
   // inplace_backward are for autograd.
   m.def(
       "gated_ce_merge(Tensor logits, Tensor labels, Tensor partials, str gate, "
       "float[] gate_parameters, int ignore_index, SymInt vocab_start, SymInt? vocab_size, "
-      "bool inplace_backward=False, float[] family=[]) "
+      "bool inplace_backward=False, float[] family=[], SymInt? num_words=None) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Both at once, a row staying on chip in between. -> loss, nll, entropy, gate, and the gradient

@@ -20,6 +20,7 @@ from eaft_ext._checks import check_token_weight
 from eaft_ext._library import MAX_TOP_K, MIN_TOP_K
 from eaft_ext.gates import EntropyGate, Gate, GateFunction, HardGate, NoGate, is_built_in
 from eaft_ext.reference import (
+    PARTIAL_HEAD,
     Reduction,
     gate_weights,
     map_logits,
@@ -43,6 +44,7 @@ class LossKeywords(TypedDict, total=False):
     ignore_index: int
     softcap: float | None
     logit_scale: float
+    label_smoothing: float
     z_loss: float
 
 
@@ -63,6 +65,7 @@ class TokenLoss:
     ignore_index: int
     softcap: float | None = None
     logit_scale: float = 1.0
+    label_smoothing: float = 0.0
     z_loss: float = 0.0
 
     @property
@@ -80,7 +83,7 @@ class TokenLoss:
         """What is left to add where the gate is not the kernels': the z-loss, if there is one."""
         if self.z_loss == 0 or self.is_known_to_kernels:
             return None
-        return replace(self, gate=_NEVER)
+        return replace(self, gate=_NEVER, label_smoothing=0.0)
 
     def kernel_arguments(self) -> tuple[int, str, list[float], int]:
         """As the operators take it."""
@@ -90,9 +93,42 @@ class TokenLoss:
     def family(self) -> list[float]:
         """As the operators take it: nothing where it is the logits as they are, and no z-loss."""
         z_loss = self.z_loss if self.is_known_to_kernels else 0.0
-        if self.softcap is None and self.logit_scale == 1 and z_loss == 0:
+        map_ = (self.softcap or 0, self.logit_scale)
+        others = (self.label_smoothing, z_loss)
+        if map_ == (0, 1) and others == (0, 0):
             return []
-        return [float(self.softcap or 0), float(self.logit_scale), float(z_loss)]
+        return [float(number) for number in (*map_, *others)]
+
+    @property
+    def partial_size(self) -> int:
+        """Numbers of what a shard of the vocabulary tells of a token."""
+        return PARTIAL_HEAD + self.k + (self.label_smoothing != 0)
+
+    def smoothed(
+        self,
+        merged: Sequence[Tensor],
+        partials: Tensor,
+        ignored: Tensor,
+        num_words: int | None,
+    ) -> Tensor:
+        """The cross-entropy of tokens, from what shards of ``num_words`` in all tell of them.
+
+        ``merged`` is what :func:`eaft_ext.reference.merge_partials` makes of that.
+        """
+        nll, _, row_max, log_sum = merged
+        if self.label_smoothing == 0:
+            return nll.clone()
+        assert num_words is not None, "it was checked"
+        mean = partials[..., -1].sum(0) / num_words
+        of_all = torch.where(ignored, 0.0, (row_max - mean) + log_sum)
+        return (1 - self.label_smoothing) * nll + self.label_smoothing * of_all
+
+    def uniform(self, weight: Tensor, num_words: int | None) -> Tensor | None:
+        """What label smoothing takes from every gradient of a row."""
+        if self.label_smoothing == 0:
+            return None
+        assert num_words is not None, "it was checked"
+        return weight * (self.label_smoothing / num_words)
 
     def map_logits(self, logits: Tensor) -> Tensor:
         """What the loss is of, in plain PyTorch."""
@@ -104,10 +140,11 @@ class TokenLoss:
         return gate_weights(self.gate, k, nll, entropy, valid)
 
 
-def from_family(family: Sequence[float]) -> tuple[float | None, float, float]:
-    """softcap, logit_scale and z_loss, from what :meth:`TokenLoss.family` makes of them."""
-    softcap, logit_scale, z_loss = family or (0.0, 1.0, 0.0)
-    return softcap or None, logit_scale, z_loss
+def from_family(family: Sequence[float]) -> tuple[float | None, float, float, float]:
+    """softcap, logit_scale, label_smoothing and z_loss, from what ``family()`` makes of them."""
+    softcap, *others = family or (0.0, 1.0, 0.0, 0.0)
+    logit_scale, label_smoothing, z_loss = others
+    return softcap or None, logit_scale, label_smoothing, z_loss
 
 
 @dataclass(frozen=True)
@@ -152,6 +189,7 @@ def token_loss(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     **unknown: Any,
 ) -> TokenLoss:
@@ -177,8 +215,11 @@ def token_loss(
     if softcap is not None:
         _check_number(op, "softcap", softcap, "above 0, or None")
     _check_number(op, "logit_scale", logit_scale, "above 0")
+    _check_number(op, "label_smoothing", label_smoothing, "at least 0")
+    if label_smoothing > 1:
+        raise ValueError(f"{op}: label_smoothing must be at most 1, got {label_smoothing}")
     _check_number(op, "z_loss", z_loss, "at least 0")
-    return TokenLoss(k, gate, ignore_index, softcap, logit_scale, z_loss)
+    return TokenLoss(k, gate, ignore_index, softcap, logit_scale, label_smoothing, z_loss)
 
 
 def checked(
@@ -218,11 +259,15 @@ def with_keywords(function: Function) -> Function:
     *parameters, options = signature.parameters.values()
     kind = Keywords if options.annotation == "Unpack[Keywords]" else LossKeywords
     defaults = _defaults(kind)
+    own = {parameter.name for parameter in parameters}
     for name, annotation in kind.__annotations__.items():
+        if name in own:
+            continue
         keyword = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name])
         parameters.append(keyword.replace(annotation=annotation.__forward_arg__))
     function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    function.__kwdefaults__ = (function.__kwdefaults__ or {}) | defaults
+    of_others = {name: value for name, value in defaults.items() if name not in own}
+    function.__kwdefaults__ = (function.__kwdefaults__ or {}) | of_others
     return function
 
 

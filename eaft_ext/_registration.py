@@ -13,6 +13,9 @@ from eaft_ext.reference import PARTIAL_HEAD
 
 ops = torch.ops.eaft_ext
 
+LABEL_SMOOTHING = 2
+"""Its place in what the operators are given of the family."""
+
 
 def _once(register: Callable[..., Any], key: str) -> Callable[..., Any]:
     """``register``, unless the dispatcher has such a kernel of the operator.
@@ -79,6 +82,7 @@ def _(
     vocab_size: int | None = None,
     upstream: Tensor | None = None,
     family: Sequence[float] = (),
+    num_words: int | None = None,
 ) -> Tensor:
     return torch.empty_like(logits)
 
@@ -95,6 +99,7 @@ def _(
     vocab_size: int | None = None,
     upstream: Tensor | None = None,
     family: Sequence[float] = (),
+    num_words: int | None = None,
 ) -> None:
     return None
 
@@ -110,7 +115,8 @@ def _(
     family: Sequence[float] = (),
 ) -> Tensor:
     (stat,) = fake_stats(logits, 1)
-    return stat.new_empty((*stat.shape, PARTIAL_HEAD + k))
+    smooths = len(family) > 0 and family[LABEL_SMOOTHING] != 0
+    return stat.new_empty((*stat.shape, PARTIAL_HEAD + k + smooths))
 
 
 @register_fake("eaft_ext::gated_ce_merge")
@@ -125,6 +131,7 @@ def _(
     vocab_size: int | None,
     inplace_backward: bool = False,
     family: Sequence[float] = (),
+    num_words: int | None = None,
 ) -> tuple[Tensor, ...]:
     return fake_stats(logits, 6)
 
@@ -170,11 +177,12 @@ def _(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, _, _, _, ignore_index, ctx.inplace_backward, ctx.family = inputs
+    ctx.num_words = None
     _save(ctx, logits, labels, output, ignore_index, None, None)
 
 
 def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, _, _, _, *shard, ctx.inplace_backward, ctx.family = inputs
+    logits, labels, _, _, _, *shard, ctx.inplace_backward, ctx.family, ctx.num_words = inputs
     _save(ctx, logits, labels, output, *shard)
 
 
@@ -197,7 +205,7 @@ def _gradient(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
     logits, labels, gate, row_max, log_sum = ctx.saved_tensors
     arguments = (grad_loss * gate, logits, labels, row_max, log_sum, *ctx.options)
     if ctx.family:
-        arguments = (*arguments, grad_loss, ctx.family)
+        arguments = (*arguments, grad_loss, ctx.family, ctx.num_words)
     gradient: Tensor
     if not ctx.inplace_backward:
         gradient = ops.gated_ce_backward(*arguments)
@@ -218,7 +226,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
 
 
 def _backward_merge(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return _gradient(ctx, grad_loss), *(None,) * 9
+    return _gradient(ctx, grad_loss), *(None,) * 10
 
 
 register_autograd("eaft_ext::gated_ce_forward", _backward, setup_context=_save_forward)

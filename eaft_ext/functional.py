@@ -49,7 +49,7 @@ def _kernel_token_losses(
         logits, labels, *of_token.kernel_arguments(), inplace_backward, of_token.family()
     )
     if not of_token.is_known_to_kernels:
-        # The loss of NoGate is the nll, with its gradient: any weight can be put on it.
+        # The loss of NoGate is ungated, with its gradient: any weight can be put on it.
         weight = of_token.gate_weights(logits.size(-1), nll, entropy, valid)
         loss = reference.weigh(loss, weight)
     if rest is not None:
@@ -128,6 +128,7 @@ def gated_ce(
     and with the family's options, of which none is on unless it is given::
 
         x    -> logit_scale * x, or softcap * tanh(logit_scale * x / softcap)
+        nll  -> (1 - label_smoothing) * nll + label_smoothing * (lse - mean_j x_j)     in the loss
         loss -> token_weight * (g * nll + z_loss * lse^2)          lse = ln sum_j exp(x_j)
 
     Args:
@@ -151,6 +152,8 @@ def gated_ce(
         logit_scale: what a model multiplies its logits by, such as Cohere, or divides them by, such
             as Granite, whose ``1 / logits_scaling`` it is; above 0. The gradient is that of the
             logits as they are given.
+        label_smoothing: from 0 to 1, as of ``F.cross_entropy``. The gate is still of the nll. Where
+            a logit is -inf so is the mean, and the loss infinite, as there; its gradient is finite.
         z_loss: weight of the square of lse in the loss of each token. The gate is not on it: it
             holds the logits, and teaches nothing. Beside a gate of your own it takes a second read.
         token_weight: (...), at least 0: what loss and gradient of each token are multiplied by. A
@@ -212,6 +215,7 @@ def gated_ce(
             of_token.ignore_index,
             softcap=of_token.softcap,
             logit_scale=of_token.logit_scale,
+            label_smoothing=of_token.label_smoothing,
             z_loss=of_token.z_loss,
         )
     loss = reduce(loss, stats.valid)

@@ -141,6 +141,7 @@ def token_losses(
     *,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, TokenStats]:
     """Per-token losses and stats: ``gate`` is one of :mod:`eaft_ext.gates`, or any function."""
@@ -152,14 +153,24 @@ def token_losses(
     nll = cross_entropy(x, labels, ignore_index)
     entropy = torch.where(valid, topk_entropy(x, k), 0.0)
     weight = gate_weights(gate, k, nll.detach(), entropy, valid)
-    loss = weigh(nll, weight)
+    cross = nll
+    if label_smoothing != 0:
+        of_all = torch.where(valid, x.logsumexp(-1) - x.mean(-1), 0.0)
+        cross = (1 - label_smoothing) * nll + label_smoothing * of_all
+    loss = weigh(cross, weight)
     if z_loss != 0:
         loss = loss + z_loss * torch.where(valid, x.logsumexp(-1), 0.0) ** 2
     return loss, TokenStats(nll.detach(), entropy, weight, valid)
 
 
 def shard_partial(
-    logits: Tensor, labels: Tensor, k: int, vocab_start: int, ignore_index: int = -100
+    logits: Tensor,
+    labels: Tensor,
+    k: int,
+    vocab_start: int,
+    ignore_index: int = -100,
+    *,
+    sums_logits: bool = False,
 ) -> Tensor:
     """What a shard of the vocabulary tells the others of each token: (..., k + 3).
 
@@ -167,10 +178,13 @@ def shard_partial(
 
         y,  sum_j exp(x_j - t_1) - 1,  x_y or NaN where it is in another shard,  t_1 >= ... >= t_k
 
-    t: the k largest of the shard, NaN where it has fewer, or where the label is ignored.
+    t: the k largest of the shard, NaN where it has fewer, or where the label is ignored. With
+    ``sums_logits``, for label smoothing, ``sum_j x_j`` comes last.
     """
     x = _widened(logits.detach())
-    partial = x.new_full((*x.shape[:-1], PARTIAL_HEAD + k), math.nan)
+    partial = x.new_full((*x.shape[:-1], PARTIAL_HEAD + k + sums_logits), math.nan)
+    if sums_logits:
+        partial[..., -1] = torch.where(labels != ignore_index, x.sum(-1), 0.0)
     partial[..., 0] = labels
     partial[..., 1] = -1
     columns = x.size(-1)
@@ -197,16 +211,17 @@ def shard_partial(
 
 
 def merge_partials(
-    partials: Tensor, labels: Tensor, ignore_index: int = -100
+    partials: Tensor, labels: Tensor, ignore_index: int = -100, k: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll, entropy, row_max and log_sum of each token, from what all shards tell of it.
 
     ``partials`` (num_shards, ..., k + 3) are :func:`shard_partial` of each. NaN where the label is
-    in no shard or in several, or where shards were given different labels.
+    in no shard or in several, or where shards were given different labels. ``k`` is needed where
+    more comes behind the k largest.
     """
     valid = labels != ignore_index
     label, rest, target = partials[..., :PARTIAL_HEAD].unbind(-1)
-    top = partials[..., PARTIAL_HEAD:]
+    top = partials[..., PARTIAL_HEAD : None if k is None else PARTIAL_HEAD + k]
     top = top.masked_fill(top.isnan(), -math.inf)
     row_max, first = top[..., 0].max(0, keepdim=True)
     scale = (top[..., 0] - row_max.masked_fill(row_max == -math.inf, 0.0)).exp()
@@ -243,12 +258,14 @@ def shard_gradient(
     vocab_start: int,
     *,
     of_all: Tensor | None = None,
+    uniform: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """``dx'/dx (of_all softmax(x') - weight onehot(y))`` of the columns from ``vocab_start`` on.
+    """The gradient of the columns from ``vocab_start`` on.
 
-    ``of_all`` is the weight unless it is given, and x' what :func:`map_logits` makes of the logits.
+    ``dx'/dx (of_all softmax(x') - weight onehot(y) - uniform)``, with ``of_all`` the weight and
+    ``uniform`` 0 unless they are given, and x' what :func:`map_logits` makes of the logits.
     """
     x = _widened(map_logits(logits, softcap, logit_scale))
     shifted = (x - row_max.unsqueeze(-1)) - log_sum.unsqueeze(-1)
@@ -258,10 +275,15 @@ def shard_gradient(
     everywhere = target if of_all is None else of_all.unsqueeze(-1)
     # p - 1 before any rounding: close to p = 1 it is all there is.
     at_label = target * shifted.expm1() + (everywhere - target) * shifted.exp()
-    gradient = logit_scale * torch.where(here, at_label, everywhere * shifted.exp())
+    gradient = torch.where(here, at_label, everywhere * shifted.exp())
+    if uniform is not None:
+        gradient = gradient - uniform.unsqueeze(-1)
+    gradient = logit_scale * gradient
     if softcap is not None:
         gradient = gradient * (1 - (x / softcap) ** 2)
     muted = (everywhere == 0) & (target == 0)
+    if uniform is not None:
+        muted = muted & (uniform.unsqueeze(-1) == 0)
     return torch.where(muted, 0.0, gradient).to(logits.dtype)
 
 
@@ -278,6 +300,7 @@ def gated_ce(
     num_items_in_batch: float | Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
@@ -285,10 +308,10 @@ def gated_ce(
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Token-gated cross-entropy, with the arguments of :func:`eaft_ext.gated_ce`.
 
-    ``loss_t = w_t (g_t nll_t + z_loss lse_t^2)`` with ``nll = -ln p(y)``, ``g = (H /
-    normalizer)^alpha`` detached, and H the :func:`topk_entropy`, all of the logits that
-    :func:`map_logits` gives; ``normalizer`` is ``ln min(k, V)`` unless given, and w the
-    ``token_weight``.
+    ``loss_t = w_t (g_t ce_t + z_loss lse_t^2)`` with ``ce = nll = -ln p(y)``, or with label
+    smoothing e ``(1 - e) nll + e (lse - mean_j x_j)``, ``g = (H / normalizer)^alpha`` detached, and
+    H the :func:`topk_entropy`, all of the logits that :func:`map_logits` gives; ``normalizer`` is
+    ``ln min(k, V)`` unless given, and w the ``token_weight``.
 
     Args:
         logits: (..., V), any floating dtype; float64 is computed in float64, all else in float32.
@@ -313,6 +336,7 @@ def gated_ce(
         ignore_index,
         softcap=softcap,
         logit_scale=logit_scale,
+        label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
     if token_weight is not None:

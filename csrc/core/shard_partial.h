@@ -3,6 +3,8 @@
 //
 //     y     sum_j exp(x_j - t_1) - 1     x_y     t_1 >= t_2 >= ... >= t_k
 //
+// and with label smoothing one more, sum_j x_j.
+//
 // t: its k largest logits. NaN stands for what there is not: x_y where y is in another shard, t_i
 // where the shard has fewer columns. The largest's own 1 is left out of the sum, which is rounded
 // to the type of the partial: of a confident token the others are all there is.
@@ -14,6 +16,7 @@
 
 #include "host_device.h"
 #include "max_sum.h"
+#include "token_loss.h"
 
 namespace eaft_ext {
 
@@ -22,6 +25,10 @@ constexpr int kPartialLabel = 0;
 constexpr int kPartialRest = 1;
 constexpr int kPartialTarget = 2;
 constexpr int kPartialTop = 3;  // and on
+
+EAFT_HOST_DEVICE inline int partial_size(const TokenLoss& loss) {
+  return kPartialTop + loss.k + (loss.label_smoothing != 0 ? 1 : 0);
+}
 
 // The column of a label in a shard; none of its columns where the label is in another one.
 EAFT_HOST_DEVICE inline int64_t column_in_shard(int64_t label, int64_t vocab_start) {

@@ -10,7 +10,7 @@ namespace eaft_ext {
 
 template <typename Real>
 struct TokenStats {
-  Real loss = 0;     // gate * nll, and 0 where the gate is 0; and the z-loss
+  Real loss = 0;     // gate * nll, and 0 where the gate is 0; or with_family()
   Real nll = 0;      // -ln p(y) = (m - x_y) + ln S
   Real entropy = 0;  // of the k largest logits, nats
   Real gate = 0;
@@ -34,11 +34,18 @@ EAFT_HOST_DEVICE inline TokenStats<Real> token_stats(const Gate& gate, Real row_
   return token;
 }
 
-// The same with the z-loss.
+// The same with what the loss has besides; sum_of_logits is for label smoothing.
 template <typename Real>
-EAFT_HOST_DEVICE inline TokenStats<Real> with_z_loss(TokenStats<Real> token, double z_loss) {
+EAFT_HOST_DEVICE inline TokenStats<Real> with_family(TokenStats<Real> token, const TokenLoss& loss,
+                                                     Real sum_of_logits) {
+  if (loss.label_smoothing != 0 && token.gate != 0) {
+    const auto smoothing = static_cast<Real>(loss.label_smoothing);
+    const Real mean = sum_of_logits / static_cast<Real>(loss.num_words);
+    const Real of_all = (token.row_max - mean) + token.log_sum;
+    token.loss = token.gate * ((1 - smoothing) * token.nll + smoothing * of_all);
+  }
   const Real lse = token.row_max + token.log_sum;
-  if (z_loss != 0) token.loss += static_cast<Real>(z_loss) * lse * lse;
+  if (loss.z_loss != 0) token.loss += static_cast<Real>(loss.z_loss) * lse * lse;
   return token;
 }
 

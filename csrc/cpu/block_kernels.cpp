@@ -186,6 +186,21 @@ EAFT_ALWAYS_INLINE double exp_sum_loop(const Real* x, Real max, int count, Ahead
 }
 
 template <typename Real>
+EAFT_ALWAYS_INLINE double sum_loop(const Real* x, int count) {
+  double total = 0;
+  const Real* const end = x + count;
+  while (end - x >= kGroupSize) {
+    Real lanes[kLanes] = {};
+    for (int i = 0; i < kGroupSize / kLanes; ++i, x += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += x[lane];
+    }
+    for (int lane = 0; lane < kLanes; ++lane) total += lanes[lane];
+  }
+  for (; x != end; ++x) total += *x;
+  return total;
+}
+
+template <typename Real>
 EAFT_ALWAYS_INLINE void scaled_exp_loop(const Real* x, Real* gradient, Real max, Real scale,
                                         int count) {
   // In place is exact: an element is read before it is written, and by no other. Without this word
@@ -254,6 +269,20 @@ void reaching_of_group(const float* group, float threshold, bool* reaching) {
 EAFT_TARGET_CLONES
 void reaching_of_group(const double* group, double threshold, bool* reaching) {
   reaching_of_group_loop(group, threshold, reaching);
+}
+
+EAFT_TARGET_CLONES
+double sum(const float* x, int count) { return sum_loop(x, count); }
+EAFT_TARGET_CLONES
+double sum(const double* x, int count) { return sum_loop(x, count); }
+
+EAFT_TARGET_CLONES
+void subtract(float* gradient, float uniform, int count) {
+  for (int i = 0; i < count; ++i) gradient[i] -= uniform;
+}
+EAFT_TARGET_CLONES
+void subtract(double* gradient, double uniform, int count) {
+  for (int i = 0; i < count; ++i) gradient[i] -= uniform;
 }
 
 EAFT_TARGET_CLONES

@@ -39,6 +39,10 @@ void map_logits(const double* x, double* target, LogitMap<double> map, int count
 void times_slope(float* gradient, const float* mapped, LogitMap<float> map, int count);
 void times_slope(double* gradient, const double* mapped, LogitMap<double> map, int count);
 
+// sum_j x_j
+double sum(const float* x, int count);
+double sum(const double* x, int count);
+
 // group_max[g] = the largest of group g, NaN left out. count is a multiple of kGroupSize.
 void group_maxima(const float* x, float* group_max, int count);
 void group_maxima(const double* x, double* group_max, int count);
@@ -53,6 +57,10 @@ bool any_nan(const double* x, int count);
 // sum_j exp(x_j - max). count is a multiple of kGroupSize.
 double exp_sum(const float* x, float max, int count, Ahead ahead);
 double exp_sum(const double* x, double max, int count, Ahead ahead);
+
+// gradient_j -= uniform
+void subtract(float* gradient, float uniform, int count);
+void subtract(double* gradient, double uniform, int count);
 
 // gradient_j = scale * exp(x_j - max). gradient may be x.
 void scaled_exp(const float* x, float* gradient, float max, float scale, int count);

@@ -92,7 +92,7 @@ void scan_rows(const Rows<const Element>& rows, const RowList& list, Division di
 template <typename Element, typename AfterRow>
 void forward_rows(const ForwardArguments& arguments, const RowList& list, Division division,
                   const Stats& stats, const AfterRow& after_row) {
-  const auto rows = rows_of<const Element>(arguments.logits, arguments.loss.map);
+  const auto rows = rows_of<const Element>(arguments.logits, arguments.loss);
   const int64_t* labels = arguments.labels.const_data_ptr<int64_t>();
   scan_rows<Scan::kSum, Element>(rows, list, division, [&](int64_t row, auto scan) {
     const auto token = finish_row(rows, row, scan, labels[row], arguments.loss);
@@ -140,7 +140,7 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& logits,
   dispatch_element(op, logits, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
     using Real = Compute<Element>;
-    const auto source = rows_of<const Element>(logits, given.loss.map);
+    const auto source = rows_of<const Element>(logits, given.loss);
     const auto target = rows_of<Element>(gradient);
     const int64_t* label = labels.const_data_ptr<int64_t>();
     const Real* row_weight = weight.const_data_ptr<Real>();
@@ -148,7 +148,7 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& logits,
     const Real* log = log_sum.const_data_ptr<Real>();
     const Real* row_upstream = upstream.const_data_ptr<Real>();
     const auto weights = [&](int64_t row) {
-      return row_weights(given.loss.z_loss, row_upstream[row], row_weight[row], max[row], log[row]);
+      return row_weights(given.loss, row_upstream[row], row_weight[row], max[row], log[row]);
     };
     const auto is_muted = [&](int64_t row) {
       return label[row] == given.loss.ignore_index || weights(row).muted();
@@ -166,11 +166,14 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& logits,
 Tensor gated_ce_backward_cpu(const Tensor& weight, const Tensor& logits, const Tensor& labels,
                              const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
                              std::optional<int64_t> vocab_start, std::optional<int64_t> vocab_size,
-                             const std::optional<Tensor>& upstream, c10::ArrayRef<double> family) {
+                             const std::optional<Tensor>& upstream, c10::ArrayRef<double> family,
+                             std::optional<int64_t> num_words) {
   const char* op = "gated_ce_backward";
   const RowsOfBackward rows =
-      checked_rows(op, {weight, labels, row_max, log_sum, upstream.value_or(Tensor()),
-                        checked_family(op, ignore_index, family)});
+      checked_rows(op,
+                   {weight, labels, row_max, log_sum, upstream.value_or(Tensor()),
+                    checked_family(op, ignore_index, family)},
+                   logits, num_words);
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   return write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
     shard.clear_padding(target);
@@ -182,11 +185,14 @@ Tensor gated_ce_backward_cpu(const Tensor& weight, const Tensor& logits, const T
 void gated_ce_backward_cpu_(const Tensor& weight, Tensor& logits, const Tensor& labels,
                             const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
                             std::optional<int64_t> vocab_start, std::optional<int64_t> vocab_size,
-                            const std::optional<Tensor>& upstream, c10::ArrayRef<double> family) {
+                            const std::optional<Tensor>& upstream, c10::ArrayRef<double> family,
+                            std::optional<int64_t> num_words) {
   const char* op = "gated_ce_backward_";
   const RowsOfBackward rows =
-      checked_rows(op, {weight, labels, row_max, log_sum, upstream.value_or(Tensor()),
-                        checked_family(op, ignore_index, family)});
+      checked_rows(op,
+                   {weight, labels, row_max, log_sum, upstream.value_or(Tensor()),
+                    checked_family(op, ignore_index, family)},
+                   logits, num_words);
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   if (logits.size(-1) == 0) return;
   check_writable(op, logits);
@@ -202,29 +208,29 @@ Tensor gated_ce_partial_cpu(const Tensor& logits, const Tensor& raw_labels, int6
   const char* op = "gated_ce_partial";
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   check_k(op, k, kMinTopK, kMaxTopK);
-  const TokenLoss loss = checked_family(op, ignore_index, family);
+  TokenLoss loss = checked_family(op, ignore_index, family);
+  loss.k = static_cast<int>(k);
   const Tensor labels = int64_labels(op, raw_labels, logits);
   auto sizes = logits.sizes().vec();
-  sizes.back() = k + kPartialTop;
+  sizes.back() = partial_size(loss);
   const Tensor partials = at::empty(sizes, logits.options().dtype(stats_dtype(logits)));
   dispatch_element(op, logits, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
     using Real = Compute<Element>;
     const int64_t* label = labels.const_data_ptr<int64_t>();
     auto* data = partials.mutable_data_ptr<Real>();
-    const auto partial = [&](int64_t row) { return data + row * (k + kPartialTop); };
-    const int top_k = static_cast<int>(k);
+    const auto partial = [&](int64_t row) { return data + row * partial_size(loss); };
     for (int64_t row = 0; row < labels.numel(); ++row) {
-      clear_partial(partial(row), label[row], top_k);
+      clear_partial(partial(row), label[row], loss);
     }
     if (shard.num_words == 0) return;
     const Tensor words = with_readable_rows(shard.words(logits));
-    const auto rows = rows_of<const Element>(words, loss.map);
+    const auto rows = rows_of<const Element>(words, loss);
     const RowList valid =
         rows_where(rows.num_rows, [&](int64_t row) { return label[row] != ignore_index; });
     scan_rows<Scan::kSum, Element>(rows, valid, division_of(valid), [&](int64_t row, auto scan) {
       const int64_t column = column_in_shard(label[row], shard.start);
-      finish_partial(rows, row, scan, label[row], column, top_k, partial(row));
+      finish_partial(rows, row, scan, label[row], column, loss, partial(row));
     });
   });
   return partials;
@@ -234,13 +240,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cpu(
     const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_partials,
     std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
     int64_t vocab_start, std::optional<int64_t> vocab_size, bool inplace_backward,
-    c10::ArrayRef<double> family) {
+    c10::ArrayRef<double> family, std::optional<int64_t> num_words) {
   const char* op = "gated_ce_merge";
   checked_shard(op, logits, vocab_start, vocab_size);
   if (inplace_backward && logits.size(-1) > 0) check_writable(op, logits);
   const Tensor labels = int64_labels(op, raw_labels, logits);
-  const int k = check_partials(op, raw_partials, labels, stats_dtype(logits));
-  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
+  const int num_others = checked_family(op, ignore_index, family).label_smoothing != 0 ? 1 : 0;
+  const int k = check_partials(op, raw_partials, labels, stats_dtype(logits), num_others);
+  TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
+  loss.num_words = checked_num_words(op, num_words, logits);
   const Tensor partials = raw_partials.contiguous();
   const Stats stats(logits);
   dispatch_element(op, logits, [&](auto* element) {
@@ -253,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cpu(
       for (int64_t row = begin; row < end; ++row) {
         if (label[row] == loss.ignore_index) continue;
         for (size_t shard = 0; shard < of_shards.size(); ++shard) {
-          of_shards[shard] = data + (shard * num_rows + row) * (k + kPartialTop);
+          of_shards[shard] = data + (shard * num_rows + row) * partial_size(loss);
         }
         stats.write<Real>(row, merge_row(of_shards, label[row], loss));
       }
@@ -271,7 +279,7 @@ void forward_with_grad_into(const char* op, const Tensor& gradient, const Stats&
   dispatch_element(op, logits, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
     using Real = Compute<Element>;
-    const auto source = rows_of<const Element>(logits, arguments.loss.map);
+    const auto source = rows_of<const Element>(logits, arguments.loss);
     const auto target = rows_of<Element>(gradient);
     const int64_t* label = arguments.labels.const_data_ptr<int64_t>();
     const Real* row_upstream = upstream.const_data_ptr<Real>();
@@ -279,7 +287,7 @@ void forward_with_grad_into(const char* op, const Tensor& gradient, const Stats&
       const Real weight = row_upstream[row] * stats.gate.const_data_ptr<Real>()[row];
       const Real max = stats.row_max.const_data_ptr<Real>()[row];
       const Real log = stats.log_sum.const_data_ptr<Real>()[row];
-      const auto weights = row_weights(arguments.loss.z_loss, row_upstream[row], weight, max, log);
+      const auto weights = row_weights(arguments.loss, row_upstream[row], weight, max, log);
       if (weights.muted()) return zero_block(target, row, block);
       gradient_block(source, target, row, block, {weights, max, log, label[row]});
     };

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -36,6 +37,7 @@ struct Rows {
   int64_t num_rows;
   int64_t vocab_size;
   LogitMap<Real> map{};
+  bool sums_logits = false;  // in a scan
 
   Element* operator[](int64_t row) const { return data + layout.offset(row); }
   Real logit(int64_t row, int64_t column) const {
@@ -51,11 +53,13 @@ struct Rows {
   }
 };
 
-// What the scan leaves of a row: the maximum of every group, the softmax sum of every block.
+// What the scan leaves of a row: the maximum of every group, of every block the softmax sum, and if
+// asked for the sum of its logits, else 0.
 template <typename Real>
 struct RowScan {
   Real* group_max;
   MaxSum<double>* block_sums;
+  double* block_logits;
 };
 
 // Scans of num_rows rows in one allocation: vocab_size / kGroupSize numbers each.
@@ -67,10 +71,12 @@ class RowScans {
       : num_groups_(rows.num_groups()),
         num_blocks_(rows.num_blocks()),
         group_max_(num_rows * num_groups_),
-        block_sums_(num_rows * num_blocks_) {}
+        block_sums_(num_rows * num_blocks_),
+        block_logits_(num_rows * num_blocks_) {}
 
   RowScan<Real> operator[](int64_t row) {
-    return {group_max_.data() + row * num_groups_, block_sums_.data() + row * num_blocks_};
+    return {group_max_.data() + row * num_groups_, block_sums_.data() + row * num_blocks_,
+            block_logits_.data() + row * num_blocks_};
   }
 
  private:
@@ -78,6 +84,7 @@ class RowScans {
   int64_t num_blocks_;
   std::vector<Real> group_max_;
   std::vector<MaxSum<double>> block_sums_;
+  std::vector<double> block_logits_;
 };
 
 // `count` logits of a row in the type they are computed in, filled up to whole groups with -inf: in
@@ -127,6 +134,7 @@ void scan_block(const Rows<const Element>& rows, int64_t row, int64_t block,
     const Ahead next_block{reinterpret_cast<const char*>(source) + kBlockSize * sizeof(Element),
                            sizeof(Element)};
     scan.block_sums[block] = {max, exp_sum(x, reference, padded, next_block)};
+    if (rows.sums_logits) scan.block_logits[block] = sum(x, length);
   }
 }
 
@@ -205,6 +213,11 @@ MaxSum<double> total_sum(const Rows<const Element>& rows, RowScan<Compute<Elemen
   return total;
 }
 
+template <typename Element>
+double sum_of_logits(const Rows<const Element>& rows, RowScan<Compute<Element>> scan) {
+  return std::accumulate(scan.block_logits, scan.block_logits + rows.num_blocks(), 0.0);
+}
+
 // The stats of a scanned row. label is in [0, vocab_size), loss.k at most vocab_size. These few
 // operations are done in double, which costs nothing beside the scan.
 template <typename Element>
@@ -218,7 +231,7 @@ TokenStats<double> finish_row(const Rows<const Element>& rows, int64_t row,
   const double target_logit = rows.logit(row, label);
   const auto token = token_stats(loss.gate, total.max, std::log(total.sum), target_logit,
                                  topk_entropy(values, loss.k));
-  return with_z_loss(token, loss.z_loss);
+  return with_family(token, loss, sum_of_logits(rows, scan));
 }
 
 // What the backward needs of a row.
@@ -243,11 +256,11 @@ Real label_gradient(const RowGradient<Real>& r, Real logit) {
   const Real log_p = (logit - r.row_max) - r.log_sum;
   const Real gradient = r.weights.target * std::expm1(log_p);
   const Real beside = r.weights.all - r.weights.target;
-  return beside == 0 ? gradient : gradient + beside * std::exp(log_p);
+  return (beside == 0 ? gradient : gradient + beside * std::exp(log_p)) - r.weights.uniform;
 }
 
-// One block of (all softmax(x') - target onehot(label)) dx'/dx. `gradient` may be the logits
-// themselves.
+// One block of (all softmax(x') - target onehot(label) - uniform) dx'/dx. `gradient` may be the
+// logits themselves.
 template <typename Element>
 void gradient_block(const Rows<const Element>& logits, const Rows<Element>& gradient, int64_t row,
                     int64_t block, RowGradient<Compute<Element>> r) {
@@ -275,6 +288,7 @@ void gradient_block(const Rows<const Element>& logits, const Rows<Element>& grad
     result = target;
   }
   scaled_exp(x, result, r.row_max, scale, length);
+  if (r.weights.uniform != 0) subtract(result, factor * r.weights.uniform, length);
   if (has_label) result[r.label - begin] = factor * at_label;
   if (map.cap != 0) times_slope(result, x, map, length);
   if constexpr (kConverts) narrow(result, target, length);

@@ -42,7 +42,7 @@ inline at::ScalarType stats_dtype(const Tensor& logits) {
 
 // The rows of a tensor to be read, or, with an Element that is not const, to be written.
 template <typename Element>
-Rows<Element> rows_of(const Tensor& tensor, const LogitMap<double>& map = {}) {
+Rows<Element> rows_of(const Tensor& tensor, const TokenLoss& loss = {}) {
   using Real = typename Rows<Element>::Real;
   Element* data;
   if constexpr (std::is_const_v<Element>) {
@@ -50,8 +50,9 @@ Rows<Element> rows_of(const Tensor& tensor, const LogitMap<double>& map = {}) {
   } else {
     data = static_cast<Element*>(tensor.mutable_data_ptr());
   }
-  const LogitMap<Real> of_real{static_cast<Real>(map.scale), static_cast<Real>(map.cap)};
-  return {data, row_layout(tensor), tensor.numel() / tensor.size(-1), tensor.size(-1), of_real};
+  const LogitMap<Real> of_real{static_cast<Real>(loss.map.scale), static_cast<Real>(loss.map.cap)};
+  return {data,    row_layout(tensor),       tensor.numel() / tensor.size(-1), tensor.size(-1),
+          of_real, loss.label_smoothing != 0};
 }
 
 // int64 and contiguous; every label is in [0, V) or ignored.

@@ -17,24 +17,24 @@ struct PlainLoss {
   EAFT_HOST_DEVICE float slope(float) const { return 1; }
   EAFT_HOST_DEVICE RowWeights<float> weights(const float*, int64_t, float weight, float,
                                              float) const {
-    return {weight, weight};
+    return {weight, weight, 0};
   }
 };
 
 struct FamilyLoss {
   static constexpr bool kIsPlain = false;
   LogitMap<float> map;
-  double z_loss;
+  const TokenLoss& loss;
 
-  EAFT_HOST_DEVICE explicit FamilyLoss(const TokenLoss& loss)
-      : map{static_cast<float>(loss.map.scale), static_cast<float>(loss.map.cap)},
-        z_loss(loss.z_loss) {}
+  EAFT_HOST_DEVICE explicit FamilyLoss(const TokenLoss& of_kernel)
+      : map{static_cast<float>(of_kernel.map.scale), static_cast<float>(of_kernel.map.cap)},
+        loss(of_kernel) {}
   EAFT_HOST_DEVICE float logit(float x) const { return map(x); }
   EAFT_HOST_DEVICE float slope(float mapped) const { return map.slope(mapped); }
   // upstream: [num_rows], read if there is a z-loss.
   EAFT_HOST_DEVICE RowWeights<float> weights(const float* upstream, int64_t row, float weight,
                                              float row_max, float log_sum) const {
-    return row_weights(z_loss, z_loss == 0 ? 0.0f : upstream[row], weight, row_max, log_sum);
+    return row_weights(loss, loss.z_loss == 0 ? 0.0f : upstream[row], weight, row_max, log_sum);
   }
 };
 

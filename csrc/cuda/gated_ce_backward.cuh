@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(BackwardTraits<Element>::kThreads)
   const float row_max = arguments.row_max[row];
   const float log_sum = arguments.log_sum[row];
   RowWeights<float> weights = loss.weights(arguments.upstream, row, row_weight, row_max, log_sum);
-  if (label == arguments.loss.ignore_index) weights = {0, 0};
+  if (label == arguments.loss.ignore_index) weights = {0, 0, 0};
   const RowGradient<Loss> gradient(
       loss, row_max, log_sum, weights,
       label_in_span(column_in_shard(label, arguments.vocab_start), begin));

@@ -20,9 +20,9 @@
 
 namespace eaft_ext::cuda {
 
-template <int kThreads>
+template <int kThreads, typename Loss>
 struct ForwardStorage {
-  ScanStorage<kThreads> scan;
+  ScanStorage<kThreads, Loss> scan;
   uint32_t top[kMaxTopK];
   uint32_t sorted[kMaxTopK];
 };
@@ -79,7 +79,7 @@ __device__ inline double warp_entropy(int k, const Get& get) {
 // bit of a float gate shows. By one warp.
 template <typename Element, typename Loss>
 __device__ inline TokenStats<double> warp_token_stats(const ForwardArguments& arguments,
-                                                      const SoftmaxSum& sum, float target_logit,
+                                                      const SumOf<Loss>& sum, float target_logit,
                                                       const uint32_t* top, uint32_t* sorted) {
   const Loss loss(arguments.loss);
   // Sorted first, since the order in which the keys came to the list changes from run to run, and
@@ -90,7 +90,11 @@ __device__ inline TokenStats<double> warp_token_stats(const ForwardArguments& ar
   if (lane_index() != 0) return {};
   const auto token =
       token_stats<double>(arguments.loss.gate, sum.max, sum.log_sum(), target_logit, entropy);
-  return Loss::kIsPlain ? token : with_z_loss(token, arguments.loss.z_loss);
+  if constexpr (Loss::kIsPlain) {
+    return token;
+  } else {
+    return with_family(token, arguments.loss, sum.logits);
+  }
 }
 
 // What differs between the forward of whole rows and that of a shard (gated_ce_partial.cuh):
@@ -105,7 +109,7 @@ __device__ inline void write_ignored(const ForwardArguments& arguments, int64_t 
 // By one warp.
 template <typename Element, typename Loss>
 __device__ inline void write_row(const ForwardArguments& arguments, int64_t row,
-                                 const SoftmaxSum& sum, float target_logit, const uint32_t* top,
+                                 const SumOf<Loss>& sum, float target_logit, const uint32_t* top,
                                  uint32_t* sorted) {
   const auto token = warp_token_stats<Element, Loss>(arguments, sum, target_logit, top, sorted);
   if (lane_index() == 0) write_stats(arguments.stats, row, token);
@@ -116,7 +120,7 @@ template <typename Element, int kThreads, typename Loss, typename Arguments>
 __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads)
     gated_ce_forward_kernel(const __grid_constant__ Arguments arguments,
                             const __grid_constant__ RowSplit<uint32_t> split) {
-  auto& storage = *reinterpret_cast<ForwardStorage<kThreads>*>(block_memory());
+  auto& storage = *reinterpret_cast<ForwardStorage<kThreads, Loss>*>(block_memory());
   const LogitsArguments& logits = arguments.logits;
   const Loss loss(arguments.loss);
   const int64_t row = blockIdx.x / split.num_spans;
@@ -127,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
   }
   const int length = min(split.span_length, static_cast<int>(logits.vocab_size) - begin);
   const RowSpan<Element> span(row_of<Element>(logits, row) + begin, length);
-  const SoftmaxSum sum = scan_span<kThreads>(span, arguments.loss.k, loss, storage.scan);
+  const SumOf<Loss> sum = scan_span<kThreads>(span, arguments.loss.k, loss, storage.scan);
   if (warp_index() != 0) return;
   if (split.num_spans > 1) {
     warp_select_top_k(storage.scan.list, arguments.loss.k,
@@ -135,6 +139,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
     if (lane_index() == 0) {
       split.max[blockIdx.x] = sum.max;
       split.sum[blockIdx.x] = sum.sum;
+      if constexpr (!Loss::kIsPlain) split.logits[blockIdx.x] = sum.logits;
     }
     return;
   }
@@ -160,8 +165,13 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks)
   if (warp_index() != 0) return;
   const float target_logit = target_logit_of<Element>(
       arguments.logits, row, column_of(arguments, label), Loss(arguments.loss));
-  const SoftmaxSum sum = warp_merge(split.num_spans, [&](int i) {
-    return SoftmaxSum{split.max[row * split.num_spans + i], split.sum[row * split.num_spans + i]};
+  const SumOf<Loss> sum = warp_merge(split.num_spans, [&](int i) {
+    const int64_t span = row * split.num_spans + i;
+    SumOf<Loss> of_span{};
+    of_span.max = split.max[span];
+    of_span.sum = split.sum[span];
+    if constexpr (!Loss::kIsPlain) of_span.logits = split.logits[span];
+    return of_span;
   });
   warp_select_top_k(storage.list, arguments.loss.k, storage.top);
   write_row<Element, Loss>(arguments, row, sum, target_logit, storage.top, storage.sorted);

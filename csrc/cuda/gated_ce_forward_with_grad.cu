@@ -80,7 +80,7 @@ cudaError_t plan_shared_memory(const DeviceLimits& limits, const LogitsArguments
     tried.cluster_size = size;
     const int64_t wanted = (logits.vocab_size + size - 1) / size;
     tried.span_length = static_cast<int>((wanted + kLine - 1) / kLine * kLine);
-    tried.shared_bytes = kStagedOffset<kStagedThreads> + tried.span_length * sizeof(Element);
+    tried.shared_bytes = kStagedOffset<kStagedThreads, Loss> + tried.span_length * sizeof(Element);
     if (tried.shared_bytes > static_cast<size_t>(limits.shared_bytes)) continue;
     if (logits.num_rows > INT32_MAX / size) break;
     tried.grid = static_cast<int>(logits.num_rows) * size;
@@ -115,7 +115,7 @@ cudaError_t plan_l2(const DeviceLimits& limits, const ForwardWithGradArguments& 
   const LogitsArguments& logits = arguments.forward.logits;
   int blocks = 0;
   plan->home = RowHome::kL2;
-  plan->shared_bytes = sizeof(ForwardWithGradStorage<kCachedThreads>);
+  plan->shared_bytes = sizeof(ForwardWithGradStorage<kCachedThreads, Loss>);
   if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
           &blocks, gated_ce_forward_with_grad_cached_kernel<Element, kCachedThreads, Loss>,
           kCachedThreads, plan->shared_bytes)) {

@@ -29,11 +29,11 @@ constexpr int kStagedThreads = 192;
 constexpr int kCachedThreads = 384;
 
 // What a block tells the others of its cluster, and what it makes of what they say.
-template <int kThreads>
+template <int kThreads, typename Loss>
 struct ForwardWithGradStorage {
-  ForwardStorage<kThreads> forward;
+  ForwardStorage<kThreads, Loss> forward;
   uint32_t block_top[kMaxTopK];  // read by the other blocks
-  SoftmaxSum block_sum;          // read by the other blocks
+  SumOf<Loss> block_sum;         // read by the other blocks
   float row_max;
   float log_sum;
   RowWeights<float> weights;
@@ -41,14 +41,15 @@ struct ForwardWithGradStorage {
 };
 
 // Where the staged vectors of the span lie behind the storage.
-template <int kThreads>
-constexpr size_t kStagedOffset = (sizeof(ForwardWithGradStorage<kThreads>) + 127) / 128 * 128;
+template <int kThreads, typename Loss>
+constexpr size_t kStagedOffset = (sizeof(ForwardWithGradStorage<kThreads, Loss>) + 127) / 128 * 128;
 
 // Finishes the row by one warp: its stats, and what the gradient needs for all threads.
 template <typename Element, typename Loss, int kThreads>
 __device__ inline void finish_row(const ForwardWithGradArguments& arguments, int64_t row,
-                                  float upstream, const SoftmaxSum& sum, float target_logit,
-                                  bool writes_stats, ForwardWithGradStorage<kThreads>& storage) {
+                                  float upstream, const SumOf<Loss>& sum, float target_logit,
+                                  bool writes_stats,
+                                  ForwardWithGradStorage<kThreads, Loss>& storage) {
   const ForwardArguments& forward = arguments.forward;
   const TokenStats<double> token = warp_token_stats<Element, Loss>(
       forward, sum, target_logit, storage.forward.top, storage.forward.sorted);
@@ -66,8 +67,8 @@ __device__ inline void finish_row(const ForwardWithGradArguments& arguments, int
 template <typename Element, int kThreads, typename Loss>
 __global__ void __launch_bounds__(kThreads, kStagedBlocks) gated_ce_forward_with_grad_staged_kernel(
     const __grid_constant__ ForwardWithGradArguments arguments, int span_length) {
-  auto& storage = *reinterpret_cast<ForwardWithGradStorage<kThreads>*>(block_memory());
-  auto* staged = reinterpret_cast<Vector<Element>*>(block_memory() + kStagedOffset<kThreads>);
+  auto& storage = *reinterpret_cast<ForwardWithGradStorage<kThreads, Loss>*>(block_memory());
+  auto* staged = reinterpret_cast<Vector<Element>*>(block_memory() + kStagedOffset<kThreads, Loss>);
   const ForwardArguments& forward = arguments.forward;
   const Loss loss(forward.loss);
   const int k = forward.loss.k;
@@ -86,13 +87,13 @@ __global__ void __launch_bounds__(kThreads, kStagedBlocks) gated_ce_forward_with
   if (forward.labels[row] == forward.loss.ignore_index) {
     // So do all blocks of the cluster: none waits for the others.
     if (threadIdx.x == 0 && rank == 0) write_stats(forward.stats, row, {});
-    write_gradient<kThreads>(span, target(), RowGradient<Loss>(loss, 0, 0, {0, 0}, -1));
+    write_gradient<kThreads>(span, target(), RowGradient<Loss>(loss, 0, 0, {0, 0, 0}, -1));
     return;
   }
   if (threadIdx.x == 0) span.start();
   __syncthreads();  // the arrivals are made
 
-  const SoftmaxSum block_sum = scan_span<kThreads>(span, k, loss, storage.forward.scan);
+  const SumOf<Loss> block_sum = scan_span<kThreads>(span, k, loss, storage.forward.scan);
   CandidateList<uint32_t>& list = storage.forward.scan.list;
   const int64_t label = forward.labels[row];
   float target_logit = 0;
@@ -111,11 +112,12 @@ __global__ void __launch_bounds__(kThreads, kStagedBlocks) gated_ce_forward_with
   for (int i = static_cast<int>(threadIdx.x); i < num_blocks * k; i += kThreads) {
     list.keys[i] = of_cluster_rank(storage.block_top, i / k)[i % k];
   }
-  SoftmaxSum sum{};
+  SumOf<Loss> sum{};
   float upstream = 0;
   if (warp_index() == 0) {
     upstream = arguments.upstream[row];
-    SoftmaxSum of_block{-INFINITY, 0};
+    SumOf<Loss> of_block{};
+    of_block.max = -INFINITY;
     if (lane_index() < num_blocks) of_block = *of_cluster_rank(&storage.block_sum, lane_index());
     sum = warp_merge(kWarpSize, [&](int) { return of_block; });
     if (lane_index() == 0) {
@@ -142,7 +144,7 @@ template <typename Element, int kThreads, typename Loss>
 __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads)
     gated_ce_forward_with_grad_cached_kernel(
         const __grid_constant__ ForwardWithGradArguments arguments) {
-  auto& storage = *reinterpret_cast<ForwardWithGradStorage<kThreads>*>(block_memory());
+  auto& storage = *reinterpret_cast<ForwardWithGradStorage<kThreads, Loss>*>(block_memory());
   const ForwardArguments& forward = arguments.forward;
   const Loss loss(forward.loss);
   for (int64_t row = blockIdx.x; row < forward.logits.num_rows; row += gridDim.x) {
@@ -150,11 +152,11 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
     const RowSpan<Element> span(row_of<Element>(forward.logits, row),
                                 static_cast<int>(forward.logits.vocab_size));
     const bool ignored = label == forward.loss.ignore_index;
-    SoftmaxSum sum{};
+    SumOf<Loss> sum{};
     if (!ignored) sum = scan_span<kThreads>(span, forward.loss.k, loss, storage.forward.scan);
     if (ignored) {
       if (threadIdx.x == 0) write_stats(forward.stats, row, {});
-      if (threadIdx.x == 0) storage.weights = {0, 0};
+      if (threadIdx.x == 0) storage.weights = {0, 0, 0};
     } else if (warp_index() == 0) {
       const float target_logit = target_logit_of<Element>(forward.logits, row, label, loss);
       const float upstream = arguments.upstream[row];

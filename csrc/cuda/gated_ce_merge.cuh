@@ -25,7 +25,7 @@ struct ShardMergeStorage {
 };
 
 __device__ inline const float* partial_of(const MergeArguments& arguments, int shard, int64_t row) {
-  return arguments.partials + (shard * arguments.num_rows + row) * (arguments.loss.k + kPartialTop);
+  return arguments.partials + (shard * arguments.num_rows + row) * partial_size(arguments.loss);
 }
 
 // Numbers in descending order, NaN after the last.
@@ -107,11 +107,18 @@ __global__ void __launch_bounds__(kRowsPerMergeBlock* kWarpSize)
     const MaxSum<double> of_shard = max_sum_of_partial(partial_of(arguments, shard, row));
     return SoftmaxSum{static_cast<float>(of_shard.max), of_shard.sum};
   });
+  double sum_of_logits = 0;
+  if (arguments.loss.label_smoothing != 0) {
+    for (int shard = lane_index(); shard < num_shards; shard += kWarpSize) {
+      sum_of_logits += partial_of(arguments, shard, row)[kPartialTop + k];
+    }
+    sum_of_logits = warp_sum(sum_of_logits);
+  }
   const double entropy = warp_entropy(count, [&](int i) -> double { return before[i]; });
   if (lane_index() != 0) return;
   const auto token = token_stats<double>(for_k(arguments.loss.gate, count), sum.max, sum.log_sum(),
                                          target.get(), entropy);
-  write_stats(arguments.stats, row, with_z_loss(token, arguments.loss.z_loss));
+  write_stats(arguments.stats, row, with_family(token, arguments.loss, sum_of_logits));
 }
 
 }  // namespace eaft_ext::cuda

@@ -12,7 +12,7 @@
 namespace eaft_ext::cuda {
 
 __device__ inline float* partial_of(const PartialArguments& arguments, int64_t row) {
-  return arguments.partials + row * (arguments.loss.k + kPartialTop);
+  return arguments.partials + row * partial_size(arguments.loss);
 }
 
 __device__ inline int64_t column_of(const PartialArguments& arguments, int64_t label) {
@@ -21,7 +21,10 @@ __device__ inline int64_t column_of(const PartialArguments& arguments, int64_t l
 
 __device__ inline void write_ignored(const PartialArguments& arguments, int64_t row) {
   float* partial = partial_of(arguments, row);
-  if (threadIdx.x == 0) write_partial_head<float>(partial, arguments.labels[row], 0, NAN);
+  if (threadIdx.x == 0) {
+    write_partial_head<float>(partial, arguments.labels[row], 0, NAN);
+    if (arguments.loss.label_smoothing != 0) partial[kPartialTop + arguments.loss.k] = 0;
+  }
   for (int i = static_cast<int>(threadIdx.x); i < arguments.loss.k;
        i += static_cast<int>(blockDim.x)) {
     partial[kPartialTop + i] = NAN;
@@ -30,7 +33,7 @@ __device__ inline void write_ignored(const PartialArguments& arguments, int64_t 
 
 template <typename Element, typename Loss>
 __device__ inline void write_row(const PartialArguments& arguments, int64_t row,
-                                 const SoftmaxSum& sum, float target_logit, const uint32_t* top,
+                                 const SumOf<Loss>& sum, float target_logit, const uint32_t* top,
                                  uint32_t* sorted) {
   const Loss loss(arguments.loss);
   warp_sort(top, arguments.loss.k, sorted);
@@ -41,6 +44,11 @@ __device__ inline void write_row(const PartialArguments& arguments, int64_t row,
   }
   if (lane_index() == 0) {
     write_partial_head(partial, arguments.labels[row], sum.sum, target_logit);
+    if constexpr (!Loss::kIsPlain) {
+      if (arguments.loss.label_smoothing != 0) {
+        partial[kPartialTop + arguments.loss.k] = static_cast<float>(sum.logits);
+      }
+    }
   }
 }
 

@@ -31,7 +31,7 @@ cudaError_t plan_forward_rows(ElementType type, const Arguments& arguments, Spli
     int resident_blocks = 0;
     if (const cudaError_t error = resident.get(
             gated_ce_forward_kernel<Element, kForwardThreads, Loss, Arguments>, kForwardThreads,
-            sizeof(ForwardStorage<kForwardThreads>), &resident_blocks)) {
+            sizeof(ForwardStorage<kForwardThreads, Loss>), &resident_blocks)) {
       return error;
     }
     constexpr int kLine = 128 / sizeof(Element);
@@ -50,7 +50,7 @@ cudaError_t launch_forward_kernel(const Arguments& arguments, const RowSplit<uin
                                   cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(arguments.logits.num_rows * split.num_spans);
   gated_ce_forward_kernel<Element, kThreads, Loss, Arguments>
-      <<<blocks, kThreads, sizeof(ForwardStorage<kThreads>), stream>>>(arguments, split);
+      <<<blocks, kThreads, sizeof(ForwardStorage<kThreads, Loss>), stream>>>(arguments, split);
   return cudaGetLastError();
 }
 

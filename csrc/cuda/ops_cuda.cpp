@@ -73,11 +73,14 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& logits,
 Tensor gated_ce_backward_cuda(const Tensor& weight, const Tensor& logits, const Tensor& labels,
                               const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
                               std::optional<int64_t> vocab_start, std::optional<int64_t> vocab_size,
-                              const std::optional<Tensor>& upstream, c10::ArrayRef<double> family) {
+                              const std::optional<Tensor>& upstream, c10::ArrayRef<double> family,
+                              std::optional<int64_t> num_words) {
   const char* op = "gated_ce_backward";
   const RowsOfBackward rows =
-      checked_rows(op, {weight, labels, row_max, log_sum, upstream.value_or(Tensor()),
-                        checked_family(op, ignore_index, family)});
+      checked_rows(op,
+                   {weight, labels, row_max, log_sum, upstream.value_or(Tensor()),
+                    checked_family(op, ignore_index, family)},
+                   logits, num_words);
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   const c10::cuda::CUDAGuard guard(logits.device());
   return write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
@@ -90,11 +93,14 @@ Tensor gated_ce_backward_cuda(const Tensor& weight, const Tensor& logits, const 
 void gated_ce_backward_cuda_(const Tensor& weight, Tensor& logits, const Tensor& labels,
                              const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
                              std::optional<int64_t> vocab_start, std::optional<int64_t> vocab_size,
-                             const std::optional<Tensor>& upstream, c10::ArrayRef<double> family) {
+                             const std::optional<Tensor>& upstream, c10::ArrayRef<double> family,
+                             std::optional<int64_t> num_words) {
   const char* op = "gated_ce_backward_";
   const RowsOfBackward rows =
-      checked_rows(op, {weight, labels, row_max, log_sum, upstream.value_or(Tensor()),
-                        checked_family(op, ignore_index, family)});
+      checked_rows(op,
+                   {weight, labels, row_max, log_sum, upstream.value_or(Tensor()),
+                    checked_family(op, ignore_index, family)},
+                   logits, num_words);
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   if (logits.size(-1) == 0) return;
   check_writable(op, logits);
@@ -117,20 +123,22 @@ Tensor gated_ce_partial_cuda(const Tensor& logits, const Tensor& raw_labels, int
   const ElementType type = element_type(op, logits);
   const Tensor labels = int64_labels(op, raw_labels, logits);
   auto sizes = logits.sizes().vec();
-  sizes.back() = k + kPartialTop;
+  TokenLoss loss = checked_family(op, ignore_index, family);
+  loss.k = static_cast<int>(k);
+  sizes.back() = partial_size(loss);
   Tensor partials = at::empty(sizes, logits.options().dtype(at::kFloat));
   if (shard.num_words == 0) {
     partials.fill_(std::numeric_limits<float>::quiet_NaN());
     partials.select(-1, kPartialLabel).copy_(labels);
     partials.select(-1, kPartialRest).fill_(-1);
+    if (loss.label_smoothing != 0) partials.select(-1, kPartialTop + k).zero_();
     return partials;
   }
   const Tensor words = with_readable_rows(shard.words(logits));
   PartialArguments arguments{};
   arguments.logits = logits_arguments(op, words);
   arguments.labels = labels.const_data_ptr<int64_t>();
-  arguments.loss = checked_family(op, ignore_index, family);
-  arguments.loss.k = static_cast<int>(k);
+  arguments.loss = loss;
   arguments.vocab_start = shard.start;
   arguments.partials = partials.mutable_data_ptr<float>();
   SplitPlan plan;
@@ -145,14 +153,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cuda(
     const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_partials,
     std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
     int64_t vocab_start, std::optional<int64_t> vocab_size, bool inplace_backward,
-    c10::ArrayRef<double> family) {
+    c10::ArrayRef<double> family, std::optional<int64_t> num_words) {
   const char* op = "gated_ce_merge";
   checked_shard(op, logits, vocab_start, vocab_size);
   const c10::cuda::CUDAGuard guard(logits.device());
   if (inplace_backward && logits.size(-1) > 0) check_writable(op, logits);
   const Tensor labels = int64_labels(op, raw_labels, logits);
-  const int k = check_partials(op, raw_partials, labels, at::kFloat);
-  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
+  const int num_others = checked_family(op, ignore_index, family).label_smoothing != 0 ? 1 : 0;
+  const int k = check_partials(op, raw_partials, labels, at::kFloat, num_others);
+  TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
+  loss.num_words = checked_num_words(op, num_words, logits);
   const Tensor partials = raw_partials.contiguous();
   const Stats stats(logits);
   MergeArguments arguments{};

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "device.cuh"
 
@@ -54,6 +55,14 @@ struct SoftmaxSum {
   __device__ double log_sum() const { return log1p(sum - 1); }
 };
 
+// The same with the sum of the elements themselves, for label smoothing.
+struct FamilySum : SoftmaxSum {
+  double logits;
+};
+
+template <typename Loss>
+using SumOf = std::conditional_t<Loss::kIsPlain, SoftmaxSum, FamilySum>;
+
 // What an exponent is taken relative to: finite, also where there is no finite element.
 __device__ inline float reference_of(float max) { return fmaxf(max, kLowest); }
 
@@ -65,16 +74,25 @@ __device__ inline float exp_relative(float x, float reference) {
 
 // Merges get(0) ... get(n - 1).
 template <typename Get>
-__device__ inline SoftmaxSum warp_merge(int n, const Get& get) {
+__device__ inline auto warp_merge(int n, const Get& get) {
+  using Sum = decltype(get(0));
   float max = -INFINITY;
   for (int i = lane_index(); i < n; i += kWarpSize) max = fmaxf(max, get(i).max);
   max = warp_max(max);
   double sum = 0;
   for (int i = lane_index(); i < n; i += kWarpSize) {
-    const SoftmaxSum one = get(i);
+    const Sum one = get(i);
     sum += one.sum * static_cast<double>(exp_relative(one.max, reference_of(max)));
   }
-  return {max, warp_sum(sum)};
+  Sum merged{};
+  merged.max = max;
+  merged.sum = warp_sum(sum);
+  if constexpr (std::is_same_v<Sum, FamilySum>) {
+    double logits = 0;
+    for (int i = lane_index(); i < n; i += kWarpSize) logits += get(i).logits;
+    merged.logits = warp_sum(logits);
+  }
+  return merged;
 }
 
 }  // namespace eaft_ext::cuda

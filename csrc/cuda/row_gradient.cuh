@@ -47,7 +47,7 @@ struct RowGradient {
       const float log_p = (x - max) - log_sum;
       label_gradient = weights.target * expm1f(log_p);
       if (!Loss::kIsPlain) {
-        label_gradient += (weights.all - weights.target) * expf(log_p);
+        label_gradient += (weights.all - weights.target) * expf(log_p) - weights.uniform;
         label_gradient *= loss.slope(x);
       }
     }
@@ -55,7 +55,7 @@ struct RowGradient {
     for (int e = 0; e < kVectorSize<Element>; ++e) {
       const float x = loss.logit(to_float(vector.elements[e]));
       float gradient = scale * exp_relative(x, max);
-      if (!Loss::kIsPlain) gradient *= loss.slope(x);
+      if (!Loss::kIsPlain) gradient = (gradient - weights.uniform) * loss.slope(x);
       vector.elements[e] = from_float<Element>(gradient);
     }
     if (!has_label) return;

@@ -24,11 +24,11 @@
 
 namespace eaft_ext::cuda {
 
-template <int kThreads>
+template <int kThreads, typename Loss>
 struct ScanStorage {
   CandidateList<uint32_t> list;
   uint32_t scratch[kMaxTopK];
-  SoftmaxSum warp_sums[kThreads / kWarpSize];
+  SumOf<Loss> warp_sums[kThreads / kWarpSize];
 };
 
 // A thread's online softmax. A tile's sum joins the others by compensated summation, the rounding
@@ -37,6 +37,7 @@ struct ThreadSum {
   float max = -INFINITY;  // of the logits themselves
   float sum = 0;
   float error = 0;
+  double logits = 0;  // their sum, if the loss smooths labels
 
   // The elements of a tile, of which tile_max is the largest. size_of(v): how many of vector v are
   // no fillers, which a soft cap would make a number of.
@@ -47,6 +48,7 @@ struct ThreadSum {
     max = fmaxf(max, tile_max);
     const float reference = reference_of(loss.logit(max));
     float tile = 0;
+    float tile_logits = 0;
 #pragma unroll
     for (int v = 0; v < kVectorsPerThread; ++v) {
       float vector_sum = 0;
@@ -54,7 +56,9 @@ struct ThreadSum {
 #pragma unroll
       for (int e = 0; e < kVectorSize<Element>; ++e) {
         if (!Loss::kIsPlain && e >= size) continue;
-        vector_sum += exp_relative(loss.logit(to_float(vectors[v].elements[e])), reference);
+        const float x = loss.logit(to_float(vectors[v].elements[e]));
+        vector_sum += exp_relative(x, reference);
+        if (!Loss::kIsPlain) tile_logits += x;
       }
       tile += vector_sum;
     }
@@ -64,11 +68,16 @@ struct ThreadSum {
     const float of_tile = total - scaled;
     error = error * scale + ((scaled - (total - of_tile)) + (tile - of_tile));
     sum = total;
+    if (!Loss::kIsPlain) logits += static_cast<double>(tile_logits);
   }
 
   template <typename Loss>
-  __device__ SoftmaxSum get(const Loss& loss) const {
-    return {loss.logit(max), static_cast<double>(sum) + static_cast<double>(error)};
+  __device__ SumOf<Loss> get(const Loss& loss) const {
+    SumOf<Loss> result{};
+    result.max = loss.logit(max);
+    result.sum = static_cast<double>(sum) + static_cast<double>(error);
+    if constexpr (!Loss::kIsPlain) result.logits = logits;
+    return result;
   }
 };
 
@@ -76,8 +85,8 @@ struct ThreadSum {
 // and finds what the k largest can be in the list. k may exceed the span's length: fillers are
 // -inf.
 template <int kThreads, typename Span, typename Loss>
-__device__ inline SoftmaxSum scan_span(const Span& span, int k, const Loss& loss,
-                                       ScanStorage<kThreads>& storage) {
+__device__ inline SumOf<Loss> scan_span(const Span& span, int k, const Loss& loss,
+                                        ScanStorage<kThreads, Loss>& storage) {
   using Element = typename Span::Element;
   using Keys = ValueKeys<Element>;
   const int many = max(2 * k, kWarpSize);  // candidates, which make raising the threshold worth it
@@ -131,8 +140,8 @@ __device__ inline SoftmaxSum scan_span(const Span& span, int k, const Loss& loss
     threshold_of_threads<kThreads>(key_of<Element>(sum.max), lowest, k, list);
     offer_span<Keys, kThreads>(span, 0, k, list, storage.scratch);
   }
-  const SoftmaxSum own = sum.get(loss);
-  const SoftmaxSum of_warp = warp_merge(kWarpSize, [&](int) { return own; });
+  const SumOf<Loss> own = sum.get(loss);
+  const SumOf<Loss> of_warp = warp_merge(kWarpSize, [&](int) { return own; });
   if (lane_index() == 0) storage.warp_sums[warp_index()] = of_warp;
   __syncthreads();  // sums and candidates of all warps are there
   if (warp_index() != 0) return of_warp;

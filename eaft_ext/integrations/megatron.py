@@ -26,7 +26,7 @@ _METHOD = "compute_language_model_loss"
 
 
 @with_keywords
-def vocab_parallel_cross_entropy(
+def vocab_parallel_cross_entropy(  # type: ignore[misc]  # label_smoothing has Megatron's place
     vocab_parallel_logits: Tensor,
     target: Tensor,
     label_smoothing: float = 0.0,
@@ -46,7 +46,9 @@ def vocab_parallel_cross_entropy(
         vocab_parallel_logits: [s, b, V/tp], this process's columns, in the order of the ranks.
         target: [s, b], int64 or int32, words of the whole vocabulary. Negative ones are ignored:
             Megatron-Core takes any, for tokens that its mask removes.
-        label_smoothing: only 0.
+        label_smoothing: as in Megatron-Core, what the words other than the label share, which is
+            ``V / (V - 1)`` of it for ``F.cross_entropy``. V are the words of the whole vocabulary:
+            under tensor parallelism Megatron-Core's own takes those of a shard.
         tp_group: the processes that share the vocabulary; by default Megatron-Core's tensor model
             parallel group.
 
@@ -56,25 +58,26 @@ def vocab_parallel_cross_entropy(
         [s, b], float32, in nats, the same in all processes of the group.
 
     Raises:
-        ValueError: for label smoothing; else as :func:`eaft_ext.vocab_parallel_gated_ce`, so for
-            logits that were gathered, where processes compare what they have.
+        TypeError, ValueError: as :func:`eaft_ext.vocab_parallel_gated_ce`, so for logits that were
+            gathered, where processes compare what they have.
     """
-    if label_smoothing != 0:
-        raise ValueError(
-            "vocab_parallel_cross_entropy: the gated loss has no label smoothing, got "
-            f"label_smoothing={label_smoothing}"
-        )
     ignore_index = token_loss("vocab_parallel_cross_entropy", k, **options).ignore_index
-    return eaft_ext.vocab_parallel_gated_ce(
+    group = _megatron_group() if tp_group is None else tp_group
+    if label_smoothing != 0:
+        words = vocab_parallel_logits.size(-1) * group.size() if vocab_size is None else vocab_size
+        label_smoothing *= words / max(words - 1, 1)
+    losses: Tensor = eaft_ext.vocab_parallel_gated_ce(
         vocab_parallel_logits,
         _ignoring_negative(target, ignore_index),
         k,
-        group=_megatron_group() if tp_group is None else tp_group,
+        group=group,
         vocab_size=vocab_size,
         reduction="none",
         inplace_backward=inplace_backward,
+        label_smoothing=label_smoothing,
         **options,
     )
+    return losses
 
 
 @with_keywords

@@ -54,7 +54,7 @@ class Rows:
             logits, labels, k, start, None, self.of_token.ignore_index, family
         )
         merged: tuple[Tensor, ...] = ops.gated_ce_merge(
-            logits, labels, self.gather(partial), *gate, start, None, False, family
+            logits, labels, self.gather(partial), *gate, start, None, False, family, self.total
         )
         return merged
 
@@ -68,19 +68,21 @@ class Rows:
             shard = (of_token.ignore_index, start, None)
             family = of_token.family()
             ops.gated_ce_backward_(
-                weight, logits, labels, row_max, log_sum, *shard, upstream, family
+                weight, logits, labels, row_max, log_sum, *shard, upstream, family, self.total
             )
             return
         ignored = labels == of_token.ignore_index
         of_all = reference.weight_of_all(of_token.z_loss, upstream, weight, row_max, log_sum)
+        weight = torch.where(ignored, 0.0, weight)
         logits[:] = reference.shard_gradient(
-            torch.where(ignored, 0.0, weight),
+            weight * (1 - of_token.label_smoothing),
             logits,
             labels,
             row_max,
             log_sum,
             self.vocab_start,
             of_all=torch.where(ignored, 0.0, of_all),
+            uniform=of_token.uniform(weight, self.total),
             softcap=of_token.softcap,
             logit_scale=of_token.logit_scale,
         )
@@ -105,14 +107,22 @@ class Rows:
     def _reference_losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """As a shard, the only one where there is no other."""
         ignore_index = self.of_token.ignore_index
-        x = self.of_token.map_logits(logits)
+        of_token = self.of_token
+        x = of_token.map_logits(logits)
         partial = reference.shard_partial(
-            x, labels, self.of_token.k, self.vocab_start, ignore_index
+            x,
+            labels,
+            of_token.k,
+            self.vocab_start,
+            ignore_index,
+            sums_logits=of_token.label_smoothing != 0,
         )
         partials = partial.unsqueeze(0) if self.gather is None else self.gather(partial)
-        nll, entropy, row_max, log_sum = reference.merge_partials(partials, labels, ignore_index)
+        merged = reference.merge_partials(partials, labels, ignore_index, of_token.k)
+        nll, entropy, row_max, log_sum = merged
         weight = self.of_token.gate_weights(self.total, nll, entropy, labels != ignore_index)
-        loss = reference.weigh(nll, weight)
+        cross = of_token.smoothed(merged, partials, labels == ignore_index, self.total)
+        loss = reference.weigh(cross, weight)
         if self.of_token.z_loss != 0:
             lse = torch.where(labels == ignore_index, 0.0, row_max + log_sum)
             loss = loss + self.of_token.z_loss * lse**2

@@ -39,7 +39,7 @@ def num_words(columns: int, shard: VocabShard) -> int:
 
 
 class _ReferenceNll(torch.autograd.Function):
-    """nll, lse and entropy in plain PyTorch; the gradient is of this shard alone."""
+    """Cross-entropy, lse and entropy in plain PyTorch; the gradient is of this shard alone."""
 
     @staticmethod
     def forward(
@@ -49,21 +49,22 @@ class _ReferenceNll(torch.autograd.Function):
         partials: Tensor,
         of_token: TokenLoss,
         shard: VocabShard,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        merged = reference.merge_partials(partials, labels, of_token.ignore_index)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        merged = reference.merge_partials(partials, labels, of_token.ignore_index, of_token.k)
         nll, entropy, row_max, log_sum = merged
         ignored = labels == of_token.ignore_index
         lse = torch.where(ignored, 0.0, row_max + log_sum)
-        ctx.mark_non_differentiable(entropy)
+        cross = of_token.smoothed(merged, partials, ignored, shard.total)
+        ctx.mark_non_differentiable(nll, entropy)
         ctx.save_for_backward(logits, labels, row_max, log_sum)
         ctx.of_token, ctx.shard = of_token, shard
-        return nll, lse, entropy
+        return cross, lse, nll, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_nll: Tensor, grad_lse: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_cross: Tensor, grad_lse: Tensor, *_: Tensor) -> tuple[Any, ...]:
         logits, labels, row_max, log_sum = ctx.saved_tensors
         ignored = labels == ctx.of_token.ignore_index
-        weight = torch.where(ignored, 0.0, grad_nll)
+        weight = torch.where(ignored, 0.0, grad_cross)
         of_all = weight + torch.where(ignored, 0.0, grad_lse)
         gradient = _ReferenceGradient.apply(
             weight, of_all, logits, labels, row_max, log_sum, ctx.of_token, ctx.shard
@@ -89,13 +90,14 @@ class _ReferenceGradient(torch.autograd.Function):
         words = num_words(logits.size(-1), shard)
         gradient = torch.zeros_like(logits)
         gradient[..., :words] = reference.shard_gradient(
-            weight,
+            weight * (1 - of_token.label_smoothing),
             logits[..., :words],
             labels,
             row_max,
             log_sum,
             shard.start,
             of_all=of_all,
+            uniform=of_token.uniform(weight, shard.total),
             softcap=of_token.softcap,
             logit_scale=of_token.logit_scale,
         )
@@ -113,7 +115,8 @@ def _k_of_gate(k: int, logits: Tensor, partials: Tensor, shard: VocabShard) -> i
     if num_words(logits.size(-1), shard) >= k or torch.compiler.is_compiling():
         return k
     # Shards narrower than k tell how many words they have: NaN stands for those that are missing.
-    counts = (~partials[..., reference.PARTIAL_HEAD :].isnan()).sum((0, -1))
+    top = partials[..., reference.PARTIAL_HEAD : reference.PARTIAL_HEAD + k]
+    counts = (~top.isnan()).sum((0, -1))
     # Of ignored tokens nothing is told.
     return min(k, max(counts.flatten().tolist(), default=0) or k)
 
@@ -135,6 +138,11 @@ def token_losses(
             "eaft_ext: torch.func and forward mode cannot look into the loss of a vocabulary in "
             "shards"
         )
+    if of_token.label_smoothing != 0 and shard.total is None:
+        raise ValueError(
+            "eaft_ext: with label_smoothing, vocab_start goes with vocab_size: how many words the "
+            "shards have together"
+        )
     ignore_index = of_token.ignore_index
     valid = labels != ignore_index
     by_kernel = takes_kernel("gated_ce_merge", logits)
@@ -155,15 +163,22 @@ def token_losses(
         inplace = inplace and rest is None
         of_shard = (shard.start, shard.vocab_size)
         loss, nll, entropy, weight, _, _ = ops.gated_ce_merge(
-            logits, labels, partials, *gate, ignore_index, *of_shard, inplace, family
+            logits, labels, partials, *gate, ignore_index, *of_shard, inplace, family, shard.total
         )
     else:
         words = of_token.map_logits(logits[..., : num_words(logits.size(-1), shard)])
         partials = gather(
-            reference.shard_partial(words, labels, of_token.k, shard.start, ignore_index)
+            reference.shard_partial(
+                words,
+                labels,
+                of_token.k,
+                shard.start,
+                ignore_index,
+                sums_logits=of_token.label_smoothing != 0,
+            )
         )
-        loss, lse, entropy = _ReferenceNll.apply(logits, labels, partials, of_token, shard)
-        nll = loss.detach()
+        of_shards = _ReferenceNll.apply(logits, labels, partials, of_token, shard)
+        loss, lse, nll, entropy = of_shards
     if weighed_here:
         k = _k_of_gate(of_token.k, logits, partials, shard)
         weight = of_token.gate_weights(k, nll, entropy, valid)

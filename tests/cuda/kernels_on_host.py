@@ -202,8 +202,8 @@ def _gate(name: str, parameters: Sequence[float]) -> list[object]:
 
 
 def _family(family: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
-    """softcap (0: none), logit_scale and z_loss, as the operators take them."""
-    return (ctypes.c_double * 3)(*(family or (0.0, 1.0, 0.0)))
+    """softcap (0: none), logit_scale, label_smoothing and z_loss, as the operators take them."""
+    return (ctypes.c_double * 4)(*(family or (0.0, 1.0, 0.0, 0.0)))
 
 
 def forward(
@@ -254,7 +254,8 @@ def partial(
     call = Call("partial")
     source = call.input("logits", logits)
     labels = call.per_row("labels", labels, logits, torch.int64)
-    partials = call.output("partials", (*logits.shape[:-1], k + 3))
+    size = k + 3 + int(len(family) > 0 and family[2] != 0)
+    partials = call.output("partials", (*logits.shape[:-1], size))
     call.run(
         _type(logits),
         *_matrix(source),
@@ -278,6 +279,7 @@ def merge(
     ignore_index: int,
     *,
     family: Sequence[float] = (),
+    num_words: int = 1,
     seed: int = 0,
 ) -> Stats:
     """``gated_ce_merge`` of partials (num_shards, ..., k + 3)."""
@@ -291,9 +293,10 @@ def merge(
         ctypes.c_int64(labels.numel()),
         _pointer(labels),
         ctypes.c_int64(ignore_index),
-        partials.size(-1) - 3,
+        partials.size(-1) - 3 - int(len(family) > 0 and family[2] != 0),
         *_gate(gate, gate_parameters),
         _family(family),
+        ctypes.c_int64(num_words),
         *map(_pointer, stats),
         ctypes.c_uint64(seed),
     )
@@ -310,6 +313,7 @@ def backward(
     *,
     family: Sequence[float] = (),
     upstream: Tensor | None = None,
+    num_words: int | None = None,
     vocab_start: int = 0,
     inplace: bool = False,
     shift: int = 0,
@@ -336,6 +340,7 @@ def backward(
         _pointer(labels),
         ctypes.c_int64(ignore_index),
         _family(family),
+        ctypes.c_int64(num_words or logits.size(-1)),
         _pointer(weight),
         None if upstream is None else _pointer(upstream),
         _pointer(row_max),

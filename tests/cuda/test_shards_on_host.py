@@ -101,9 +101,11 @@ class Shards:
             ignore_index,
             seed=seed,
             family=of_family,
+            num_words=logits.size(-1),
         )
         if of_family:
-            gradient |= {"family": of_family, "upstream": upstream}
+            total = {"num_words": logits.size(-1)}
+            gradient |= {"family": of_family, "upstream": upstream, **total}
         saved = (labels, stats.row_max, stats.log_sum, ignore_index)
         gradients = [
             kernels_on_host.backward(

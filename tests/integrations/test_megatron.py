@@ -298,9 +298,21 @@ def test_the_loss_is_put_into_the_model_itself() -> None:
     assert "compute_language_model_loss" not in vars(wrapper)
 
 
-def test_no_label_smoothing() -> None:
-    with pytest.raises(ValueError, match=r"no label smoothing, got label_smoothing=0\.1"):
-        vocab_parallel_cross_entropy(torch.zeros(2, 1, 4), torch.zeros(2, 1).long(), 0.1)
+@pytest.mark.usefixtures("group_of_one")
+def test_label_smoothing_is_that_of_megatron() -> None:
+    """Its formula: the other words share 0.1, and nothing of it is the label's."""
+    logits = torch.randn(5, 2, 40, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(40, (5, 2))
+    world = torch.distributed.group.WORLD
+    loss = vocab_parallel_cross_entropy(logits, target, 0.1, gate=eaft_ext.NoGate(), tp_group=world)
+    log_p = logits.log_softmax(-1)
+    of_label = log_p.gather(-1, target[..., None])[..., 0]
+    expected = -0.9 * of_label - 0.1 * (log_p.sum(-1) - of_label) / 39
+    torch.testing.assert_close(loss, expected)
+    found, its = (
+        torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (loss, expected)
+    )
+    torch.testing.assert_close(found, its)
 
 
 def stats_of(model: Model) -> Any:

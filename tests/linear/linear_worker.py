@@ -28,8 +28,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "own_gate": {"gate": lambda nll, entropy: nll / (1 + entropy), "chunk_size": 4},
     "num_items": {"num_items_in_batch": torch.tensor(7), "chunk_size": 1},
     "wide_k": {"k": 60, "normalizer": 3.0},
-    "family": {"softcap": 5.0, "logit_scale": 0.5, "z_loss": 1e-2, "chunk_size": 5},
-    "family_own_gate": {"z_loss": 1e-2, "gate": lambda nll, entropy: nll / (1 + entropy)},
+    "family": {"softcap": 5.0, "label_smoothing": 0.1, "z_loss": 1e-2, "chunk_size": 5},
+    "family_own_gate": {
+        "z_loss": 1e-2,
+        "label_smoothing": 0.1,
+        "gate": lambda nll, entropy: nll / (1 + entropy),
+    },
     "token_weight": {"token_weight": torch.linspace(0, 2, 13), "z_loss": 1e-2},
 }
 # Of the rows of the weight: those before each process's own, and after the last one.

@@ -36,6 +36,7 @@ def _by_hand(
     *,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
 ) -> Tensor:
@@ -47,7 +48,12 @@ def _by_hand(
     entropy = torch.distributions.Categorical(logits=x.topk(20).values).entropy()
     is_gate = isinstance(gate, Gate)
     weight = (gate.for_k(20) if is_gate else gate)(nll.detach(), entropy.detach())
-    loss = weight * nll + z_loss * torch.logsumexp(x, -1) ** 2 * (labels != -100)
+    smoothed = F.cross_entropy(
+        x.view(-1, V), labels.view(-1), reduction="none", label_smoothing=label_smoothing
+    )
+    loss = weight * smoothed.view(labels.shape) + z_loss * torch.logsumexp(x, -1) ** 2 * (
+        labels != -100
+    )
     if token_weight is not None:
         loss = loss * token_weight
     if reduction == "none":

@@ -114,7 +114,7 @@ def _arguments_of_a_shard(
     return weight, logits, labels, row_max, log_sum, -100, vocab_start, vocab_size
 
 
-FAMILY = [5.0, 0.5, 1e-2]
+FAMILY = [5.0, 0.5, 0.1, 1e-2]
 
 
 def _with_family(op: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -47,9 +47,10 @@ def test_family(
 def test_traps_of_the_family(
     device: str, dtype: torch.dtype, trap: str, family: dict[str, Any]
 ) -> None:
-    if dtype == torch.float64 and trap == "far_from_zero":
-        # Of an lse of 3e4 the square is 9e8, and has no digits left below 1e-7.
-        family = {name: value for name, value in family.items() if name != "z_loss"}
+    if dtype == torch.float64 and trap in ("far_from_zero", "masked_with_lowest_float16"):
+        # Of numbers of 3e4 a mean has no digits left below 1e-12, and of their squares below 1e-7.
+        left_out = ("z_loss", "label_smoothing")
+        family = {name: value for name, value in family.items() if name not in left_out}
     assert_parity(*make(9, 8200, dtype, trap=trap, device=device), **family)
 
 

@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "num_items": {"num_items_in_batch": torch.tensor(7)},
     "in_place": {"inplace_backward": True},
     "k_above_the_shard": {"k": 40, "normalizer": 3.0},
-    "family": {"softcap": 5.0, "logit_scale": 0.5, "z_loss": 1e-2},
+    "family": {"softcap": 5.0, "logit_scale": 0.5, "label_smoothing": 0.1, "z_loss": 1e-2},
     "token_weight": {"token_weight": torch.linspace(0, 2, N)},
 }
 LABELS = ("tensor", "dtensor", "local")

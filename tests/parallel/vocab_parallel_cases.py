@@ -101,7 +101,9 @@ CASES: dict[str, Case] = {
     "default": Case(),
     **{f"gate_{name}": Case({"gate": gate} | NONE) for name, gate in GATES.items()},
     "alpha_and_normalizer": Case({"alpha": 2.0, "normalizer": 1.5}),
-    "family": Case({"softcap": 5.0, "logit_scale": 0.5, "z_loss": 1e-2} | NONE),
+    "family": Case(
+        {"softcap": 5.0, "logit_scale": 0.5, "label_smoothing": 0.1, "z_loss": 1e-2} | NONE
+    ),
     "family_uneven": Case({"softcap": 5.0, "z_loss": 1e-2}, words=247, uneven=True),
     "family_callable": Case({"logit_scale": 0.5, "z_loss": 1e-2, "gate": GATES["callable"]}),
     "family_in_place": Case({"softcap": 5.0, "z_loss": 1e-2, "inplace_backward": True}),

@@ -49,7 +49,10 @@ def partial_of(logits: Tensor, labels: Tensor, of_token: TokenLoss, shard: Vocab
             logits, labels, k, *words_of_all, ignore_index, of_token.family()
         )
     words = of_token.map_logits(logits[..., : num_words(logits.size(-1), shard)])
-    return reference.shard_partial(words, labels, k, shard.start, ignore_index)
+    sums_logits = of_token.label_smoothing != 0
+    return reference.shard_partial(
+        words, labels, k, shard.start, ignore_index, sums_logits=sums_logits
+    )
 
 
 def shards_at(
@@ -88,7 +91,7 @@ def losses_of_shards(
 
         loss, stats = _shard.token_losses(logits, labels, of_token, shard, gather, inplace_backward)
         assert len(told) == 1, "one exchange a call"
-        assert told[0].shape == (*labels.shape, k + 3) and same_bits(told[0], own)
+        assert told[0].shape == (*labels.shape, of_token.partial_size) and same_bits(told[0], own)
         found.append(Losses(logits, loss, stats))
     return found
 

@@ -66,5 +66,6 @@ FAMILY: list[dict[str, Any]] = [
     {"softcap": 2.0, "logit_scale": 3.0},
     {"logit_scale": 0.0625},
     {"z_loss": 1e-3},
-    {"softcap": 15.0, "logit_scale": 0.5, "z_loss": 1e-2},
+    {"label_smoothing": 0.1},
+    {"softcap": 15.0, "logit_scale": 0.5, "label_smoothing": 0.2, "z_loss": 1e-2},
 ]

@@ -1,6 +1,6 @@
-// The operators as C functions with flat parameters, which tests/cuda/kernels_on_host.py calls. Each
-// fills the arguments of csrc/cuda/arguments.h, calls run_<operator>() of kernels.cpp, and leaves
-// the sentence that it returns in `error`, empty if all went well.
+// The operators as C functions with flat parameters, which tests/cuda/kernels_on_host.py calls.
+// Each fills the arguments of csrc/cuda/arguments.h, calls run_<operator>() of kernels.cpp, and
+// leaves the sentence that it returns in `error`, empty if all went well.
 //
 // A matrix is (num_rows, vocab_size). Its layout is 1 + 2 kMaxRowDims numbers: how many dimensions
 // the rows have, their sizes, their strides.
@@ -40,16 +40,16 @@ inline RowLayout layout_from(const int64_t* numbers) {
 }
 
 // normalizer: 0 is ln k.
-// family: softcap (0: none), logit_scale, z_loss.
+// family: softcap (0: none), logit_scale, label_smoothing, z_loss. num_words is for the smoothing.
 inline TokenLoss token_loss_from(int k, int64_t ignore_index, int kind, double first, double second,
-                                 double normalizer, const double* family) {
+                                 double normalizer, const double* family, int64_t num_words) {
   Gate gate;
   gate.kind = static_cast<GateKind>(kind);
   gate.first = first;
   gate.second = second;
   gate.normalizer = normalizer;
   gate.normalizer_is_log_k = normalizer == 0;
-  return {k, for_k(gate, k), ignore_index, {family[1], family[0]}, family[2]};
+  return {k, for_k(gate, k), ignore_index, {family[1], family[0]}, family[2], family[3], num_words};
 }
 
 inline void leave(const std::string& message, char* error, int64_t error_size) {
@@ -69,8 +69,8 @@ EXPORT forward_on_host(int type, const void* logits, const int64_t* logits_layou
   ForwardArguments arguments{};
   arguments.logits = {logits, layout_from(logits_layout), num_rows, vocab_size};
   arguments.labels = labels;
-  arguments.loss =
-      token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second, gate_normalizer, family);
+  arguments.loss = token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second,
+                                   gate_normalizer, family, vocab_size);
   arguments.stats = {loss, nll, entropy, gate, row_max, log_sum};
   leave(run_forward(static_cast<ElementType>(type), arguments, num_spans, seed), error, error_size);
 }
@@ -81,28 +81,30 @@ EXPORT partial_on_host(int type, const void* logits, const int64_t* logits_layou
                        const double* family, int64_t vocab_start, float* partials, int num_spans,
                        uint64_t seed, char* error, int64_t error_size) {
   using namespace eaft_ext::cuda;
-  const PartialArguments arguments{{logits, layout_from(logits_layout), num_rows, vocab_size},
-                                   labels,
-                                   {k, {}, ignore_index, {family[1], family[0]}, family[2]},
-                                   vocab_start,
-                                   partials};
+  const PartialArguments arguments{
+      {logits, layout_from(logits_layout), num_rows, vocab_size},
+      labels,
+      {k, {}, ignore_index, {family[1], family[0]}, family[2], family[3]},
+      vocab_start,
+      partials};
   leave(run_partial(static_cast<ElementType>(type), arguments, num_spans, seed), error, error_size);
 }
 
 // partials: (num_shards, num_rows, k + 3). labels and the stats: [num_rows].
 EXPORT merge_on_host(const float* partials, int num_shards, int64_t num_rows, const int64_t* labels,
                      int64_t ignore_index, int k, int gate_kind, double gate_first,
-                     double gate_second, double gate_normalizer, const double* family, float* loss,
-                     float* nll, float* entropy, float* gate, float* row_max, float* log_sum,
-                     uint64_t seed, char* error, int64_t error_size) {
+                     double gate_second, double gate_normalizer, const double* family,
+                     int64_t num_words, float* loss, float* nll, float* entropy, float* gate,
+                     float* row_max, float* log_sum, uint64_t seed, char* error,
+                     int64_t error_size) {
   using namespace eaft_ext::cuda;
   MergeArguments arguments{};
   arguments.partials = partials;
   arguments.num_shards = num_shards;
   arguments.num_rows = num_rows;
   arguments.labels = labels;
-  arguments.loss =
-      token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second, gate_normalizer, family);
+  arguments.loss = token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second,
+                                   gate_normalizer, family, num_words);
   arguments.stats = {loss, nll, entropy, gate, row_max, log_sum};
   leave(run_merge(arguments, seed), error, error_size);
 }
@@ -111,9 +113,9 @@ EXPORT merge_on_host(const float* partials, int num_shards, int64_t num_rows, co
 EXPORT backward_on_host(int type, const void* logits, const int64_t* logits_layout,
                         int64_t num_rows, int64_t vocab_size, int64_t vocab_start, void* gradient,
                         const int64_t* gradient_layout, const int64_t* labels, int64_t ignore_index,
-                        const double* family, const float* weight, const float* upstream,
-                        const float* row_max, const float* log_sum, uint64_t seed, char* error,
-                        int64_t error_size) {
+                        const double* family, int64_t num_words, const float* weight,
+                        const float* upstream, const float* row_max, const float* log_sum,
+                        uint64_t seed, char* error, int64_t error_size) {
   using namespace eaft_ext::cuda;
   BackwardArguments arguments{};
   arguments.logits = {logits, layout_from(logits_layout), num_rows, vocab_size};
@@ -121,7 +123,7 @@ EXPORT backward_on_host(int type, const void* logits, const int64_t* logits_layo
   arguments.gradient = gradient;
   arguments.gradient_layout = layout_from(gradient_layout);
   arguments.labels = labels;
-  arguments.loss = token_loss_from(0, ignore_index, 0, 0, 0, 1, family);
+  arguments.loss = token_loss_from(0, ignore_index, 0, 0, 0, 1, family, num_words);
   arguments.weight = weight;
   arguments.upstream = upstream;
   arguments.row_max = row_max;
@@ -143,8 +145,8 @@ EXPORT forward_with_grad_on_host(int type, const float* upstream, const void* lo
   ForwardArguments& forward = arguments.forward;
   forward.logits = {logits, layout_from(logits_layout), num_rows, vocab_size};
   forward.labels = labels;
-  forward.loss =
-      token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second, gate_normalizer, family);
+  forward.loss = token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second,
+                                 gate_normalizer, family, vocab_size);
   forward.stats = {loss, nll, entropy, gate, row_max, log_sum};
   arguments.upstream = upstream;
   arguments.gradient = gradient;

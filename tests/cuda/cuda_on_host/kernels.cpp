@@ -87,7 +87,7 @@ std::string run_forward_kernel(const Arguments& arguments, const RowSplit<uint32
                                uint64_t seed) {
   return launch<gated_ce_forward_kernel<Element, kBlockThreads, Loss, Arguments>>(
       {arguments.logits.num_rows * split.num_spans, 1, kBlockThreads,
-       sizeof(ForwardStorage<kBlockThreads>)},
+       sizeof(ForwardStorage<kBlockThreads, Loss>)},
       seed, arguments, split);
 }
 
@@ -154,7 +154,7 @@ std::string run_forward_with_grad(ElementType type, const ForwardWithGradArgumen
       // Few blocks, that take one row after the other.
       const int64_t grid = std::min<int64_t>(logits.num_rows, 1 + static_cast<int64_t>(seed % 4));
       return launch<gated_ce_forward_with_grad_cached_kernel<Element, kCachedThreads, Loss>>(
-          {grid, 1, kCachedThreads, sizeof(ForwardWithGradStorage<kCachedThreads>)}, seed,
+          {grid, 1, kCachedThreads, sizeof(ForwardWithGradStorage<kCachedThreads, Loss>)}, seed,
           arguments);
     }
     constexpr int kLine = 128 / sizeof(Element);
@@ -162,7 +162,7 @@ std::string run_forward_with_grad(ElementType type, const ForwardWithGradArgumen
     const int span_length = (wanted + kLine - 1) / kLine * kLine;
     return launch<gated_ce_forward_with_grad_staged_kernel<Element, kStagedThreads, Loss>>(
         {logits.num_rows * cluster_size, cluster_size, kStagedThreads,
-         kStagedOffset<kStagedThreads> + span_length * sizeof(Element)},
+         kStagedOffset<kStagedThreads, Loss> + span_length * sizeof(Element)},
         seed, arguments, span_length);
   });
 }

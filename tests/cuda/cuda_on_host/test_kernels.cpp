@@ -1,5 +1,5 @@
-// Small kernels for tests/cuda/test_cuda_on_host.py: right ones, and ones with a fault each that the
-// shim must see. Each leaves numbers in `out` and is found by its name.
+// Small kernels for tests/cuda/test_cuda_on_host.py: right ones, and ones with a fault each that
+// the shim must see. Each leaves numbers in `out` and is found by its name.
 #include <cstring>
 #include <string>
 
