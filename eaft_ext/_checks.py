@@ -55,6 +55,10 @@ def check_token_weight(op: str, token_weight: Tensor, where: Tensor, name: str) 
     """A weight for each token, where the logits are, or what ``name`` says."""
     if not isinstance(token_weight, Tensor):
         raise TypeError(f"{op}: token_weight must be a tensor, got {type(token_weight).__name__}")
+    if hasattr(token_weight, "device_mesh") and not hasattr(where, "device_mesh"):
+        raise TypeError(
+            f"{op}: token_weight is a DTensor and {name} are not; token_weight.to_local() is none"
+        )
     if token_weight.dtype.is_complex:
         raise TypeError(f"{op}: token_weight must be real, got {token_weight.dtype}")
     if token_weight.device != where.device:
@@ -126,15 +130,25 @@ def check_weight_shape(op: str, token_weight: Tensor, labels: Tensor) -> None:
         )
 
 
-def check_weight_values(op: str, token_weight: Tensor | None, labels: Tensor) -> None:
-    """Shaped like the labels; and not negative, where it costs no synchronisation to see."""
+def check_weight_values(
+    op: str, token_weight: Tensor | None, labels: Tensor, ignore_index: int
+) -> None:
+    """Shaped like the labels; and not negative, where it costs no synchronisation to see.
+
+    Those of ignored tokens may be anything.
+    """
     if token_weight is None:
         return
     check_weight_shape(op, token_weight, labels)
     at_hand = token_weight.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not (at_hand or wants_value_checks()) or is_transformed():
+    # Fake tensors have no values.
+    if (
+        not (at_hand or wants_value_checks())
+        or type(token_weight) is not Tensor
+        or is_transformed()
+    ):
         return
-    for position in (token_weight < 0).nonzero()[:1].tolist():
+    for position in ((token_weight < 0) & (labels != ignore_index)).nonzero()[:1].tolist():
         raise ValueError(
             f"{op}: token_weight must be at least 0, got {token_weight[tuple(position)].item()} at "
             f"position {position}"

@@ -7,7 +7,6 @@ objects. A new option is a field, a line in the keywords, a check and a formula.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -171,9 +170,27 @@ class Reduce:
         """Each times its weight, and 0 where that is 0."""
         if self.token_weight is None:
             return loss
-        return weigh(loss, self.token_weight.detach().to(loss.dtype))
+        return weigh(loss, self.token_weight.to(loss.dtype))
+
+    def without_muted(self, labels: Tensor, of_token: TokenLoss) -> tuple[Tensor, Reduce]:
+        """Labels that are ignored where their weight is 0, and what reduces the losses then.
+
+        Such a token costs nothing, and counts in a mean all the same.
+        """
+        if self.token_weight is None:
+            return labels, self
+        weight = self.token_weight.detach()
+        ignored = labels == of_token.ignore_index
+        muted = ignored | (weight == 0)
+        num_items = self.num_items_in_batch
+        if self.reduction == "mean" and num_items is None:
+            num_items = (~ignored).sum()
+        reduce = Reduce(self.reduction, num_items, weight.masked_fill(muted, 0))
+        return labels.masked_fill(muted, of_token.ignore_index), reduce
 
 
+SMALLEST, LARGEST = 2.0**-126, 2.0**127
+"""Of float32."""
 _DEFAULT_GATE = EntropyGate()
 _NEVER = HardGate(2.0)  # above any normalised entropy
 _REDUCTIONS = get_args(Reduction)
@@ -213,12 +230,12 @@ def token_loss(
             f"{gate!r}"
         )
     if softcap is not None:
-        _check_number(op, "softcap", softcap, "above 0, or None")
-    _check_number(op, "logit_scale", logit_scale, "above 0")
-    _check_number(op, "label_smoothing", label_smoothing, "at least 0")
+        softcap = _checked_number(op, "softcap", softcap, "above 0, or None")
+    logit_scale = _checked_number(op, "logit_scale", logit_scale, "above 0")
+    label_smoothing = _checked_number(op, "label_smoothing", label_smoothing, "at least 0")
     if label_smoothing > 1:
         raise ValueError(f"{op}: label_smoothing must be at most 1, got {label_smoothing}")
-    _check_number(op, "z_loss", z_loss, "at least 0")
+    z_loss = _checked_number(op, "z_loss", z_loss, "at least 0")
     return TokenLoss(k, gate, ignore_index, softcap, logit_scale, label_smoothing, z_loss)
 
 
@@ -287,12 +304,15 @@ def check_gradient_in_forward(op: str, gradient_in_forward: bool, reduction: str
         )
 
 
-def _check_number(op: str, name: str, value: float, bound: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _checked_number(op: str, name: str, value: float, bound: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    is_inside = value >= 0 if bound.startswith("at least") else value > 0
-    if not (is_inside and value < math.inf):
+    value = float(value)
+    # Kernels take it as a float32, in which it must neither be 0 nor infinite.
+    is_inside = value == 0 if bound.startswith("at least") else False
+    if not (is_inside or SMALLEST <= value <= LARGEST):
         raise ValueError(f"{op}: {name} must be finite and {bound}, got {value}")
+    return value
 
 
 def _check_num_items(

@@ -155,10 +155,11 @@ def gated_ce(
         label_smoothing: from 0 to 1, as of ``F.cross_entropy``. The gate is still of the nll. Where
             a logit is -inf so is the mean, and the loss infinite, as there; its gradient is finite.
         z_loss: weight of the square of lse in the loss of each token. The gate is not on it: it
-            holds the logits, and teaches nothing. Beside a gate of your own it takes a second read.
+            holds the logits, and teaches nothing. Beside a gate of your own it takes a second read,
+            or of hidden states a second product, and ``inplace_backward`` is left alone.
         token_weight: (...), at least 0: what loss and gradient of each token are multiplied by. A
-            constant. A token of weight 0 counts in a "mean". A negative one raises on the CPU, and
-            elsewhere with ``EAFT_EXT_CHECKS=1``.
+            constant. A token of weight 0 counts in a "mean", and is otherwise as if its label were
+            ignored. A negative one raises on the CPU, and elsewhere with ``EAFT_EXT_CHECKS=1``.
         inplace_backward: let the gradient overwrite the logits' memory, which halves the peak. The
             logits must have a contiguous last dimension and rows that share no memory, must not be
             used afterwards, nor may other parts of the same tensor take part in another such call.
@@ -199,7 +200,8 @@ def gated_ce(
     of_token, reduce = checked(op, k, logits, **options)
     check_gradient_in_forward(op, gradient_in_forward, reduce.reduction)
     check_placement(op, labels, logits)
-    check_weight_values(op, reduce.token_weight, labels)
+    check_weight_values(op, reduce.token_weight, labels, of_token.ignore_index)
+    labels, reduce = reduce.without_muted(labels, of_token)
     check_label_values(op, labels, logits.size(-1), of_token.ignore_index)
     if gradient_in_forward and of_token.is_known_to_kernels and _can_fuse(logits):
         loss, stats = _fused_loss(logits, labels, of_token, reduce, inplace_backward)

@@ -2,6 +2,7 @@
 // they are, and its code has nothing of the options; FamilyLoss has all of core/token_loss.h.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "../core/host_device.h"
@@ -23,14 +24,28 @@ struct PlainLoss {
 
 struct FamilyLoss {
   static constexpr bool kIsPlain = false;
-  LogitMap<float> map;
+  float scale;
+  float cap;  // 0: none
+  // Divided once, and not for each element.
+  float scale_over_cap;
+  float inverse_cap;
   const TokenLoss& loss;
 
   EAFT_HOST_DEVICE explicit FamilyLoss(const TokenLoss& of_kernel)
-      : map{static_cast<float>(of_kernel.map.scale), static_cast<float>(of_kernel.map.cap)},
+      : scale(static_cast<float>(of_kernel.map.scale)),
+        cap(static_cast<float>(of_kernel.map.cap)),
+        scale_over_cap(static_cast<float>(of_kernel.map.scale / of_kernel.map.cap)),
+        inverse_cap(static_cast<float>(1 / of_kernel.map.cap)),
         loss(of_kernel) {}
-  EAFT_HOST_DEVICE float logit(float x) const { return map(x); }
-  EAFT_HOST_DEVICE float slope(float mapped) const { return map.slope(mapped); }
+  EAFT_HOST_DEVICE float logit(float x) const {
+    return cap == 0 ? scale * x : cap * std::tanh(scale_over_cap * x);
+  }
+  // dx'/dx, from x'.
+  EAFT_HOST_DEVICE float slope(float mapped) const {
+    if (cap == 0) return scale;
+    const float t = mapped * inverse_cap;
+    return scale * ((1 - t) * (1 + t));
+  }
   // upstream: [num_rows], read if there is a z-loss.
   EAFT_HOST_DEVICE RowWeights<float> weights(const float* upstream, int64_t row, float weight,
                                              float row_max, float log_sum) const {

@@ -4,7 +4,7 @@
 //
 // Work: a block takes one span of one row, as long as a tile; a thread takes 16 bytes at a time,
 // several loads before the first use. Blocks need nothing of each other. Bytes: one read and one
-// write of the row; a row of weight 0 is written only. The gradient may be the logits themselves,
+// write of the row; a muted row is written only. The gradient may be the logits themselves,
 // so neither is __restrict__.
 #pragma once
 

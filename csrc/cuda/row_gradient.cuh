@@ -3,6 +3,7 @@
 //
 //     p_j = exp(x_j - max - log_sum)        dx_j = weight p_j,   dx_y = weight (p_y - 1)
 //
+// or, with the options of core/token_loss.h, what RowWeights says, times dx'/dx.
 // In float until the one rounding to the logits' type.
 #pragma once
 
@@ -94,7 +95,7 @@ struct ScaledGradient {
 };
 
 // Writes the gradient of the span to `target`, which may be where the span was read from. A row of
-// weight 0 is written without being read. By all threads of the block; needs no barrier.
+// weights 0 is written without being read. By all threads of the block; needs no barrier.
 template <int kThreads, typename Span, typename Gradient>
 __device__ inline void write_gradient(const Span& span, typename Span::Element* target,
                                       const Gradient& gradient) {

@@ -58,6 +58,7 @@ def use_linear_gated_ce(
     are used instead of ``labels`` and are not shifted; ``ignore_index`` goes before the one given
     here. What the model adds to its loss, such as a router's, it adds still. The output layer is
     looked up in every call: one that was resized, replaced or merged since is the one that counts.
+    A scale or a soft cap that the model puts on its logits is put on them by the loss.
 
     A trainer has to take the loss from the model: ``Trainer`` does, unless it has a
     ``label_smoothing_factor`` or a ``compute_loss_func``; TRL's ``SFTTrainer`` computes its own.
@@ -86,10 +87,11 @@ def use_linear_gated_ce(
         TypeError, ValueError: for options that :func:`eaft_ext.linear_gated_ce` refuses; a model
             without or with several output layers, with one that is quantised, has an adapter
             (:func:`eaft_ext.linear_gated_ce` takes the effective weight) or is divided by tensor
-            parallelism, with an encoder, with another loss than that of causal language models, or
-            which changes its logits; in the forward, for models that turn out or come to be such,
-            use their logits outside of their loss, or are replicated by ``nn.DataParallel``, and
-            for labels that are not one for each position, as with ``logits_to_keep``.
+            parallelism, with an encoder, or with another loss than that of causal language models;
+            in the forward, for models that turn out or come to be such, change their logits but by
+            a scale or a soft cap, do that beside a ``softcap`` or ``logit_scale`` given here, use
+            their logits outside of their loss, or are replicated by ``nn.DataParallel``, and for
+            labels that are not one for each position, as with ``logits_to_keep``.
         RuntimeError: in the ``step`` of an optimizer, if the gradients are those of another loss.
 
     ``torch.compile`` traces through it, before or after this call.
@@ -139,6 +141,7 @@ class LinearGatedLoss:
         self.is_removed = False
         self._causal: nn.Module | None = causal
         self.model_map = expected_map(causal)
+        self.given_map = LogitMap(options["softcap"], options["logit_scale"])
         latest = None
         for slot in _SLOTS:
             earlier = patch_of(causal, slot)
@@ -186,11 +189,24 @@ class LinearGatedLoss:
     def of_logits(self, call: _Call, logits: Tensor) -> Tensor:
         """The loss where there are logits."""
         # They are what the model has made of them already.
+        if self.given_map != LogitMap():
+            self.check_given(call.name, self.model_map)
         options, labels = call.options_and_labels(logits)
         del options["chunk_size"], options["accumulate_in_float32"]
         loss, self.stats = eaft_ext.gated_ce(logits, labels, return_stats=True, **options)
         self.steps.asked()
         return loss
+
+    def check_given(self, name: str, model_map: LogitMap) -> None:
+        """Options for logits that the model leaves as they are, and does it?"""
+        if model_map == LogitMap():
+            return
+        given = self.given_map
+        raise TypeError(
+            f"{_OP}: {name} caps or scales its logits itself (softcap={model_map.softcap}, "
+            f"logit_scale={model_map.logit_scale}), and softcap={given.softcap}, "
+            f"logit_scale={given.logit_scale} were given"
+        )
 
     def _refuse_step(self) -> NoReturn:
         """For an optimizer's step of the model, in which nobody asked for its loss."""
@@ -237,7 +253,7 @@ class _Call:
         self.keeps_logits = keeps_logits
         self.layers: list[nn.Module] = []
         self.loss: Tensor | None = None
-        self.map: LogitMap = owner.model_map
+        self.map = owner.model_map if owner.given_map == LogitMap() else owner.given_map
         self.product: tuple[Tensor, nn.Linear] | None = None
         self.stats: TokenStats | None = None
         self.version: int | None = None
@@ -304,15 +320,7 @@ class _Call:
         assert self.product is not None, "the output layer was called"
         hidden, layer = self.product
         options, labels = self.options_and_labels(hidden)
-        if self.map != LogitMap():
-            given = LogitMap(options["softcap"], options["logit_scale"])
-            if given != LogitMap():
-                raise TypeError(
-                    f"{_OP}: {self.name} caps or scales its logits itself (softcap="
-                    f"{self.map.softcap}, logit_scale={self.map.logit_scale}), and "
-                    f"softcap={given.softcap}, logit_scale={given.logit_scale} were given"
-                )
-            options |= self.map._asdict()
+        options |= self.map._asdict()
         loss, self.stats = eaft_ext.linear_gated_ce(
             hidden, layer.weight, labels, layer.bias, return_stats=True, **options
         )
@@ -339,9 +347,11 @@ class _Call:
             return self.owner.of_logits(self, logits)
         if self.loss is None or not isinstance(logits, AbsentLogits):
             raise TypeError(f"{_OP}: {self.name} does not call its output layer for its logits")
-        if not self.map.is_close(logits.map):
+        if self.owner.given_map != LogitMap():
+            self.owner.check_given(self.name, logits.map)
+        elif not self.map.is_close(logits.map):
             # It does what its configuration did not tell; from the next call on it is expected.
-            self.loss = None
+            logits.loss = self.loss.new_empty(0)  # the gradients that it holds are free again
             self.map = self.owner.model_map = logits.map
             self.loss = self.compute()
         self.owner.stats = self.stats

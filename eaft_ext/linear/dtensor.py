@@ -15,6 +15,7 @@ from eaft_ext._checks import (
     check_linear,
     check_placement,
     check_same_dtype,
+    check_weight_values,
 )
 from eaft_ext._dispatch import is_transformed
 from eaft_ext._options import Keywords, checked
@@ -145,6 +146,7 @@ def linear_gated_ce_of_dtensor(
         given = labels
         product, labels, rows, columns = _local_call(op, hidden, weight, labels, bias, dim)
         reduce = rows.local_reduce(op, reduce, given, hidden, product.hidden, "hidden")
+        check_weight_values(op, reduce.token_weight, labels, of_token.ignore_index)
     if is_transformed(*product):
         raise RuntimeError(f"{op}: torch.func and forward mode cannot look into DTensors")
     shard = None
@@ -155,7 +157,7 @@ def linear_gated_ce_of_dtensor(
             product,
             labels,
             of_token,
-            reduce.reduction,
+            reduce,
             chunking.chunk_size,
             reduce_hidden=False,
         )
@@ -165,6 +167,7 @@ def linear_gated_ce_of_dtensor(
         valid = labels != of_token.ignore_index
         divisor = rows.divisor(reduce, valid, stats_dtype(product.hidden))
         reduce = replace(reduce, num_items_in_batch=divisor)
+    labels, reduce = reduce.without_muted(labels, of_token)
     loss, stats = reduced_loss(product, labels, of_token, reduce, chunking, shard)
     placed = TokenStats(*(rows.per_token(stat) for stat in stats))
     return (rows.per_token(loss) if reduce.reduction == "none" else rows.summed(loss)), placed

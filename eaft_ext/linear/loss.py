@@ -129,7 +129,8 @@ def linear_gated_ce(
     check_labels(op, labels)
     of_token, reduce = checked(op, k, hidden, "hidden", **options)
     check_placement(op, labels, hidden, "hidden")
-    check_weight_values(op, reduce.token_weight, labels)
+    check_weight_values(op, reduce.token_weight, labels, of_token.ignore_index)
+    labels, reduce = reduce.without_muted(labels, of_token)
     check_chunks(op, *chunking)
     if is_dtensor(weight) or is_dtensor(bias):
         from eaft_ext.linear.dtensor import gathered

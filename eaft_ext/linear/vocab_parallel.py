@@ -19,11 +19,11 @@ from eaft_ext._checks import (
     wants_value_checks,
 )
 from eaft_ext._dispatch import is_transformed
-from eaft_ext._options import Keywords, TokenLoss, checked, with_keywords
+from eaft_ext._options import Keywords, Reduce, TokenLoss, checked, with_keywords
 from eaft_ext.linear._reduced_loss import Chunking, Product, WeightShard, reduced_loss
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._group import Words, check_group, check_shard, fingerprint
-from eaft_ext.reference import Reduction, TokenStats
+from eaft_ext.reference import TokenStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,7 +39,7 @@ def compare_calls(
     product: Product,
     labels: Tensor,
     of_token: TokenLoss,
-    reduction: Reduction,
+    reduce: Reduce,
     chunk_size: int | None,
     reduce_hidden: bool,
 ) -> None:
@@ -58,7 +58,7 @@ def compare_calls(
     }
     if labels.device.type == "cpu" or wants_value_checks():
         note["the number of tokens not ignored"] = int((labels != ignore_index).sum())
-    note |= words.note(weight.size(0), of_token, reduction)
+    note |= words.note(weight.size(0), of_token, reduce)
 
     @torch.no_grad()
     def row(token: tuple[int, ...], rows: slice) -> Tensor:
@@ -164,7 +164,7 @@ def vocab_parallel_linear_gated_ce(
         check_labels(_OP, labels)
         check_placement(_OP, labels, hidden, "hidden")
         of_token, reduce = checked(_OP, k, hidden, "hidden", **options)
-        check_weight_values(_OP, reduce.token_weight, labels)
+        check_weight_values(_OP, reduce.token_weight, labels, of_token.ignore_index)
         check_chunks(_OP, chunk_size, accumulate_in_float32)
         shard = check_shard(_OP, weight_shard.size(0), member, vocab_start, vocab_size)
         if shard.total is None:
@@ -175,6 +175,7 @@ def vocab_parallel_linear_gated_ce(
         check_same_dtype(_OP, *product)
     if is_transformed(*product):
         raise RuntimeError(f"{_OP}: torch.func and forward mode cannot look into shards")
+    labels, reduce = reduce.without_muted(labels, of_token)
     words = Words(shard, member, is_assumed=vocab_start is None and vocab_size is None)
     compare_calls(
         _OP,
@@ -182,7 +183,7 @@ def vocab_parallel_linear_gated_ce(
         product,
         labels,
         of_token,
-        reduce.reduction,
+        reduce,
         chunk_size,
         reduce_hidden_gradient,
     )

@@ -14,12 +14,12 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from eaft_ext._dispatch import is_transformed
-from eaft_ext._options import TokenLoss
+from eaft_ext._options import Reduce, TokenLoss
 from eaft_ext.gates import Gate, GateFunction, is_built_in
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._agreement import NotInGroupError
 from eaft_ext.parallel._shard import VocabShard, num_words, token_losses
-from eaft_ext.reference import Reduction, TokenStats
+from eaft_ext.reference import TokenStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -103,13 +103,14 @@ class Words:
             self.group is None or _agreement.is_real(self.group)
         )
 
-    def note(self, num_columns: int, of_token: TokenLoss, reduction: Reduction) -> _agreement.Note:
+    def note(self, num_columns: int, of_token: TokenLoss, reduce: Reduce) -> _agreement.Note:
         """What processes compare of their options and shards."""
         options = {field.name: getattr(of_token, field.name) for field in fields(of_token)}
         shard = self.shard
         return options | {
             "gate": _name_of(of_token.gate),
-            "reduction": reduction,
+            "reduction": reduce.reduction,
+            "the sum of token_weight": _sum_of(reduce.token_weight),
             "vocab_size": shard.vocab_size,
             "columns": [shard.start, shard.start + num_words(num_columns, shard)],
         }
@@ -120,13 +121,13 @@ def group_losses(
     logits: Tensor,
     labels: Tensor,
     of_token: TokenLoss,
-    reduction: Reduction,
+    reduce: Reduce,
     words: Words,
     inplace_backward: bool,
 ) -> tuple[Tensor, TokenStats]:
     """Per-token losses and stats, the same in all processes of the group.
 
-    The reduction is only compared. Without a group the shard is all there is.
+    How they are reduced is only compared. Without a group the shard is all there is.
     """
     member, group, checks = words.member, words.group, words.can_check
     if group is not None and checks:
@@ -135,7 +136,7 @@ def group_losses(
             "the dtype of the logits": str(logits.dtype),
             "the device of the logits": logits.device.type,
         }
-        note |= words.note(logits.size(-1), of_token, reduction)
+        note |= words.note(logits.size(-1), of_token, reduce)
 
         def row(token: tuple[int, ...], columns: slice) -> Tensor:
             return logits.detach()[token][columns]
@@ -179,6 +180,13 @@ def fingerprint(labels: Tensor, ignore_index: int, columns: int, row: Row) -> in
     logits = row(token, slice(None, None, -(-columns // FINGERPRINT_WORDS))).tolist()
     is_constant = len({x for x in logits if math.isfinite(x)}) < 2
     return None if is_constant else hash(tuple(logits))
+
+
+def _sum_of(token_weight: Tensor | None) -> str | None:
+    """The same in all processes that have the same weights; NaN, too."""
+    if token_weight is None or type(token_weight) is not Tensor or token_weight.is_meta:
+        return None if token_weight is None else "given"
+    return str(token_weight.sum(dtype=torch.float64).item())
 
 
 def _name_of(gate: Gate | GateFunction) -> str:

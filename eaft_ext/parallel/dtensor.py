@@ -86,7 +86,6 @@ class PlacedRows(NamedTuple):
             return reduce
         check_weight_shape(op, weight, labels)
         weight = self.local_labels(op, weight, whole, local, name)
-        check_weight_values(op, weight, weight)
         return replace(reduce, token_weight=weight)
 
     def per_token(self, local: Tensor) -> DTensor:
@@ -171,14 +170,17 @@ def gated_ce_of_dtensor(
         local_logits = logits.to_local()
         local_labels = rows.local_labels(op, labels, logits, local_logits)
         reduce = rows.local_reduce(op, reduce, labels, logits, local_logits)
+        check_weight_values(op, reduce.token_weight, local_labels, of_token.ignore_index)
         shard = shard_of(op, mesh, logits.size(-1), local_logits.size(-1), dim)
     words = Words(shard, member)
+    valid = local_labels != of_token.ignore_index
+    local_labels, weighing = reduce.without_muted(local_labels, of_token)
     loss, stats = group_losses(
-        op, local_logits, local_labels, of_token, reduce.reduction, words, inplace_backward
+        op, local_logits, local_labels, of_token, weighing, words, inplace_backward
     )
-    loss = reduce.weighted(loss)
+    loss = weighing.weighted(loss)
     placed = TokenStats(*(rows.per_token(stat) for stat in stats))
     if reduce.reduction == "none":
         return rows.per_token(loss), placed
     total = loss.sum()
-    return rows.summed(total / rows.divisor(reduce, stats.valid, total.dtype)), placed
+    return rows.summed(total / rows.divisor(reduce, valid, total.dtype)), placed

@@ -119,11 +119,10 @@ def vocab_parallel_gated_ce(
         check_labels(_OP, labels)
         check_placement(_OP, labels, logits_shard)
         of_token, reduce = checked(_OP, k, logits_shard, **options)
-        check_weight_values(_OP, reduce.token_weight, labels)
+        check_weight_values(_OP, reduce.token_weight, labels, of_token.ignore_index)
         shard = check_shard(_OP, logits_shard.size(-1), member, vocab_start, vocab_size)
     words = Words(shard, member, is_assumed=vocab_start is None and vocab_size is None)
-    loss, stats = group_losses(
-        _OP, logits_shard, labels, of_token, reduce.reduction, words, inplace_backward
-    )
+    labels, reduce = reduce.without_muted(labels, of_token)
+    loss, stats = group_losses(_OP, logits_shard, labels, of_token, reduce, words, inplace_backward)
     loss = reduce(loss, stats.valid)
     return (loss, stats) if return_stats else loss

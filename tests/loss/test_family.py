@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from gate_cases import FAMILY
 from inputs import make, same_bits
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import eaft_ext
 from eaft_ext import EntropyGate, HardGate, NoGate, gated_ce, linear_gated_ce
@@ -234,26 +235,55 @@ def test_weights_as_cross_entropy_has_them(device: str, reduction: str) -> None:
 
 
 @pytest.mark.usefixtures("route")
-def test_weights_of_0_and_nan(device: str) -> None:
-    """0 mutes its token, whose loss may be infinite, and counts; NaN is that of its own token."""
+def test_a_weight_of_0_mutes_its_token(device: str) -> None:
+    """Whatever its logits are; and it counts in the mean."""
     logits, labels = make(12, V, device=device)
-    logits[4, labels[4]] = -math.inf
+    logits[4] = math.nan
     weight = torch.ones(12, device=device)
     weight[4] = 0
-    x = logits.clone().requires_grad_()
-    loss = gated_ce(x, labels, token_weight=weight, gate=NoGate())
-    loss.backward()
-    others = torch.arange(12, device=device) != 4
-    _close(loss, F.cross_entropy(logits[others].double(), labels[others]) * 11 / 12)
-    assert x.grad is not None and not x.grad[4].any() and x.grad[others].any()
+    for options in ({}, {"gradient_in_forward": True}, {"z_loss": 0.0}):
+        x = logits.clone().requires_grad_()
+        loss = gated_ce(x, labels, token_weight=weight, gate=NoGate(), **options)
+        loss.backward()
+        others = torch.arange(12, device=device) != 4
+        _close(loss, F.cross_entropy(logits[others].double(), labels[others]) * 11 / 12)
+        assert x.grad is not None and not x.grad[4].any() and x.grad[others].any()
 
+
+@pytest.mark.usefixtures("route")
+def test_a_weight_of_nan_is_that_of_its_token(device: str) -> None:
+    logits, labels = make(12, V, device=device)
+    weight = torch.ones(12, device=device)
     weight[7] = math.nan
-    x.grad = None
+    x = logits.clone().requires_grad_()
     losses = gated_ce(x, labels, token_weight=weight, gate=NoGate(), reduction="none")
     losses.sum().backward()
     assert losses.isnan().tolist() == [row == 7 for row in range(12)]
     assert x.grad is not None
     assert x.grad.isnan().any(1).tolist() == [row == 7 for row in range(12)]
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -100.0])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_weights_of_ignored_tokens_may_be_anything(
+    device: str, reduction: str, value: float
+) -> None:
+    logits, labels = make(12, V, device=device)
+    labels[3] = -100
+    weight = torch.ones(12, device=device)
+    weight[3] = value
+    x = logits.clone().requires_grad_()
+    loss = gated_ce(x, labels, token_weight=weight, reduction=reduction)
+    assert same_bits(loss, gated_ce(logits, labels, reduction=reduction))
+    loss.sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all() and not x.grad[3].any()
+
+
+def test_fake_weights() -> None:
+    with FakeTensorMode():
+        logits, labels = torch.randn(3, 9), torch.zeros(3, dtype=torch.int64)
+        assert gated_ce(logits, labels, token_weight=torch.ones(3)).shape == ()
 
 
 @pytest.mark.parametrize(
@@ -282,6 +312,9 @@ def test_weights_are_constants_of_any_dtype(device: str, weights: torch.dtype) -
         ({"logit_scale": 0}, ValueError, "logit_scale must be finite and above 0, got 0"),
         ({"logit_scale": math.nan}, ValueError, "logit_scale must be finite .* got nan"),
         ({"z_loss": -1e-4}, ValueError, r"z_loss must be finite and at least 0, got -0\.0001"),
+        ({"softcap": 1e-50}, ValueError, "softcap must be finite and above 0, or None, got 1e-50"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be at most 1, got 1\.5"),
+        ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be .*at least 0, got -0\.1"),
         ({"z_loss": True}, TypeError, "z_loss must be a number, got True"),
         ({"token_weight": 2.0}, TypeError, "token_weight must be a tensor, got float"),
         ({"token_weight": torch.ones(2)}, ValueError, r"shape of the labels, \(3,\), got \(2,\)"),

@@ -12,7 +12,7 @@ import torch
 
 import eaft_ext
 from eaft_ext import reference
-from eaft_ext._options import Keywords, LossKeywords, TokenLoss, token_loss
+from eaft_ext._options import Keywords, LossKeywords, Reduce, TokenLoss, token_loss
 from eaft_ext.integrations import megatron, transformers
 from eaft_ext.parallel._group import Words
 from eaft_ext.parallel._shard import VocabShard
@@ -58,7 +58,7 @@ def test_unknown_keywords() -> None:
 
 def test_processes_compare_every_field() -> None:
     of_token = token_loss("op", 20)
-    note = Words(VocabShard(0, None, 9), None).note(9, of_token, "mean")
+    note = Words(VocabShard(0, None, 9), None).note(9, of_token, Reduce("mean", None))
     assert {field.name for field in fields(TokenLoss)} < set(note)
     assert note["k"] == 20 and note["gate"] == "EntropyGate(alpha=1.0, normalizer=None)"
 
