@@ -21,9 +21,12 @@ if not any((_ROOT / "eaft_ext").glob("_C*.so")):
 # machine, and on a busy one the suite takes several times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import kernels_on_host
 import pytest
 import torch
 from inputs import DTYPES, dtype_name
+from ptx_on_host import compiled
+from ptx_on_host.compiled import ARCHITECTURES
 
 from eaft_ext import functional
 from eaft_ext._library import has_kernel
@@ -40,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "operator(name): the kernel that a test on CUDA is about")
     config.addinivalue_line("markers", "cuda: a test on CUDA alone, without a device as parameter")
     config.addinivalue_line("markers", "slow: runs with --slow only")
+    config.addinivalue_line("markers", "nvcc: needs the CUDA compiler, and no GPU")
 
 
 _LEFT_OUT = pytest.StashKey[Counter[str]]()
@@ -67,6 +71,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def _why_left_out(item: pytest.Item, config: pytest.Config) -> str | None:
     if item.get_closest_marker("slow") and not config.getoption("--slow"):
         return "slow; pytest --slow runs them"
+    if item.get_closest_marker("nvcc") and compiled.why_not():
+        return compiled.why_not()
     case = getattr(item, "callspec", None)
     device = case.params.get("device") if case else None
     if device is None and item.get_closest_marker("cuda"):
@@ -98,6 +104,17 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     device = request.node.callspec.params.get("device", "cpu")
     if request.param == torch.float64 and device != "cpu":
         pytest.skip("float64 has kernels on the CPU only")
+    return request.param
+
+
+_OF_NVCC = [pytest.mark.slow, pytest.mark.nvcc]
+
+
+@pytest.fixture(params=["source", *(pytest.param(a, marks=_OF_NVCC) for a in ARCHITECTURES)])
+def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What ``kernels_on_host`` runs: the kernels' C++, or what nvcc made of it."""
+    if request.param != "source":
+        monkeypatch.setattr(kernels_on_host, "code", compiled.load(request.param))
     return request.param
 
 

@@ -31,8 +31,20 @@ def _sparse_elements(count: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.bfloat16)
 
 
+def far_rows(dims: int, limit: int, vocab_size: int) -> Tensor:
+    """(3, V) or (2, 3, V): rows that far apart, in the fastest dimension. All of one alignment."""
+    memory = _sparse_elements(2 * limit + 2 * vocab_size + 16)
+    next_block = (vocab_size + 15) // 8 * 8
+    shape, strides = ((2, 3, vocab_size), (next_block, limit, 1))
+    return memory.as_strided(shape[2 - dims :], strides[2 - dims :])
+
+
+each_far_layout = pytest.mark.parametrize("dims", [1, 2], ids=["rows", "blocks_of_rows"])
+each_limit = pytest.mark.parametrize("limit", [2**31, 2**32], ids=["2^31", "2^32"])
+
+
 @pytest.mark.parametrize("num_rows", [3, 9], ids=["few_rows", "many_rows"])
-@pytest.mark.parametrize("limit", [2**31, 2**32], ids=["2^31", "2^32"])
+@each_limit
 def test_far_rows(limit: int, num_rows: int) -> None:
     step = limit // (num_rows - 1) + 8
     buffer = _sparse_elements((num_rows - 1) * step + V)
@@ -72,3 +84,20 @@ def test_many_elements(limit: int) -> None:
     expected = eaft_ext.gated_ce(row.expand(4, -1), labels[where], reduction="none")
     assert same_bits(loss[where], expected)
     assert torch.count_nonzero(loss) == 4 and stats.valid.sum() == 4
+
+
+@each_limit
+def test_far_rows_of_blocks(limit: int) -> None:
+    """A row's number is divided by a size, and the rest times a stride is beyond 32 bits."""
+    logits = far_rows(2, limit, V)
+    plain, labels = (t.unflatten(0, (2, 3)) for t in make(6, V, torch.bfloat16))
+    logits.copy_(plain)
+    upstream = upstream_of(labels)
+    expected = outcome(eaft_ext.gated_ce, plain, labels, upstream, reduction="none")
+    found = outcome(eaft_ext.gated_ce, logits, labels, upstream, reduction="none")
+    for a, b in zip(found, expected, strict=True):
+        assert same_bits(a, b)
+    for a, b in zip(eaft_ext.topk(logits, 20), eaft_ext.topk(plain, 20), strict=True):
+        assert torch.equal(a, b)
+    ops.gated_ce_forward_with_grad_(upstream, logits, labels, 20, "entropy", [1.0], -100)
+    assert same_bits(logits, expected.gradient)

@@ -24,9 +24,12 @@ from torch import Tensor
 from eaft_ext import EntropyGate, NoGate, reference
 from eaft_ext.gates import Gate
 
-pytestmark = pytest.mark.skipif(
-    kernels_on_host.why_not() is not None, reason=str(kernels_on_host.why_not())
-)
+pytestmark = [
+    pytest.mark.skipif(
+        kernels_on_host.why_not() is not None, reason=str(kernels_on_host.why_not())
+    ),
+    pytest.mark.usefixtures("code"),
+]
 
 WHOLE = Way("split", 1)
 
