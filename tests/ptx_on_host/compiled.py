@@ -88,13 +88,11 @@ def _pieces(module: Module) -> list[list[Function]]:
     return pieces
 
 
-def _object(name: str, text: str, counting: bool) -> Path:
+def _object(name: str, text: str, depends: Sequence[Path], counting: bool) -> Path:
     """A C++ text, compiled. Texts are shared by architectures, as far as they are the same."""
     command = [*(build.compiler() or []), *FLAGS, "-c"]
     command += ["-DPTX_COUNT"] if counting else []
-    headers = [*HERE.glob("*.h"), *build.HERE.glob("*.h")]
-    includes_kernels = "#include" in text and str(build.HERE) in text
-    key = build.digest([*command, text], build.kernel_files() if includes_kernels else headers)
+    key = build.digest([*command, text], depends)
     found = build.cache_folder() / f"ptx_{name}-{key}.o"
 
     def make(unfinished: Path) -> None:
@@ -112,12 +110,13 @@ def _make_library(
     library: Path, modules: Sequence[Module], sources: Sequence[Path], *, counting: bool = False
 ) -> None:
     """Of modules, and of the files that launch their kernels."""
-    texts = [("entries", entries(modules))]
-    texts += [(source.stem, f'#include "{source}"\n') for source in sources]
+    headers = [*HERE.glob("*.h"), *build.HERE.glob("*.h")]
+    texts = [("entries", entries(modules), headers)]
+    texts += [(source.stem, f'#include "{source}"\n', _files()) for source in sources]
     for module in modules:
         for i, functions in enumerate(_pieces(module)):
             text = translate(module, functions, counting=counting)
-            texts.append((f"{Path(module.file).stem}_{i}", text))
+            texts.append((f"{Path(module.file).stem}_{i}", text, headers))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda one: _object(*one, counting), texts))
     build.run([*(build.compiler() or []), "-shared", *objects, "-o", library])

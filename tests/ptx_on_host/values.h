@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "launch_on_host.h"
 
@@ -51,6 +52,7 @@ __attribute__((always_inline)) inline To low(From value) {
 template <typename To, typename From>
 __attribute__((always_inline)) inline To widened(From value) {
   static_assert(sizeof(From) < sizeof(To), "for wider registers");
+  static_assert(std::is_integral<From>::value, "a float is not widened by its bits");
   return static_cast<To>(static_cast<int64_t>(value));
 }
 
