@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 from inputs import DTYPES, dtype_name
+from nvcc import nvcc
 
 from eaft_ext import functional
 from eaft_ext._library import has_kernel
@@ -48,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: a test on CUDA alone, without a device as parameter")
     for mark, what in _ON_REQUEST.items():
         config.addinivalue_line("markers", f"{mark}: runs with --{mark} only; {what}")
+    config.addinivalue_line("markers", "nvcc: needs the CUDA compiler, and no GPU")
 
 
 _LEFT_OUT = pytest.StashKey[Counter[str]]()
@@ -76,6 +78,8 @@ def _why_left_out(item: pytest.Item, config: pytest.Config) -> str | None:
     for mark in _ON_REQUEST:
         if item.get_closest_marker(mark) and not config.getoption(f"--{mark}"):
             return f"marked {mark}; pytest --{mark} runs them"
+    if item.get_closest_marker("nvcc") and nvcc() is None:
+        return "no nvcc; with the CUDA toolkit, and without a GPU, they run"
     case = getattr(item, "callspec", None)
     device = case.params.get("device") if case else None
     if device is None and item.get_closest_marker("cuda"):

@@ -1,5 +1,7 @@
 """The CUDA kernels, run on the host by the shim in ``cuda_on_host``, on torch CPU tensors.
 
+What runs is their C++, or what nvcc made of it (``ptx_on_host``), as :data:`code` says.
+
 Each function raises RuntimeError with the shim's sentence if a kernel goes wrong, and if it writes
 to an input or outside of an output. What it does not write is NaN, or the lowest int64 for an
 index; what it reads outside of an input is NaN too. ``seed`` chooses the order of threads and
@@ -14,14 +16,16 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import pytest
 import torch
 from cuda_on_host import build
 from cuda_on_host.build import why_not
 from torch import Tensor
 
 __all__ = [
+    "MARKS",
     "Stats",
     "backward",
     "forward",
@@ -31,6 +35,12 @@ __all__ = [
     "scale_gradient",
     "topk",
     "why_not",
+]
+
+# Of every test of the kernels: each form of them, where they run.
+MARKS = [
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+    pytest.mark.usefixtures("code"),
 ]
 
 SOURCE = "kernels.cpp"
@@ -49,6 +59,30 @@ GATE_KINDS = [
 ]  # as enum class GateKind
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+# The address, the bytes, and whether it may be written to, of each tensor.
+Memory = Sequence[tuple[int, int, bool]]
+
+
+class Code(Protocol):
+    """What a call runs."""
+
+    def call(self, function: str, memory: Memory, *arguments: object) -> None:
+        """Calls a function of exports.h, and raises what it says went wrong.
+
+        ``memory``: what its kernels may touch.
+        """
+
+
+class Source:
+    """The C++ of the kernels."""
+
+    def call(self, function: str, memory: Memory, *arguments: object) -> None:
+        build.call(SOURCE, function, *arguments)
+
+
+code: Code = Source()
 
 
 class Stats(NamedTuple):
@@ -117,26 +151,31 @@ class Call:
         self.operator = operator
         self._guarded: dict[str, Guarded] = {}
         self._inputs: dict[str, tuple[Tensor, Tensor]] = {}
+        self._memory: dict[str, tuple[Tensor, bool]] = {}  # and whether it may be written to
 
     def output(
         self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32, shift: int = 0
     ) -> Tensor:
         """A contiguous tensor for the kernel to fill."""
         self._guarded[name] = Guarded(shape, dtype, shift=shift)
+        self._memory[name] = (self._guarded[name].tensor, True)
         return self._guarded[name].tensor
 
     def input_and_output(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of the tensor, with its strides and its alignment, that the kernel may change."""
+        self._memory[name] = (tensor, True)
         if _extent(tensor.shape, tensor.stride()) > self.MAX_COPY:
             return tensor
         shift = tensor.data_ptr() % 64 // tensor.element_size()
         self._guarded[name] = Guarded(tensor.shape, tensor.dtype, tensor.stride(), shift)
+        self._memory[name] = (self._guarded[name].tensor, True)
         return self._guarded[name].tensor.copy_(tensor)
 
     def input(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of the tensor, with its strides and its alignment, that must stay as it is."""
         copy = self.input_and_output(name, tensor)
         self._inputs[name] = (copy, tensor)
+        self._memory[name] = (copy, False)
         return copy
 
     def per_row(self, name: str, tensor: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,7 +190,11 @@ class Call:
 
     def run(self, *arguments: object) -> None:
         """Run the kernels, and check that they changed nothing but the outputs."""
-        build.call(SOURCE, f"{self.operator}_on_host", *arguments)
+        memory = [
+            (t.data_ptr(), _extent(t.shape, t.stride()) * t.element_size(), writable)
+            for t, writable in self._memory.values()
+        ]
+        code.call(f"{self.operator}_on_host", memory, *arguments)
         for name, guarded in self._guarded.items():
             guarded.check(f"{self.operator}: {name}")
         for name, (copy, tensor) in self._inputs.items():

@@ -10,9 +10,7 @@ from inputs import TRAPS, make
 from test_kernels_on_host import assert_right, each_dtype
 from test_shards_on_host import WAYS as SHARDS
 
-pytestmark = pytest.mark.skipif(
-    kernels_on_host.why_not() is not None, reason=str(kernels_on_host.why_not())
-)
+pytestmark = kernels_on_host.MARKS
 
 
 @each_dtype

@@ -18,7 +18,7 @@ import pytest
 import torch
 from gate_cases import GATES
 from inputs import IGNORED, TRAPS, dtype_name, make, same_bits, sparse_elements, upstream_of
-from layouts import READ_IN_PLACE
+from layouts import READ_IN_PLACE, each_far_layout, each_limit, far_rows
 from layouts import V as LAYOUT_VOCAB_SIZE
 from layouts import build as build_layout
 from parity import Outcome, error_weights, outcome
@@ -29,9 +29,7 @@ from eaft_ext import EntropyGate, HardGate, NoGate, reference
 from eaft_ext._options import TokenLoss
 from eaft_ext.gates import Gate
 
-pytestmark = pytest.mark.skipif(
-    kernels_on_host.why_not() is not None, reason=str(kernels_on_host.why_not())
-)
+pytestmark = kernels_on_host.MARKS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHARED_BYTES = 200 * 1024  # for the span of a row that a block holds
@@ -480,20 +478,20 @@ def test_a_label_without_probability(way: Way) -> None:
     assert not muted.loss.any() and not muted.gradient.any()
 
 
-@pytest.mark.parametrize("limit", [2**31, 2**32], ids=["2^31", "2^32"])
-def test_far_rows(limit: int) -> None:
+@each_limit
+@each_far_layout
+def test_far_rows(dims: int, limit: int) -> None:
     """Their elements lie beyond what 31 or 32 bits can count."""
     both: list[dict[str, Any]] = [{}, {"inplace": True}]
-    memory = sparse_elements(2 * limit + LAYOUT_VOCAB_SIZE)
-    logits = memory.as_strided((3, LAYOUT_VOCAB_SIZE), (limit, 1))
-    plain, labels = make(3, LAYOUT_VOCAB_SIZE, torch.bfloat16)
-    shape = (LAYOUT_VOCAB_SIZE + 5, 1)  # the same alignment
-    near = torch.empty(3, shape[0], dtype=torch.bfloat16).as_strided(plain.shape, shape)
-    near.copy_(plain)
+    logits = far_rows(dims, limit, LAYOUT_VOCAB_SIZE)
+    plain, labels = make(logits.shape[:-1].numel(), LAYOUT_VOCAB_SIZE, torch.bfloat16)
+    near = torch.empty(len(plain), LAYOUT_VOCAB_SIZE + 5, dtype=plain.dtype)  # the same alignment
+    near, labels = near[:, :-5].view_as(logits), labels.view(logits.shape[:-1])
+    near.copy_(plain.view_as(near))
     for way in FEW_WAYS:
         for options in both:
-            logits.copy_(plain)
+            logits.copy_(near)
             expected = way(near, labels, **options)
             for a, b in zip(way(logits, labels, **options), expected, strict=True):
                 assert same_bits(a, b)
-    logits.copy_(plain)
+    logits.copy_(near)

@@ -26,9 +26,7 @@ from eaft_ext import EntropyGate, NoGate, reference
 from eaft_ext._options import TokenLoss
 from eaft_ext.gates import Gate
 
-pytestmark = pytest.mark.skipif(
-    kernels_on_host.why_not() is not None, reason=str(kernels_on_host.why_not())
-)
+pytestmark = kernels_on_host.MARKS
 
 WHOLE = Way("split", 1)
 

@@ -7,15 +7,13 @@ import math
 import kernels_on_host
 import pytest
 import torch
-from inputs import TRAPS, bits, make, sparse_elements
-from layouts import READ_IN_PLACE
+from inputs import TRAPS, bits, make
+from layouts import READ_IN_PLACE, each_far_layout, each_limit, far_rows
 from layouts import build as build_layout
 from test_kernels_on_host import CROWDS, crowd, each_dtype
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(
-    kernels_on_host.why_not() is not None, reason=str(kernels_on_host.why_not())
-)
+pytestmark = kernels_on_host.MARKS
 
 
 def assert_topk(logits: Tensor, *ks: int, seeds: int = 1) -> None:
@@ -102,12 +100,12 @@ def test_nan(dtype: torch.dtype, count: int) -> None:
     assert_topk(logits, 1, 20, 128)
 
 
-@pytest.mark.parametrize("limit", [2**31, 2**32], ids=["2^31", "2^32"])
-def test_far_rows(limit: int) -> None:
+@each_limit
+@each_far_layout
+def test_far_rows(dims: int, limit: int) -> None:
     """Their elements lie beyond what 31 or 32 bits can count."""
-    memory = sparse_elements(2 * limit + 4200)
-    logits = memory.as_strided((3, 4099), (limit, 1), 1)
-    logits.copy_(make(3, 4099, torch.bfloat16)[0])
+    logits = far_rows(dims, limit, 4099)
+    logits.copy_(make(logits.shape[:-1].numel(), 4099, torch.bfloat16)[0].view_as(logits))
     assert_topk(logits, 20)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import pytest
 import torch
+from inputs import sparse_elements
 from torch import Tensor
 
 V = 4115
@@ -68,3 +70,15 @@ def build(name: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, T
     labels = torch.randint(V, logits.shape[:-1], generator=generator)
     labels.view(-1)[1::4] = -100
     return buffer, logits, labels.to(device)
+
+
+def far_rows(dims: int, limit: int, vocab_size: int) -> Tensor:
+    """(3, V) or (2, 3, V): rows that far apart, in the fastest dimension. All of one alignment."""
+    memory = sparse_elements(2 * limit + 2 * vocab_size + 16)
+    next_block = (vocab_size + 15) // 8 * 8
+    shape, strides = ((2, 3, vocab_size), (next_block, limit, 1))
+    return memory.as_strided(shape[2 - dims :], strides[2 - dims :])
+
+
+each_far_layout = pytest.mark.parametrize("dims", [1, 2], ids=["rows", "blocks_of_rows"])
+each_limit = pytest.mark.parametrize("limit", [2**31, 2**32], ids=["2^31", "2^32"])

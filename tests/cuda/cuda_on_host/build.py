@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -48,7 +49,7 @@ def why_not() -> str | None:
     return None
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """A folder for compiled files that nobody else can write to."""
     folder = Path(tempfile.gettempdir()) / f"eaft_ext-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -58,30 +59,42 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _key(command: list[str]) -> str:
-    """Changes with the command and with every file that may be included."""
-    digest = hashlib.sha256("\0".join(command).encode())
+def kernel_files() -> list[Path]:
+    """Every file that a C++ file of this folder may include, and itself."""
     files = [path for pattern in ("*.h", "*.cpp") for path in HERE.glob(pattern)]
     files += [
         path for pattern in ("core/*.h", "cuda/*.h", "cuda/*.cuh") for path in CSRC.glob(pattern)
     ]
+    return files
+
+
+def digest(words: Iterable[str], files: Iterable[Path]) -> str:
+    """Changes with the words and with every file."""
+    found = hashlib.sha256("\0".join(words).encode())
     for path in sorted(files):
-        digest.update(f"\0{path}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+        found.update(f"\0{path}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
-def _compile(command: list[str], library: Path) -> None:
-    """Many processes may ask for the same library; one compiles it."""
-    with library.with_suffix(".lock").open("w") as lock:
+def run(command: Sequence[str | Path]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{shlex.join(map(str, command))}\n{result.stderr}")
+
+
+def once(file: Path, make: Callable[[Path], None]) -> None:
+    """Many processes may ask for the same file; one makes it, and it is there when it is whole.
+
+    Files of the same stem up to its last hyphen that are older than a day are removed.
+    """
+    with file.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if library.exists():
+        if file.exists():
             return
-        unfinished = library.with_suffix(f".{os.getpid()}")
-        result = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
-        if result.returncode != 0:
-            raise RuntimeError(f"{shlex.join(command)}\n{result.stderr}")
-        unfinished.replace(library)
-    for old in library.parent.glob(f"{library.stem.split('-')[0]}-*"):
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        make(unfinished)
+        unfinished.replace(file)
+    for old in file.parent.glob(f"{file.stem.rpartition('-')[0]}-*"):
         with suppress(FileNotFoundError):  # another process does the same
             if time.time() - old.stat().st_mtime > DAY:
                 old.unlink()
@@ -94,20 +107,24 @@ def load(source: str) -> ctypes.PyDLL:
     Python's lock is kept during its calls: its kernels run one at a time.
     """
     command = [*(compiler() or []), *FLAGS, str(HERE / source)]
-    folder = _cache_folder()
     while True:
-        key = _key(command)
-        library = folder / f"{Path(source).stem}-{key}.so"
-        if library.exists():
+        key = digest(command, kernel_files())
+        library = cache_folder() / f"{Path(source).stem}-{key}.so"
+        if not library.exists():
+            once(library, lambda unfinished: run([*command, "-o", unfinished]))
+        if digest(command, kernel_files()) == key:
             return ctypes.PyDLL(str(library))
-        _compile(command, library)
-        if _key(command) != key:  # a file was changed meanwhile
-            library.unlink(missing_ok=True)
+        library.unlink(missing_ok=True)  # a file was changed meanwhile
 
 
 def call(source: str, function: str, *arguments: object) -> None:
+    """:func:`call_of` a library of this folder."""
+    call_of(load(source), function, *arguments)
+
+
+def call_of(library: ctypes.PyDLL, function: str, *arguments: object) -> None:
     """Calls ``function(*arguments, error, error_size)``; raises what it leaves in ``error``."""
     error = ctypes.create_string_buffer(ERROR_BYTES)
-    getattr(load(source), function)(*arguments, error, ctypes.c_int64(ERROR_BYTES))
+    getattr(library, function)(*arguments, error, ctypes.c_int64(ERROR_BYTES))
     if error.value:
         raise RuntimeError(error.value.decode())

@@ -13,6 +13,7 @@
 #include "cuda/split.h"
 #include "cuda/topk.cuh"
 #include "exports.h"
+#include "global_memory.h"
 
 namespace eaft_ext::cuda {
 namespace {
@@ -57,10 +58,15 @@ class Split {
     split_.span_length = std::min((length + kLine - 1) / kLine * kLine, vocab_size);
     split_.num_spans = (vocab_size + split_.span_length - 1) / split_.span_length;
     const size_t bytes = lay_out_split(&split_, logits.num_rows, k, with_sums, nullptr);
-    guard_begin_ = (bytes + sizeof(uint4) - 1) / sizeof(uint4);
-    workspace_.assign(guard_begin_ + kGuard, make_uint4(~0u, ~0u, ~0u, ~0u));
+    const size_t vectors = (bytes + sizeof(uint4) - 1) / sizeof(uint4);
+    workspace_.assign(kAlignment + vectors + kGuard, make_uint4(~0u, ~0u, ~0u, ~0u));
+    const size_t misaligned =
+        reinterpret_cast<uintptr_t>(workspace_.data()) / sizeof(uint4) % kAlignment;
+    uint4* const begin = workspace_.data() + (kAlignment - misaligned);
+    guard_begin_ = static_cast<size_t>(begin - workspace_.data()) + vectors;
     for (size_t i = guard_begin_; i < workspace_.size(); ++i) workspace_[i].x = 7;
-    lay_out_split(&split_, logits.num_rows, k, with_sums, workspace_.data());
+    lay_out_split(&split_, logits.num_rows, k, with_sums, begin);
+    cuda_on_host::global_memory.add(begin, bytes, true);
   }
   Split(const Split&) = delete;
   Split& operator=(const Split&) = delete;
@@ -77,6 +83,7 @@ class Split {
 
  private:
   static constexpr size_t kGuard = 64;
+  static constexpr size_t kAlignment = 16;  // vectors: as a device's allocator has it at least
   RowSplit<Key> split_{};
   std::vector<uint4> workspace_;
   size_t guard_begin_ = 0;

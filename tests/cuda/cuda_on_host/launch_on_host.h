@@ -170,27 +170,45 @@ inline void run_grid(const LaunchShape& shape, uint64_t seed) {
   for (Thread& thread : machine.threads) thread.fiber.started = false;
 }
 
-template <auto kernel>
-const char* function_with_name() {
-  return __PRETTY_FUNCTION__;
-}
-
-// The kernel's name, without the namespaces that all of them are in.
-template <auto kernel>
-std::string kernel_name() {
-  std::string name = std::strstr(function_with_name<kernel>(), "kernel = ") + 9;
-  name.pop_back();  // the bracket
+// A kernel's name without the namespaces that all of them are in.
+inline std::string short_name(std::string name) {
   for (const char* part : {"&", "eaft_ext::cuda::", "{anonymous}::", "(anonymous namespace)::"}) {
     for (size_t at; (at = name.find(part)) != std::string::npos;) name.erase(at, std::strlen(part));
   }
   return name;
 }
 
+template <auto kernel>
+const char* function_with_name() {
+  return __PRETTY_FUNCTION__;
+}
+
+template <auto kernel>
+std::string kernel_name() {
+  std::string name = std::strstr(function_with_name<kernel>(), "kernel = ") + 9;
+  name.pop_back();  // the bracket
+  return short_name(name);
+}
+
+// A parameter of a kernel, as the bytes of its launch.
+struct Argument {
+  const void* data;
+  size_t bytes;
+};
+
+// Runs what nvcc made of the kernel of that name: of ptx_on_host, whose libraries have it.
+std::string launch_compiled(const std::string& name, const LaunchShape& shape, uint64_t seed,
+                            const Argument* arguments, size_t count);
+
 // Runs kernel(arguments...). Returns an empty string, or what went wrong. Seed 0 is the plain
 // order.
 template <auto kernel, typename... Arguments>
 std::string launch(const LaunchShape& shape, uint64_t seed, const Arguments&... arguments) {
   const std::string name = kernel_name<kernel>();
+#ifdef CUDA_ON_HOST_COMPILED
+  const Argument all[] = {{&arguments, sizeof(Arguments)}...};
+  return launch_compiled(name, shape, seed, all, sizeof...(Arguments));
+#else
   const std::tuple<const Arguments&...> all(arguments...);
   machine.kernel = name.c_str();
   machine.arguments = &all;
@@ -199,6 +217,7 @@ std::string launch(const LaunchShape& shape, uint64_t seed, const Arguments&... 
   };
   run_grid(shape, seed);
   return machine.error;
+#endif
 }
 
 }  // namespace cuda_on_host
