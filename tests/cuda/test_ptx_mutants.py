@@ -69,8 +69,8 @@ class Kernel:
     check: Callable[[], None]
 
 
-STAGED = Kernel("gated_ce_forward_with_grad", "staged_kernelIfLi192E", check_staged)
-BACKWARD = Kernel("gated_ce_backward", "backward_kernelIfE", check_backward)
+STAGED = Kernel("gated_ce_forward_with_grad", "staged_kernelIfLi192ENS0_9PlainLossE", check_staged)
+BACKWARD = Kernel("gated_ce_backward", "backward_kernelIfNS0_9PlainLossE", check_backward)
 SCALE = Kernel("scale_gradient", "scale_gradient_kernelIfE", check_scale)
 MERGE = Kernel("gated_ce_merge", "gated_ce_merge_kernel", check_merge)
 TOPK = Kernel("topk", "11topk_kernelIfE", check_topk)
