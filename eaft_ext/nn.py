@@ -42,7 +42,10 @@ class GatedCrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         op = type(self).__name__
-        checked(op, k, torch.empty(0), reduction=reduction, **options)
+        checked(op, k, torch.empty(0), reduction=reduction)
+        for name in {"num_items_in_batch", "token_weight"} & set(options):
+            raise TypeError(f"{op}: {name} goes to a call, criterion(logits, labels, {name}=...)")
+        token_loss(op, k, **options)
         check_gradient_in_forward(op, gradient_in_forward, reduction)
         self.k = k
         for name, default in LOSS_DEFAULTS.items():

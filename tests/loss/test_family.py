@@ -344,6 +344,9 @@ def test_the_module(device: str) -> None:
         criterion(logits, labels, token_weight=weight),
         gated_ce(logits, labels, token_weight=weight, **options),
     )
+    for name in ("token_weight", "num_items_in_batch"):
+        with pytest.raises(TypeError, match=f"{name} goes to a call"):
+            eaft_ext.GatedCrossEntropyLoss(**{name: weight})  # type: ignore[arg-type]
     assert "softcap=5.0" in repr(criterion) and "z_loss=0.01" in repr(criterion)
 
 

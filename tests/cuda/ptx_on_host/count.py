@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -58,15 +58,20 @@ def ascending() -> tuple[Tensor, Tensor]:
     return logits.sort(dim=1).values, labels
 
 
-def forward(logits: Tensor, labels: Tensor, num_spans: int = 1) -> None:
-    kernels_on_host.forward(logits, labels, 20, *GATE, num_spans=num_spans)
+Family = Sequence[float]
+SCALED, CAPPED, SMOOTHED = (0.0, 0.5, 0.0, 0.0), (30.0, 1.0, 0.0, 0.0), (0.0, 1.0, 0.1, 0.0)
 
 
-def backward(logits: Tensor, labels: Tensor) -> None:
+def forward(logits: Tensor, labels: Tensor, num_spans: int = 1, family: Family = ()) -> None:
+    kernels_on_host.forward(logits, labels, 20, *GATE, num_spans=num_spans, family=family)
+
+
+def backward(logits: Tensor, labels: Tensor, family: Family = ()) -> None:
     row_max = logits.float().amax(1)
     log_sum = (logits.float() - row_max[:, None]).exp().sum(1).log()
     weight = torch.ones(len(labels))
-    kernels_on_host.backward(weight, logits, labels, row_max, log_sum, -100)
+    saved = (row_max, log_sum, -100)
+    kernels_on_host.backward(weight, logits, labels, *saved, family=family, upstream=weight)
 
 
 def with_grad(logits: Tensor, labels: Tensor, cluster_size: int) -> None:
@@ -85,7 +90,12 @@ CASES: list[Case] = [
     ("forward, misaligned rows", misaligned, forward),
     ("forward, ascending rows: the list overflows", ascending, forward),
     ("forward, 1 row in 16 spans", lambda: rows(1), lambda x, y: forward(x, y, 16)),
+    ("forward, a logit scale", rows, lambda x, y: forward(x, y, family=SCALED)),
+    ("forward, a soft cap", rows, lambda x, y: forward(x, y, family=CAPPED)),
+    ("forward, label smoothing", rows, lambda x, y: forward(x, y, family=SMOOTHED)),
     ("backward", rows, backward),
+    ("backward, a soft cap", rows, lambda x, y: backward(x, y, CAPPED)),
+    ("backward, label smoothing", rows, lambda x, y: backward(x, y, SMOOTHED)),
     ("backward, misaligned rows", misaligned, backward),
     ("forward with gradient, clusters of 4", rows, lambda x, y: with_grad(x, y, 4)),
     ("the same, misaligned rows", misaligned, lambda x, y: with_grad(x, y, 4)),
