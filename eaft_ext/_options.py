@@ -26,6 +26,7 @@ from eaft_ext.reference import (
     mean_divisor,
     reduce_loss,
     weigh,
+    without_muted,
 )
 
 if TYPE_CHECKING:
@@ -173,20 +174,15 @@ class Reduce:
         return weigh(loss, self.token_weight.to(loss.dtype))
 
     def without_muted(self, labels: Tensor, of_token: TokenLoss) -> tuple[Tensor, Reduce]:
-        """Labels that are ignored where their weight is 0, and what reduces the losses then.
-
-        Such a token costs nothing, and counts in a mean all the same.
-        """
+        """Labels that are ignored where their weight is 0, and what reduces the losses then."""
         if self.token_weight is None:
             return labels, self
-        weight = self.token_weight.detach()
-        ignored = labels == of_token.ignore_index
-        muted = ignored | (weight == 0)
+        muted = without_muted(labels, self.token_weight, of_token.ignore_index)
+        labels, weight, num_valid = muted
         num_items = self.num_items_in_batch
         if self.reduction == "mean" and num_items is None:
-            num_items = (~ignored).sum()
-        reduce = Reduce(self.reduction, num_items, weight.masked_fill(muted, 0))
-        return labels.masked_fill(muted, of_token.ignore_index), reduce
+            num_items = num_valid
+        return labels, Reduce(self.reduction, num_items, weight)
 
 
 SMALLEST, LARGEST = 2.0**-126, 2.0**127

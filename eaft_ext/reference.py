@@ -101,6 +101,20 @@ def weigh(nll: Tensor, gate: Tensor) -> Tensor:
     return torch.where(gate == 0, 0.0, gate * nll)
 
 
+def without_muted(
+    labels: Tensor, token_weight: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels and weights of which those of weight 0 are ignored, and how many were not before.
+
+    Such a token costs nothing, and counts in a mean all the same.
+    """
+    weight = token_weight.detach()
+    ignored = labels == ignore_index
+    muted = ignored | (weight == 0)
+    num_valid = (~ignored).sum()
+    return labels.masked_fill(muted, ignore_index), weight.masked_fill(muted, 0), num_valid
+
+
 def mean_divisor(
     valid: Tensor, num_items_in_batch: float | Tensor | None, dtype: torch.dtype
 ) -> float | Tensor:
@@ -328,6 +342,10 @@ def gated_ce(
         def gate(nll: Tensor, entropy: Tensor) -> Tensor:
             return torch.where(entropy == 0, 0.0, entropy / (divisor or 1.0)) ** alpha
 
+    if token_weight is not None:
+        labels, token_weight, num_valid = without_muted(labels, token_weight, ignore_index)
+        if reduction == "mean" and num_items_in_batch is None:
+            num_items_in_batch = num_valid
     loss, stats = token_losses(
         logits,
         labels,
@@ -340,7 +358,7 @@ def gated_ce(
         z_loss=z_loss,
     )
     if token_weight is not None:
-        loss = weigh(loss, token_weight.detach().to(loss.dtype))
+        loss = weigh(loss, token_weight.to(loss.dtype))
     loss = reduce_loss(loss, stats.valid, reduction, num_items_in_batch)
     return (loss, stats) if return_stats else loss
 

@@ -75,11 +75,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def _why_left_out(item: pytest.Item, config: pytest.Config) -> str | None:
+    if item.get_closest_marker("nvcc") and nvcc() is None:
+        return "no nvcc; with the CUDA toolkit, and without a GPU, they run"
     for mark in _ON_REQUEST:
         if item.get_closest_marker(mark) and not config.getoption(f"--{mark}"):
             return f"marked {mark}; pytest --{mark} runs them"
-    if item.get_closest_marker("nvcc") and nvcc() is None:
-        return "no nvcc; with the CUDA toolkit, and without a GPU, they run"
     case = getattr(item, "callspec", None)
     device = case.params.get("device") if case else None
     if device is None and item.get_closest_marker("cuda"):

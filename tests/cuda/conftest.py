@@ -1,4 +1,4 @@
-"""The two forms of the kernels that run on the host."""
+"""The forms of the kernels that run on the host."""
 
 from __future__ import annotations
 

@@ -232,6 +232,11 @@ WRONG = {
         ["mov.u32 %r1, memory;", WINDOW, "mapa.u64 %d4, %d3, 1;"],
         "mapa with rank 1 in a cluster of 1",
     ),
+    "reads_written_nowhere": ([f"st.global.u32 {LAST}, %r5;"], "the register r5_ is read"),
+    "asks_an_unwritten_guard": (
+        ["setp.ne.s32 %p1, %r0, 0; @%p1 setp.ne.s32 %p2, %r0, 9; @%p2 mov.u32 %r1, 7;"],
+        "the register p2_ is read",
+    ),
     "reads_unwritten": (
         ["setp.ne.s32 %p1, %r0, 0; @%p1 mov.u32 %r1, 7;", f"st.global.u32 {LAST}, %r1;"],
         "the register r1_ is read",

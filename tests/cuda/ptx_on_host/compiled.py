@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from ptx_on_host.translate import entries, translate
 
 HERE = Path(__file__).resolve().parent
 
-# Those whose PTX differs; test_ptx_on_host.py holds the others to that.
+# Those whose PTX differs; test_ptx_architectures.py holds the others to that.
 ARCHITECTURES = ("sm_90", "sm_100")
 
 # The translator knows better which registers are unwritten. The CPU's own FMA is several times as
@@ -49,7 +50,10 @@ def ptx(architecture: str) -> Mapping[str, str]:
     command = [str(nvcc()), *NVCC_FLAGS, "-ptx", f"-arch={architecture.replace('sm', 'compute')}"]
     sources = sorted((build.CSRC / "cuda").glob("*.cu"))
     headers = [path for path in build.CSRC.rglob("*") if path.suffix in (".h", ".cuh", ".cu")]
-    key = build.digest(command, headers)
+    # Of another release, behind the same path, it is another PTX.
+    release = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True).stdout
+    added = [os.environ.get(f"NVCC_{place}_FLAGS", "") for place in ("PREPEND", "APPEND")]
+    key = build.digest([*command, release, *added], headers)
 
     def compile(source: Path) -> str:
         found = build.cache_folder() / f"ptx_{architecture}_{source.stem}-{key}.ptx"
@@ -154,6 +158,7 @@ def load(architecture: str, *, counting: bool = False, only: str = "") -> Compil
     """
     texts = ptx(architecture)
     words = [architecture, str(counting), only, *(build.compiler() or []), *FLAGS]
+    words += texts.values()
     library = build.cache_folder() / f"ptx_{architecture}-{build.digest(words, _files())}.so"
 
     def make(unfinished: Path) -> None:

@@ -28,6 +28,20 @@ def _names(operand: Operand) -> Iterator[str]:
             yield from (value.name, predicate.name)
 
 
+def _registers(operand: Operand) -> Iterator[str]:
+    """Of these names, those that have to be written before they are read."""
+    match operand:
+        case Register(name):
+            yield name
+        case Address(base):
+            yield from _registers(base)
+        case Several(items):
+            for item in items:
+                yield from _registers(item)
+        case Pair(value, predicate):
+            yield from (value.name, predicate.name)
+
+
 def effects(instruction: Instruction) -> tuple[list[str], list[str]]:
     """What is read and what is written."""
     opcode, operands = instruction.opcode, list(instruction.operands)
@@ -67,6 +81,11 @@ def maybe_unwritten(function: Function) -> set[str]:
     for statement in body:
         read, written = effects(statement) if isinstance(statement, Instruction) else ([], [])
         reads.append(read)
+        if isinstance(statement, Instruction):
+            guards = [] if statement.guard is None else [statement.guard]
+            for operand in (*statement.operands, *guards):
+                for name in _registers(operand):  # also one that is written nowhere
+                    bits.setdefault(name, 1 << len(bits))
         guarded = isinstance(statement, Instruction) and statement.guard is not None
         sum_of_bits = 0
         for name in written:

@@ -331,7 +331,10 @@ class _Translator:
             text = self.watch(statement, texts[statement])
             if statement.guard is not None:
                 guard = self.value(statement.guard, "pred")
-                text = f"if ({'!' if statement.negated else ''}{guard}) {{ {text} }}"
+                # Also where it says that nothing is done.
+                name = statement.guard.name
+                check = f'need_written(written_{name}, "{name}"); ' if name in self.watched else ""
+                text = f"{check}if ({'!' if statement.negated else ''}{guard}) {{ {text} }}"
             body += [f'#line {statement.line} "{self.module.file}"', text]
         declared = [f"{kind} {name};" for name, kind in self.registers.items()]
         declared += [f"bool written_{name} = false;" for name in sorted(self.watched)]
