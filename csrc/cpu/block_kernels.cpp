@@ -3,6 +3,8 @@
 #include <cmath>
 #include <limits>
 
+#include "../core/soft_cap.h"
+
 // Clones of a function for each level of the instruction set, chosen by the loader (an ifunc),
 // where compiler and platform have them; elsewhere the one version that the build's own flags give.
 #if !defined(__x86_64__) || !defined(__linux__) || !defined(__GNUC__) || defined(__clang__)
@@ -55,26 +57,6 @@ EAFT_ALWAYS_INLINE float exp_nonpositive(float x) {
 
 EAFT_ALWAYS_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
-// cap tanh(x / cap) within 2 ulp, for the two ranges of z = x / cap. Near 0 an odd polynomial
-// (Cephes' tanhf).
-constexpr float kNearZero = 0.625f;
-
-EAFT_ALWAYS_INLINE float capped_near(float x, float z) {
-  const float square = z * z;
-  float p = -5.70498872745e-3f;
-  p = p * square + 2.06390887954e-2f;
-  p = p * square - 5.37397155531e-2f;
-  p = p * square + 1.33314422036e-1f;
-  p = p * square - 3.33332819422e-1f;
-  return p * square * x + x;
-}
-
-// Beyond, the cap less what is missing: the product with the cap is then not a rounding of its own.
-EAFT_ALWAYS_INLINE float capped_far(float z, float cap) {
-  const float e = exp_nonpositive(-2.0f * std::fabs(z));
-  return std::copysign(cap - (2.0f * cap) * (e / (1.0f + e)), z);
-}
-
 // Written so that NaN in x is passed over.
 template <typename Real>
 EAFT_ALWAYS_INLINE Real larger(Real x, Real largest) {
@@ -88,8 +70,8 @@ EAFT_ALWAYS_INLINE void scale_loop(const Real* x, Real* target, Real scale, int 
 
 EAFT_ALWAYS_INLINE float capped(float x, float cap, float to_cap) {
   const float z = x * to_cap;
-  const float near = capped_near(x, z);
-  const float far = capped_far(z, cap);
+  const float near = soft_cap_near(x, z);
+  const float far = soft_cap_far(z, cap, exp_nonpositive(-2.0f * std::fabs(z)));
   return std::fabs(z) < kNearZero ? near : far;  // NaN is far, and passes
 }
 
@@ -108,7 +90,7 @@ EAFT_ALWAYS_INLINE void cap_loop(const float* x, float* target, LogitMap<float> 
     }
     const auto largest = bit_cast<float>(bits);
     if (largest * to_cap < kNearZero) {
-      for (int i = 0; i < kGroupSize; ++i) target[i] = capped_near(scaled[i], scaled[i] * to_cap);
+      for (int i = 0; i < kGroupSize; ++i) target[i] = soft_cap_near(scaled[i], scaled[i] * to_cap);
     } else {
       for (int i = 0; i < kGroupSize; ++i) target[i] = capped(scaled[i], map.cap, to_cap);
     }

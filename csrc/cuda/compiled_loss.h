@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../core/host_device.h"
+#include "../core/soft_cap.h"
 #include "../core/token_loss.h"
 
 namespace eaft_ext::cuda {
@@ -38,7 +39,13 @@ struct FamilyLoss {
         inverse_cap(static_cast<float>(1 / of_kernel.map.cap)),
         loss(of_kernel) {}
   EAFT_HOST_DEVICE float logit(float x) const {
-    return cap == 0 ? scale * x : cap * std::tanh(scale_over_cap * x);
+    const float scaled = multiply_add(scale, x, 0);
+    if (cap == 0) return scaled;
+    constexpr float kLog2E = 1.44269504f;
+    const float z = scale_over_cap * x;
+    const float near = soft_cap_near(scaled, z);
+    const float far = soft_cap_far(z, cap, std::exp2(-2.0f * kLog2E * std::fabs(z)));
+    return std::fabs(z) < kNearZero ? near : far;
   }
   // dx'/dx, from x'.
   EAFT_HOST_DEVICE float slope(float mapped) const {

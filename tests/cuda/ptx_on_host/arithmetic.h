@@ -95,11 +95,6 @@ inline f32 exp2_approximate(f32 x) {
 }
 inline f32 exp2_approximate_flushed(f32 x) { return flushed(exp2_approximate(flushed(x))); }
 
-inline f32 reciprocal_approximate_flushed(f32 x) {
-  if (x != x) return number(x);
-  return flushed(approximately(flushed(1.0f / flushed(x)), x));
-}
-
 // "rcp.approx.ftz.f64": the upper half of the reciprocal's bits.
 inline f64 reciprocal_approximate(f64 x) {
   const f64 exact = flushed(1.0 / flushed(x));

@@ -50,6 +50,7 @@ _SECTIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ("fma.rm.f32", "", "f32 f32 f32 f32", "number(fused_downward(a, b, c))"),
         ("fma.rn.f64", "", "f64 f64 f64 f64", "__builtin_fma(a, b, c)"),
         ("div.rn.f64", "", "f64 f64 f64", "a / b"),
+        ("rcp.rn.f32", "", "f32 f32", "number(1.0f / a)"),
         ("rcp.rn.f64", "", "f64 f64", "1.0 / a"),
         ("rcp.approx.ftz.f64", "", "f64 f64", "reciprocal_approximate(a)"),
         ("abs.f32", "", "f32 f32", "__builtin_fabsf(a)"),
@@ -60,7 +61,6 @@ _SECTIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ("min.f32", "", "f32 f32 f32", "number(cuda_on_host::min_float(a, b))"),
         ("ex2.approx.f32", "", "f32 f32", "exp2_approximate(a)"),
         ("ex2.approx.ftz.f32", "", "f32 f32", "exp2_approximate_flushed(a)"),
-        ("rcp.approx.ftz.f32", "", "f32 f32", "reciprocal_approximate_flushed(a)"),
     ],
     "Half Precision Floating Point": [
         ("max.f16x2", "", "f16x2 f16x2 f16x2", "__hmax2(a, b)"),
