@@ -34,7 +34,11 @@ EAFT_HOST_DEVICE inline float soft_cap_near(float x, float z) {
 // Beyond, the cap less what is missing: the product with the cap is then not a rounding of its own.
 // exponential: exp(-2 |z|). NaN is beyond, and passes.
 EAFT_HOST_DEVICE inline float soft_cap_far(float z, float cap, float exponential) {
-  const float missing = 2.0f * exponential * (1.0f / (1.0f + exponential));
+#if defined(__CUDA_ARCH__)
+  const float missing = __fdividef(2.0f * exponential, 1.0f + exponential);  // no call
+#else
+  const float missing = 2.0f * exponential / (1.0f + exponential);
+#endif
   return std::copysign(multiply_add(-cap, missing, cap), z);
 }
 

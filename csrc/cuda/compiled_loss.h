@@ -23,6 +23,15 @@ struct PlainLoss {
   }
 };
 
+// Of a number that is at most 0.
+EAFT_HOST_DEVICE inline float exp_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return __expf(x);  // without the branch for results that are not normal
+#else
+  return std::exp(x);
+#endif
+}
+
 struct FamilyLoss {
   static constexpr bool kIsPlain = false;
   float scale;
@@ -41,10 +50,9 @@ struct FamilyLoss {
   EAFT_HOST_DEVICE float logit(float x) const {
     const float scaled = multiply_add(scale, x, 0);
     if (cap == 0) return scaled;
-    constexpr float kLog2E = 1.44269504f;
     const float z = scale_over_cap * x;
     const float near = soft_cap_near(scaled, z);
-    const float far = soft_cap_far(z, cap, std::exp2(-2.0f * kLog2E * std::fabs(z)));
+    const float far = soft_cap_far(z, cap, exp_of(-2.0f * std::fabs(z)));
     return std::fabs(z) < kNearZero ? near : far;
   }
   // dx'/dx, from x'.

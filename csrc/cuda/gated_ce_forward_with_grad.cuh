@@ -28,6 +28,12 @@ constexpr int kStagedBlocks = 4;
 constexpr int kStagedThreads = 192;
 constexpr int kCachedThreads = 384;
 
+// The options' arithmetic takes registers, and time in which others may load: half as many blocks.
+template <typename Loss>
+constexpr int blocks_of(int blocks) {
+  return Loss::kIsPlain ? blocks : blocks / 2;
+}
+
 // What a block tells the others of its cluster, and what it makes of what they say.
 template <int kThreads, typename Loss>
 struct ForwardWithGradStorage {
@@ -65,8 +71,9 @@ __device__ inline void finish_row(const ForwardWithGradArguments& arguments, int
 // One row by one cluster; the grid has a cluster for each row. span_length: elements of each
 // block's span but the last, a multiple of the vector size.
 template <typename Element, int kThreads, typename Loss>
-__global__ void __launch_bounds__(kThreads, kStagedBlocks) gated_ce_forward_with_grad_staged_kernel(
-    const __grid_constant__ ForwardWithGradArguments arguments, int span_length) {
+__global__ void __launch_bounds__(kThreads, blocks_of<Loss>(kStagedBlocks))
+    gated_ce_forward_with_grad_staged_kernel(
+        const __grid_constant__ ForwardWithGradArguments arguments, int span_length) {
   auto& storage = *reinterpret_cast<ForwardWithGradStorage<kThreads, Loss>*>(block_memory());
   auto* staged = reinterpret_cast<Vector<Element>*>(block_memory() + kStagedOffset<kThreads, Loss>);
   const ForwardArguments& forward = arguments.forward;
@@ -141,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, kStagedBlocks) gated_ce_forward_with
 
 // A persistent block takes one row after the other; the second read comes from L2.
 template <typename Element, int kThreads, typename Loss>
-__global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads)
+__global__ void __launch_bounds__(kThreads, blocks_of<Loss>(kThreadsPerMultiprocessor / kThreads))
     gated_ce_forward_with_grad_cached_kernel(
         const __grid_constant__ ForwardWithGradArguments arguments) {
   auto& storage = *reinterpret_cast<ForwardWithGradStorage<kThreads, Loss>*>(block_memory());

@@ -84,7 +84,7 @@ CASES: dict[str, list[tuple[Value, ...]]] = {
     "max.f32": [(NAN, 2.0, 2.0), (-0.0, 0.0, 0.0), (NAN, NAN, F32_NAN), (-INF, -3.0, -3.0)],
     "min.f32": [(NAN, 2.0, 2.0), (0.0, -0.0, -0.0), (-INF, -3.0, -INF)],
     "ex2.approx.f32": [(3.0, 8.0), (-INF, 0.0), (INF, INF), (NAN, F32_NAN), (-140.0, TINY)],
-    "rcp.rn.f32": [(3.0, float.fromhex("0x1.555556p-2")), (-0.0, -INF), (NAN, F32_NAN)],
+    "div.approx.f32": [(1.0, 4.0, 0.25), (-3.0, 2.0, -1.5), (NAN, 1.0, F32_NAN)],
     "copysign.f32": [(-2.0, 3.0, -3.0), (0.5, -INF, INF)],
     "ex2.approx.ftz.f32": [(-1.0, 0.5), (-140.0, 0.0), (TINY, 1.0), (-INF, 0.0), (NAN, F32_NAN)],
     "max.f16x2": [(0x3C00_BC00, 0x7E00_4000, 0x3C00_4000)],

@@ -50,7 +50,7 @@ _SECTIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ("fma.rm.f32", "", "f32 f32 f32 f32", "number(fused_downward(a, b, c))"),
         ("fma.rn.f64", "", "f64 f64 f64 f64", "__builtin_fma(a, b, c)"),
         ("div.rn.f64", "", "f64 f64 f64", "a / b"),
-        ("rcp.rn.f32", "", "f32 f32", "number(1.0f / a)"),
+        ("div.approx.f32", "", "f32 f32 f32", "number(approximately(a / b, a))"),
         ("rcp.rn.f64", "", "f64 f64", "1.0 / a"),
         ("rcp.approx.ftz.f64", "", "f64 f64", "reciprocal_approximate(a)"),
         ("abs.f32", "", "f32 f32", "__builtin_fabsf(a)"),
