@@ -97,8 +97,7 @@ inline TokenLoss checked_family(const char* op, int64_t ignore_index,
                         family[2] <= 1 && family[3] >= 0 && family[3] < kInfinity,
                     op,
                     ": family must be empty, or a softcap of at least 0, a logit_scale above 0, a "
-                    "label_smoothing "
-                    "from 0 to 1 and a z_loss of at least 0, all finite, got ",
+                    "label_smoothing from 0 to 1 and a z_loss of at least 0, all finite, got ",
                     family);
   loss.map = {family[1], family[0]};
   loss.label_smoothing = family[2];

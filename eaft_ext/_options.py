@@ -99,6 +99,15 @@ class TokenLoss:
             return []
         return [float(number) for number in (*map_, *others)]
 
+    def reference_options(self) -> dict[str, Any]:
+        """The same as :func:`eaft_ext.reference.token_losses` takes it."""
+        return {
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+        }
+
     @property
     def partial_size(self) -> int:
         """Numbers of what a shard of the vocabulary tells of a token."""
@@ -305,8 +314,8 @@ def _checked_number(op: str, name: str, value: float, bound: str) -> float:
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
     value = float(value)
     # Kernels take it as a float32, in which it must neither be 0 nor infinite.
-    is_inside = value == 0 if bound.startswith("at least") else False
-    if not (is_inside or SMALLEST <= value <= LARGEST):
+    is_0 = value == 0 and bound.startswith("at least")
+    if not (is_0 or SMALLEST <= value <= LARGEST):
         raise ValueError(f"{op}: {name} must be finite and {bound}, got {value}")
     return value
 

@@ -215,10 +215,7 @@ def gated_ce(
             of_token.k,
             of_token.gate,
             of_token.ignore_index,
-            softcap=of_token.softcap,
-            logit_scale=of_token.logit_scale,
-            label_smoothing=of_token.label_smoothing,
-            z_loss=of_token.z_loss,
+            **of_token.reference_options(),
         )
     loss = reduce(loss, stats.valid)
     return (loss, stats) if return_stats else loss

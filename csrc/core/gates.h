@@ -6,8 +6,7 @@
 //     sigmoid      1 / (1 + exp(-slope (H / ln k - beta)))     first = beta, second = slope
 //     hard         1 if H / ln k > threshold else 0            first = threshold
 //     conflict     0 if H / ln k < entropy and p(y) < probability else 1
-//                                                              first = entropy, second =
-//                                                              probability
+//                                     first = entropy, second = probability
 //     probability  p(y)
 //     power        p(y)^q                                      first = q
 //     threshold    1 if p(y) > threshold else 0                first = threshold

@@ -148,10 +148,7 @@ def linear_gated_ce(
             ignore_index=of_token.ignore_index,
             reduction=reduce.reduction,
             num_items_in_batch=reduce.num_items_in_batch,
-            softcap=of_token.softcap,
-            logit_scale=of_token.logit_scale,
-            label_smoothing=of_token.label_smoothing,
-            z_loss=of_token.z_loss,
+            **of_token.reference_options(),
             token_weight=reduce.token_weight,
             return_stats=return_stats,
         )
