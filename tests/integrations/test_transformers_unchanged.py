@@ -181,7 +181,9 @@ def unfused_of_copy(tokens: Tensor, labels: Tensor, **options: Any) -> Tensor:
 
 def test_hooks_of_accelerate() -> None:
     """Which have a module's arguments moved to where it is."""
-    hooks = pytest.importorskip("accelerate.hooks", reason="needs accelerate")
+    hooks = pytest.importorskip(
+        "accelerate.hooks", reason="needs accelerate: pip install accelerate"
+    )
     tokens, labels = batch()
     expected = unfused_of_copy(tokens, labels)
     model = build("llama")
@@ -210,7 +212,9 @@ def test_hooks_of_accelerate() -> None:
 
 
 def test_hooks_of_accelerate_that_come_later() -> None:
-    hooks = pytest.importorskip("accelerate.hooks", reason="needs accelerate")
+    hooks = pytest.importorskip(
+        "accelerate.hooks", reason="needs accelerate: pip install accelerate"
+    )
     tokens, labels = batch()
     model = build("llama")
     gated = use_linear_gated_ce(model)
