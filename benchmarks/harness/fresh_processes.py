@@ -88,9 +88,9 @@ def _answer(rank: int, folder: str, measure: Callable[..., Any], *request: Any) 
 def leave() -> NoReturn:
     """End this process, whose work is done, without the end of the interpreter.
 
-    Megatron-Core keeps its process groups, and so gloo's threads, until then; one that lets go of a
-    tensor while the interpreter is ending aborts the process ("terminate called without an active
-    exception").
+    What is left in cycles, or in Megatron-Core's globals, keeps process groups, and so gloo's
+    threads, until then; one that lets go of a tensor while the interpreter is ending aborts the
+    process ("terminate called without an active exception").
     """
     sys.stdout.flush()
     sys.stderr.flush()

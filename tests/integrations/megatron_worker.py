@@ -5,8 +5,6 @@ All processes share the vocabulary. Every case saves what it found; the tests ju
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -353,8 +351,3 @@ def function(rank: int, world_size: int) -> dict[str, Result]:
 
 if __name__ == "__main__":
     work(function)
-    # Megatron-Core keeps its groups, and so gloo's threads: one that lets go of a tensor while the
-    # interpreter is ending would abort the process.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

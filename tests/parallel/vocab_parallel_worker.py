@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from operand_bytes import Operands
+from spawned import leave
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -51,7 +52,18 @@ def _by_dispatch(seen: list[Any]) -> Iterator[None]:
 
 
 WATCHES = {"debug_mode": _by_debug_mode, "profiler": _by_profiler, "dispatch": _by_dispatch}
-WATCHED = ("default", "gate_callable", "bfloat16", "float64", "k_2", "in_place", "all_ignored")
+WATCHED = (
+    "default",
+    "gate_callable",
+    "bfloat16",
+    "float64",
+    "k_2",
+    "in_place",
+    "all_ignored",
+    "whole_entropy",
+    "full_stats",
+    "full_stats_smoothed",
+)
 
 
 def _collectives(process: Process) -> dict[str, list[Any]]:
@@ -62,7 +74,8 @@ def _collectives(process: Process) -> dict[str, list[Any]]:
         shard.requires_grad_()
         seen: list[Any] = []
         with watch(seen):
-            loss = vocab_parallel_gated_ce(shard, labels, **options)
+            result = vocab_parallel_gated_ce(shard, labels, **options)
+        loss = result[0] if isinstance(result, tuple) else result
         with watch(seen):
             loss.sum().backward()
         found[f"{name} {way}"] = seen
@@ -75,6 +88,7 @@ COMPILED: dict[str, tuple[dict[str, Any], str]] = {
     "unreduced": ({"gate": FocalGate(2.0), "reduction": "none"}, "aot_eager"),
     "callable": ({"gate": GATES["callable"]}, "aot_eager"),
     "in_place": ({"inplace_backward": True}, "inductor"),
+    "whole_entropy": ({"k": None}, "aot_eager"),
 }
 SIZES = [(240, 12), (240, 5), (48, 7)]
 """Words and rows."""
@@ -91,7 +105,7 @@ def _compiled(process: Process, name: str) -> dict[str, Any]:
     def record(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         calls = [(str(node.target), node.args) for node in graph.graph.nodes]
         targets.append([target for target, _ in calls if "c10d" in target])
-        overwrites.extend(args[8] for target, args in calls if "gated_ce_merge" in target)
+        overwrites.extend(args[9] for target, args in calls if "gated_ce_merge" in target)
         return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
     def function(x: Tensor, y: Tensor) -> Tensor:
@@ -208,3 +222,4 @@ def main(rank: int, world_size: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    leave()
