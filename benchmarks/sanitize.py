@@ -65,16 +65,26 @@ def results(logits: Tensor, labels: Tensor, upstream: Tensor, k: int) -> Found:
         memory = torch.full((length,), torch.nan, dtype=logits.dtype, device=logits.device)
         return memory.as_strided(logits.shape, logits.stride(), offset).copy_(logits)
 
-    loss, _, entropy, weight, row_max, log_sum = ops.gated_ce_forward(logits, *options)
+    loss, _, entropy, weight, row_max, log_sum, _ = ops.gated_ce_forward(logits, *options)
     yield "gated_ce_forward", "loss", loss
     yield "gated_ce_forward", "entropy", entropy
+    # Of all logits: without a selection, beside one, and with a gradient.
+    for k_of_gate in (0, k):
+        asked = (logits, labels, k_of_gate, *options[2:], False, [], 3)
+        yield "gated_ce_forward", "vocab_entropy", ops.gated_ce_forward(*asked)[-1][2]
+    exact = (upstream, logits, labels, 0, *options[2:], [], 3)
+    yield (
+        "gated_ce_forward_with_grad",
+        "vocab_entropy",
+        (ops.gated_ce_forward_with_grad(*exact)[-2][2]),
+    )
     stats = (labels, row_max, log_sum, IGNORED)
     yield "gated_ce_backward", "gradient", ops.gated_ce_backward(upstream * weight, logits, *stats)
     overwritten = copy()
     ops.gated_ce_backward_(upstream * weight, overwritten, *stats)
     yield "gated_ce_backward_", "gradient", overwritten
     yield from results_of_shards(logits, labels, upstream, k)
-    loss, _, entropy, _, gradient = ops.gated_ce_forward_with_grad(upstream, logits, *options)
+    loss, _, entropy, _, _, gradient = ops.gated_ce_forward_with_grad(upstream, logits, *options)
     yield "gated_ce_forward_with_grad", "loss", loss
     yield "gated_ce_forward_with_grad", "entropy", entropy
     yield "gated_ce_forward_with_grad", "gradient", gradient
@@ -93,8 +103,8 @@ def results_of_shards(logits: Tensor, labels: Tensor, upstream: Tensor, k: int) 
     parts = logits.tensor_split((width, 2 * width), 1)
     shards = list(zip((0, width, 2 * width), parts, strict=True))
     partials = [ops.gated_ce_partial(x, labels, k, start, None, IGNORED) for start, x in shards]
-    merged = (torch.stack(partials), gate.name, gate.parameters(), IGNORED, 0, None)
-    loss, _, entropy, weight, row_max, log_sum = ops.gated_ce_merge(logits, labels, *merged)
+    merged = (torch.stack(partials), k, gate.name, gate.parameters(), IGNORED, 0, None)
+    loss, _, entropy, weight, row_max, log_sum, _ = ops.gated_ce_merge(logits, labels, *merged)
     yield "gated_ce_partial", "loss", loss
     yield "gated_ce_merge", "entropy", entropy
     stats = (labels, row_max, log_sum, IGNORED)
@@ -145,10 +155,12 @@ def check_losses(device: str, num_rows: int, vocab_size: int, dtype: torch.dtype
     """Run all operators of the loss on a shape; how many results were wrong."""
     logits, labels, upstream = inputs(num_rows, vocab_size, dtype)
     leaf = logits.double().requires_grad_()
-    loss, stats = reference.gated_ce(leaf, labels, k, reduction="none", return_stats=True)
+    loss, stats = reference.gated_ce(leaf, labels, k, reduction="none", return_stats="full")
     (gradient,) = torch.autograd.grad(loss, leaf, upstream.double())
     expected = {"loss": loss.detach(), "entropy": stats.entropy, "gradient": gradient}
     expected["half of the gradient"] = gradient / 2
+    assert stats.vocab_entropy is not None, "it was asked for"
+    expected["vocab_entropy"] = stats.vocab_entropy
     wrong = 0
     for misaligned in (False, True):
         arguments = (on_device(logits, device, misaligned), labels.to(device), upstream.to(device))

@@ -8,10 +8,12 @@
 #include <limits>
 #include <optional>
 #include <string_view>
+#include <vector>
 
 #include "core/limits.h"
 #include "core/shard_partial.h"
 #include "core/token_loss.h"
+#include "core/token_stats.h"
 #include "gate_from_name.h"
 #include "tensor_rows.h"
 #include "vocab_shard.h"
@@ -34,19 +36,18 @@ inline VocabShard checked_shard(const char* op, const at::Tensor& logits,
   return VocabShard(logits, vocab_start, vocab_size);
 }
 
-// The partials of all shards; gives their k. num_others: numbers behind the k largest.
-inline int check_partials(const char* op, const at::Tensor& partials, const at::Tensor& labels,
-                          at::ScalarType dtype, int num_others) {
-  const int64_t k = partials.dim() == 0 ? 0 : partials.size(-1) - kPartialTop - num_others;
-  const bool fits = partials.dim() == labels.dim() + 2 && partials.size(0) >= 1 && k >= kMinTopK &&
-                    k <= kMaxTopK && partials.sizes().slice(1, labels.dim()) == labels.sizes();
-  TORCH_CHECK_VALUE(fits, op, ": partials must be (num_shards, ..., k + ", kPartialTop + num_others,
-                    ") with k from ", kMinTopK, " to ", kMaxTopK, ", got ", partials.sizes(),
-                    " for labels ", labels.sizes());
+// The partials of all shards.
+inline void check_partials(const char* op, const at::Tensor& partials, const at::Tensor& labels,
+                           at::ScalarType dtype, const TokenLoss& loss) {
+  const bool fits = partials.dim() == labels.dim() + 2 && partials.size(0) >= 1 &&
+                    partials.size(-1) == partial_size(loss) &&
+                    partials.sizes().slice(1, labels.dim()) == labels.sizes();
+  TORCH_CHECK_VALUE(fits, op, ": partials must be (num_shards, ..., ", partial_size(loss),
+                    ") with k = ", loss.k, ", got ", partials.sizes(), " for labels ",
+                    labels.sizes());
   TORCH_CHECK_VALUE(partials.scalar_type() == dtype && partials.device() == labels.device(), op,
                     ": partials must be ", dtype, " on ", labels.device(), ", got ",
                     partials.scalar_type(), " on ", partials.device());
-  return static_cast<int>(k);
 }
 
 // A tensor of one number for each row of the logits, on their device.
@@ -80,6 +81,20 @@ inline void check_factor(const char* op, const at::Tensor& factor, const at::Ten
                     factor.sizes(), " of ", factor.scalar_type(), " on ", factor.device());
 }
 
+// How many logits the gate's entropy is of: 0 are all.
+inline void check_gate_k(const char* op, int64_t k) {
+  TORCH_CHECK_VALUE(k == 0 || (k >= kMinTopK && k <= kMaxTopK), op, ": k must be from ", kMinTopK,
+                    " to ", kMaxTopK, ", or 0 for all logits, got ", k);
+}
+
+// The shape of what an operator tells of each token beside (core/token_stats.h).
+inline std::vector<int64_t> extra_sizes(const at::Tensor& logits, int64_t num_extra) {
+  auto sizes = logits.sizes().vec();
+  sizes.pop_back();
+  sizes.insert(sizes.begin(), num_extra);
+  return sizes;
+}
+
 inline void check_k(const char* op, int64_t k, int64_t min_k, int64_t max_k) {
   TORCH_CHECK_VALUE(k >= min_k && k <= max_k, op, ": k must be from ", min_k, " to ", max_k,
                     ", got ", k);
@@ -107,10 +122,13 @@ inline TokenLoss checked_family(const char* op, int64_t ignore_index,
 
 inline TokenLoss checked_token_loss(const char* op, int64_t k, std::string_view gate,
                                     c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
-                                    c10::ArrayRef<double> family) {
-  check_k(op, k, kMinTopK, kMaxTopK);
+                                    c10::ArrayRef<double> family, int64_t num_extra) {
+  check_gate_k(op, k);
+  TORCH_CHECK_VALUE(num_extra >= 0 && num_extra <= kMaxExtra, op, ": num_extra must be from 0 to ",
+                    kMaxExtra, ", got ", num_extra);
   TokenLoss loss = checked_family(op, ignore_index, family);
   loss.k = static_cast<int>(k);
+  loss.tells_entropy = num_extra == kMaxExtra;
   loss.gate = for_k(gate_from_name(gate, gate_parameters), loss.k);
   return loss;
 }

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -20,11 +20,15 @@ from eaft_ext._library import MAX_TOP_K, MIN_TOP_K
 from eaft_ext.gates import EntropyGate, Gate, GateFunction, HardGate, NoGate, is_built_in
 from eaft_ext.reference import (
     PARTIAL_HEAD,
+    Merged,
     Reduction,
+    TokenStats,
     gate_weights,
     map_logits,
     mean_divisor,
+    merge_partials,
     reduce_loss,
+    shard_partial,
     weigh,
     without_muted,
 )
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+ReturnStats = bool | Literal["full"]
 
 
 class LossKeywords(TypedDict, total=False):
@@ -60,13 +65,31 @@ class Keywords(LossKeywords, total=False):
 class TokenLoss:
     """What a token's loss is. Processes that share a vocabulary compare these fields."""
 
-    k: int
+    k: int | None
+    """Of how many of the largest logits the gate's entropy is; None: of all."""
     gate: Gate | GateFunction
     ignore_index: int
     softcap: float | None = None
     logit_scale: float = 1.0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    return_stats: ReturnStats = field(default=False, compare=False)
+    """What is told of a token besides: nothing that its loss depends on."""
+
+    @property
+    def num_extra(self) -> int:
+        """How many stats the operators are to tell besides: lse, correct, vocab_entropy."""
+        return _NUM_EXTRA[self.return_stats]
+
+    @property
+    def tells_entropy(self) -> bool:
+        """Whether the entropy of the whole vocabulary is asked for."""
+        return self.return_stats == "full"
+
+    @property
+    def sums_entropy(self) -> bool:
+        """Whether that is computed."""
+        return self.k is None or self.tells_entropy
 
     @property
     def kernel_gate(self) -> Gate:
@@ -83,12 +106,12 @@ class TokenLoss:
         """What is left to add where the gate is not the kernels': the z-loss, if there is one."""
         if self.z_loss == 0 or self.is_known_to_kernels:
             return None
-        return replace(self, gate=_NEVER, label_smoothing=0.0)
+        return replace(self, gate=_NEVER, label_smoothing=0.0, return_stats=False)
 
     def kernel_arguments(self) -> tuple[int, str, list[float], int]:
         """As the operators take it."""
         gate = self.kernel_gate
-        return self.k, gate.name, gate.parameters(), self.ignore_index
+        return self.k or 0, gate.name, gate.parameters(), self.ignore_index
 
     def family(self) -> list[float]:
         """As the operators take it: nothing where it is the logits as they are, and no z-loss."""
@@ -109,13 +132,40 @@ class TokenLoss:
         }
 
     @property
+    def num_top(self) -> int:
+        """How many of its largest logits a shard of the vocabulary tells."""
+        return 1 if self.k is None else self.k
+
+    @property
     def partial_size(self) -> int:
         """Numbers of what a shard of the vocabulary tells of a token."""
-        return PARTIAL_HEAD + self.k + (self.label_smoothing != 0)
+        return PARTIAL_HEAD + self.num_top + self.sums_entropy + (self.label_smoothing != 0)
+
+    def shard_partial(self, words: Tensor, labels: Tensor, vocab_start: int) -> Tensor:
+        """What a shard tells, in plain PyTorch, of its ``words`` as :meth:`map_logits` has them."""
+        return shard_partial(
+            words,
+            labels,
+            self.num_top,
+            vocab_start,
+            self.ignore_index,
+            sums_entropy=self.sums_entropy,
+            sums_logits=self.label_smoothing != 0,
+        )
+
+    def merge_partials(self, partials: Tensor, labels: Tensor) -> Merged:
+        """What all shards make of that; the entropy is that of the gate."""
+        merged = merge_partials(
+            partials, labels, self.ignore_index, self.num_top, sums_entropy=self.sums_entropy
+        )
+        if self.k is not None:
+            return merged
+        assert merged.vocab_entropy is not None, "it is what was asked for"
+        return merged._replace(entropy=merged.vocab_entropy)
 
     def smoothed(
         self,
-        merged: Sequence[Tensor],
+        merged: Merged,
         partials: Tensor,
         ignored: Tensor,
         num_words: int | None,
@@ -124,7 +174,7 @@ class TokenLoss:
 
         ``merged`` is what :func:`eaft_ext.reference.merge_partials` makes of that.
         """
-        nll, _, row_max, log_sum = merged
+        nll, row_max, log_sum = merged.nll, merged.row_max, merged.log_sum
         if self.label_smoothing == 0:
             return nll.clone()
         assert num_words is not None, "it was checked"
@@ -145,8 +195,29 @@ class TokenLoss:
 
     def gate_weights(self, vocab_size: int, nll: Tensor, entropy: Tensor, valid: Tensor) -> Tensor:
         """What the gate makes of the stats, of k words or of all where there are fewer."""
-        k = min(self.k, vocab_size)
+        k = vocab_size if self.k is None else min(self.k, vocab_size)
         return gate_weights(self.gate, k, nll, entropy, valid)
+
+    def stats(
+        self, nll: Tensor, entropy: Tensor, weight: Tensor, valid: Tensor, extra: Sequence[Tensor]
+    ) -> TokenStats:
+        """With what an operator tells besides: as many tensors as ``num_extra``."""
+        stats = TokenStats(nll, entropy, weight, valid)
+        if self.num_extra == 0:
+            return stats
+        lse = extra[0]
+        return stats._replace(
+            correct=extra[1].bool(),
+            lse=lse,
+            z_loss=None if self.z_loss == 0 else self.z_loss * lse**2,
+            vocab_entropy=extra[2] if self.tells_entropy else None,
+        )
+
+    def extra(self, merged: Merged, ignored: Tensor) -> list[Tensor]:
+        """The same of what shards tell, in plain PyTorch."""
+        lse = torch.where(ignored, 0.0, merged.row_max + merged.log_sum)
+        whole = [] if merged.vocab_entropy is None else [merged.vocab_entropy]
+        return [lse, merged.correct.to(lse.dtype), *whole][: self.num_extra]
 
 
 def from_family(family: Sequence[float]) -> tuple[float | None, float, float, float]:
@@ -199,11 +270,13 @@ SMALLEST, LARGEST = 2.0**-126, 2.0**127
 _DEFAULT_GATE = EntropyGate()
 _NEVER = HardGate(2.0)  # above any normalised entropy
 _REDUCTIONS = get_args(Reduction)
+_NUM_EXTRA: dict[ReturnStats, int] = {False: 0, True: 2, "full": 3}
+STATS_OF_EXTRA = {number: asked for asked, number in _NUM_EXTRA.items()}
 
 
 def token_loss(
     op: str,
-    k: int,
+    k: int | None,
     *,
     alpha: float = 1.0,
     normalizer: float | None = None,
@@ -218,7 +291,8 @@ def token_loss(
     """The keywords of a token's loss, checked; their defaults are here."""
     if unknown:
         raise TypeError(f"{op}() got an unexpected keyword argument {next(iter(unknown))!r}")
-    check_k(op, k, MIN_TOP_K, MAX_TOP_K)
+    if k is not None:
+        check_k(op, k, MIN_TOP_K, MAX_TOP_K, ", or None for all")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: ignore_index must be an int, got {ignore_index!r}")
     is_default = alpha == 1.0 and normalizer is None
@@ -246,10 +320,11 @@ def token_loss(
 
 def checked(
     op: str,
-    k: int,
+    k: int | None,
     where: Tensor,
     name: str = "logits",
     *,
+    return_stats: ReturnStats = False,
     reduction: Reduction = "mean",
     num_items_in_batch: float | Tensor | None = None,
     token_weight: Tensor | None = None,
@@ -257,6 +332,10 @@ def checked(
 ) -> tuple[TokenLoss, Reduce]:
     """All keywords, checked. The loss will be where the logits are, or what ``name`` says."""
     loss = token_loss(op, k, **keywords)
+    if not (return_stats == "full" or isinstance(return_stats, bool)):
+        raise ValueError(f"{op}: return_stats must be True, False or 'full', got {return_stats!r}")
+    if return_stats:
+        loss = replace(loss, return_stats=return_stats)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if num_items_in_batch is not None:
@@ -293,12 +372,12 @@ def with_keywords(function: Function) -> Function:
     return function
 
 
-def check_k(op: str, k: int, smallest: int, largest: int) -> None:
+def check_k(op: str, k: int, smallest: int, largest: int, otherwise: str = "") -> None:
     """How many of the largest logits are asked for."""
     if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"{op}: k must be an int, got {k!r}")
+        raise TypeError(f"{op}: k must be an int{otherwise}, got {k!r}")
     if not smallest <= k <= largest:
-        raise ValueError(f"{op}: k must be from {smallest} to {largest}, got {k}")
+        raise ValueError(f"{op}: k must be from {smallest} to {largest}{otherwise}, got {k}")
 
 
 def check_gradient_in_forward(op: str, gradient_in_forward: bool, reduction: str) -> None:

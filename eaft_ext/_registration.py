@@ -56,6 +56,11 @@ def fake_stats(logits: Tensor, count: int) -> tuple[Tensor, ...]:
     return tuple(logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(count))
 
 
+def fake_extra(logits: Tensor, num_extra: int) -> Tensor:
+    """What such a forward tells of each token besides."""
+    return logits.new_empty((num_extra, *logits.shape[:-1]), dtype=stats_dtype(logits))
+
+
 @register_fake("eaft_ext::gated_ce_forward")
 def _(
     logits: Tensor,
@@ -66,8 +71,9 @@ def _(
     ignore_index: int,
     inplace_backward: bool = False,
     family: Sequence[float] = (),
+    num_extra: int = 0,
 ) -> tuple[Tensor, ...]:
-    return fake_stats(logits, 6)
+    return (*fake_stats(logits, 6), fake_extra(logits, num_extra))
 
 
 @register_fake("eaft_ext::gated_ce_backward")
@@ -113,10 +119,12 @@ def _(
     vocab_size: int | None,
     ignore_index: int,
     family: Sequence[float] = (),
+    tells_entropy: bool = False,
 ) -> Tensor:
     (stat,) = fake_stats(logits, 1)
     smooths = len(family) > 0 and family[LABEL_SMOOTHING] != 0
-    return stat.new_empty((*stat.shape, PARTIAL_HEAD + k + smooths))
+    size = PARTIAL_HEAD + max(k, 1) + (k == 0 or tells_entropy) + smooths
+    return stat.new_empty((*stat.shape, size))
 
 
 @register_fake("eaft_ext::gated_ce_merge")
@@ -124,6 +132,7 @@ def _(
     logits: Tensor,
     labels: Tensor,
     partials: Tensor,
+    k: int,
     gate: str,
     gate_parameters: Sequence[float],
     ignore_index: int,
@@ -132,8 +141,9 @@ def _(
     inplace_backward: bool = False,
     family: Sequence[float] = (),
     num_words: int | None = None,
+    num_extra: int = 0,
 ) -> tuple[Tensor, ...]:
-    return fake_stats(logits, 6)
+    return (*fake_stats(logits, 6), fake_extra(logits, num_extra))
 
 
 @register_fake("eaft_ext::gated_ce_forward_with_grad")
@@ -146,8 +156,9 @@ def _(
     gate_parameters: Sequence[float],
     ignore_index: int,
     family: Sequence[float] = (),
+    num_extra: int = 0,
 ) -> tuple[Tensor, ...]:
-    return (*fake_stats(logits, 4), torch.empty_like(logits))
+    return (*fake_stats(logits, 4), fake_extra(logits, num_extra), torch.empty_like(logits))
 
 
 @register_fake("eaft_ext::gated_ce_forward_with_grad_")
@@ -160,8 +171,9 @@ def _(
     gate_parameters: Sequence[float],
     ignore_index: int,
     family: Sequence[float] = (),
+    num_extra: int = 0,
 ) -> tuple[Tensor, ...]:
-    return fake_stats(logits, 4)
+    return (*fake_stats(logits, 4), fake_extra(logits, num_extra))
 
 
 @register_fake("eaft_ext::scale_gradient_")
@@ -176,13 +188,13 @@ def _(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, _, _, _, ignore_index, ctx.inplace_backward, ctx.family = inputs
+    logits, labels, _, _, _, ignore_index, ctx.inplace_backward, ctx.family, _ = inputs
     ctx.num_words = None
     _save(ctx, logits, labels, output, ignore_index, None, None)
 
 
 def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, _, _, _, *shard, ctx.inplace_backward, ctx.family, ctx.num_words = inputs
+    logits, labels, _, _, _, _, *shard, ctx.inplace_backward, ctx.family, ctx.num_words, _ = inputs
     _save(ctx, logits, labels, output, *shard)
 
 
@@ -190,9 +202,9 @@ def _save(
     ctx: Any, logits: Tensor, labels: Tensor, output: tuple[Tensor, ...], *options: Any
 ) -> None:
     """What the backward takes: ``options`` are ignore_index, vocab_start and vocab_size."""
-    _, nll, entropy, gate, row_max, log_sum = output
+    _, nll, entropy, gate, row_max, log_sum, extra = output
     # Only the loss has a gradient: gate and entropy are detached by definition.
-    ctx.mark_non_differentiable(nll, entropy, gate, row_max, log_sum)
+    ctx.mark_non_differentiable(nll, entropy, gate, row_max, log_sum, extra)
     ctx.save_for_backward(logits, labels, gate, row_max, log_sum)
     ctx.set_materialize_grads(False)
     ctx.options = options
@@ -222,11 +234,11 @@ def _gradient(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return _gradient(ctx, grad_loss), *(None,) * 7
+    return _gradient(ctx, grad_loss), *(None,) * 8
 
 
 def _backward_merge(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return _gradient(ctx, grad_loss), *(None,) * 10
+    return _gradient(ctx, grad_loss), *(None,) * 12
 
 
 register_autograd("eaft_ext::gated_ce_forward", _backward, setup_context=_save_forward)

@@ -19,7 +19,7 @@ _NO_DOUBLE_BACKWARD = (
 
 
 class ScalarLoss(torch.autograd.Function):
-    """``sum(token_weight * loss) / divisor``, and nll, entropy and gate of each token.
+    """``sum(token_weight * loss) / divisor``, and nll, entropy, gate and more of each token.
 
     One operator reads the logits and writes ``d sum(loss) / divisor``; the backward multiplies that
     by the gradient of the scalar, which the device skips where it is 1. The logits are not kept.
@@ -34,20 +34,27 @@ class ScalarLoss(torch.autograd.Function):
         reduce: Reduce,
         of_token: TokenLoss,
         inplace: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         one = torch.ones((), dtype=torch.float32, device=logits.device)
         upstream = reduce.weighted(one.div(divisor).expand(labels.shape))
         source = logits.detach()
-        arguments = (upstream, source, labels, *of_token.kernel_arguments(), of_token.family())
+        arguments = (
+            upstream,
+            source,
+            labels,
+            *of_token.kernel_arguments(),
+            of_token.family(),
+            of_token.num_extra,
+        )
         if inplace:
-            loss, nll, entropy, weight = ops.gated_ce_forward_with_grad_(*arguments)
+            loss, nll, entropy, weight, extra = ops.gated_ce_forward_with_grad_(*arguments)
             gradient = source
         else:
-            loss, nll, entropy, weight, gradient = ops.gated_ce_forward_with_grad(*arguments)
-        ctx.mark_non_differentiable(nll, entropy, weight)
+            loss, nll, entropy, weight, extra, gradient = ops.gated_ce_forward_with_grad(*arguments)
+        ctx.mark_non_differentiable(nll, entropy, weight, extra)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gradient)
-        return reduce.weighted(loss).sum() / divisor, nll, entropy, weight
+        return reduce.weighted(loss).sum() / divisor, nll, entropy, weight, extra
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

@@ -20,6 +20,7 @@ from eaft_ext._library import MAX_TOP_K
 from eaft_ext._options import (
     Keywords,
     Reduce,
+    ReturnStats,
     TokenLoss,
     check_gradient_in_forward,
     check_k,
@@ -45,8 +46,13 @@ def _kernel_token_losses(
     # Two losses of the same logits cannot both overwrite them.
     rest = of_token.z_loss_alone
     inplace_backward = inplace_backward and rest is None
-    loss, nll, entropy, weight, _, _ = ops.gated_ce_forward(
-        logits, labels, *of_token.kernel_arguments(), inplace_backward, of_token.family()
+    loss, nll, entropy, weight, _, _, extra = ops.gated_ce_forward(
+        logits,
+        labels,
+        *of_token.kernel_arguments(),
+        inplace_backward,
+        of_token.family(),
+        of_token.num_extra,
     )
     if not of_token.is_known_to_kernels:
         # The loss of NoGate is ungated, with its gradient: any weight can be put on it.
@@ -54,7 +60,7 @@ def _kernel_token_losses(
         loss = reference.weigh(loss, weight)
     if rest is not None:
         loss = loss + _kernel_token_losses(logits, labels, rest, False)[0]
-    return loss, TokenStats(nll, entropy, weight, valid)
+    return loss, of_token.stats(nll, entropy, weight, valid, extra)
 
 
 def _can_fuse(logits: Tensor) -> bool:
@@ -77,17 +83,17 @@ def _fused_loss(
     """A scalar loss and stats, the gradient being computed at once."""
     valid = labels != of_token.ignore_index
     divisor = reduce.divisor(valid, torch.float32)
-    loss, nll, entropy, weight = ScalarLoss.apply(
+    loss, nll, entropy, weight, extra = ScalarLoss.apply(
         logits, labels, divisor, reduce, of_token, inplace
     )
-    return loss, TokenStats(nll, entropy, weight, valid)
+    return loss, of_token.stats(nll, entropy, weight, valid, extra)
 
 
 @overload
 def gated_ce(
     logits: Tensor,
     labels: Tensor,
-    k: int = ...,
+    k: int | None = ...,
     *,
     inplace_backward: bool = ...,
     gradient_in_forward: bool = ...,
@@ -98,22 +104,22 @@ def gated_ce(
 def gated_ce(
     logits: Tensor,
     labels: Tensor,
-    k: int = ...,
+    k: int | None = ...,
     *,
     inplace_backward: bool = ...,
     gradient_in_forward: bool = ...,
-    return_stats: Literal[True],
+    return_stats: Literal[True, "full"],
     **options: Unpack[Keywords],
 ) -> tuple[Tensor, TokenStats]: ...
 @with_keywords
 def gated_ce(
     logits: Tensor,
     labels: Tensor,
-    k: int = 20,
+    k: int | None = 20,
     *,
     inplace_backward: bool = False,
     gradient_in_forward: bool = False,
-    return_stats: bool = False,
+    return_stats: ReturnStats = False,
     **options: Unpack[Keywords],
 ) -> Tensor | tuple[Tensor, TokenStats]:
     r"""Token-gated cross-entropy: EAFT's loss (arXiv 2601.02151), and its family.
@@ -121,7 +127,7 @@ def gated_ce(
     For each token, with logits x, label y and the k largest logits t_1 >= ... >= t_k::
 
         nll  = -ln softmax(x)_y
-        H    = entropy of softmax(t_1, ..., t_k), in nats          k = min(k, V)
+        H    = entropy of softmax(t_1, ..., t_k), in nats          k = min(k, V), or V for k=None
         g    = (H / normalizer)^alpha                              normalizer: ln k unless given
         loss = g * nll                  dloss/dx = g * (softmax(x) - onehot(y))      g is detached
 
@@ -138,7 +144,8 @@ def gated_ce(
             exchanged for the vocabulary, sums and counts for the rows, and results are DTensors.
         labels: (...), int64 or int32, on the logits' device. They belong to the logits at the same
             place: shift them, not the logits, for next-token prediction.
-        k: how many of the largest logits H is taken over, from 2 to 128.
+        k: how many of the largest logits H is taken over, from 2 to 128. None: over all of them,
+            the exact entropy of the softmax, which needs no selection and is divided by ln V.
         alpha, normalizer: shorthand for ``gate=EntropyGate(alpha, normalizer)``.
         gate: a gate of :mod:`eaft_ext.gates`, or any function of ``(nll, entropy)``, two detached
             tensors shaped like the labels and 0 where ignored, that returns the weights.
@@ -170,7 +177,8 @@ def gated_ce(
             read and write, and a second rounding. With ``inplace_backward`` the logits are
             overwritten in the forward already. Left alone for float16, for DTensors, for gates of
             your own, where no gradient is asked for and under ``torch.compile``.
-        return_stats: also return :class:`TokenStats`.
+        return_stats: also return :class:`TokenStats`; "full": with the entropy over the whole
+            vocabulary beside that of the k largest, which takes no other read.
 
     Returns:
         The loss: float32 (float64 for float64 logits), whatever the logits' dtype. If every label
@@ -192,12 +200,12 @@ def gated_ce(
         from eaft_ext.parallel.dtensor import gated_ce_of_dtensor
 
         loss, stats = gated_ce_of_dtensor(
-            op, logits, labels, k, options, inplace_backward, gradient_in_forward
+            op, logits, labels, k, options, inplace_backward, gradient_in_forward, return_stats
         )
         return (loss, stats) if return_stats else loss
     check_logits(op, logits)
     check_labels(op, labels)
-    of_token, reduce = checked(op, k, logits, **options)
+    of_token, reduce = checked(op, k, logits, return_stats=return_stats, **options)
     check_gradient_in_forward(op, gradient_in_forward, reduce.reduction)
     check_placement(op, labels, logits)
     check_weight_values(op, reduce.token_weight, labels, of_token.ignore_index)
@@ -216,6 +224,7 @@ def gated_ce(
             of_token.gate,
             of_token.ignore_index,
             **of_token.reference_options(),
+            tells_entropy=of_token.tells_entropy,
         )
     loss = reduce(loss, stats.valid)
     return (loss, stats) if return_stats else loss

@@ -2,7 +2,8 @@
 
 Each built-in gate is a small frozen object that knows its formula in PyTorch and its name in the
 operators, whose formulas are in ``csrc/core/gates.h``. ``H`` is the entropy in nats of the k
-largest logits, renormalised among themselves, with k at most the vocabulary's size.
+largest logits, renormalised among themselves, with k at most the vocabulary's size V; or of all
+logits, where k stands for V.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class GatedCrossEntropyLoss(nn.Module):
     @with_keywords
     def __init__(
         self,
-        k: int = 20,
+        k: int | None = 20,
         *,
         reduction: Reduction = "mean",
         inplace_backward: bool = False,
@@ -82,7 +82,9 @@ class GatedCrossEntropyLoss(nn.Module):
         """The options, for ``print(module)``."""
         of_token = token_loss(type(self).__name__, self.k, **self._of_token())
         shown = ", ".join(
-            f"{field.name}={getattr(of_token, field.name)}" for field in fields(of_token)
+            f"{field.name}={getattr(of_token, field.name)}"
+            for field in fields(of_token)
+            if field.compare
         )
         return (
             f"{shown}, reduction={self.reduction!r}, inplace_backward={self.inplace_backward}, "

@@ -7,6 +7,7 @@ It imports nothing of the package and computes what the kernels compute, by the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,17 +22,33 @@ PARTIAL_HEAD = 3
 class TokenStats(NamedTuple):
     """What is known of every token: detached, shaped like the labels, 0 where the label is ignored.
 
-    Float32, or float64 for float64 logits; ``valid`` is bool.
+    Float32, or float64 for float64 logits; ``valid`` and ``correct`` are bool. Of a vocabulary in
+    shards they are of the whole of it, and the same in all processes. x is what the softcap and the
+    logit_scale make of the logits, and nothing here is multiplied by a token_weight.
     """
 
     nll: Tensor
     """-ln p(y), in nats."""
     entropy: Tensor
-    """H, the entropy in nats of the k largest logits, renormalised among themselves."""
+    """H, in nats: of the k largest logits, renormalised among themselves; of all for k=None."""
     gate: Tensor
     """The weight that the nll is multiplied by."""
     valid: Tensor
     """Whether the label takes part, that is, is not ``ignore_index``."""
+    correct: Tensor | None = None
+    """Whether no logit is larger than the label's, which then is an arg-max: ties are correct. The
+    sum over that of ``valid`` is the token accuracy."""
+    lse: Tensor | None = None
+    """ln sum_j exp(x_j), in nats."""
+    z_loss: Tensor | None = None
+    """z_loss * lse^2, as it is in the loss; None without one."""
+    vocab_entropy: Tensor | None = None
+    """The entropy in nats over the whole vocabulary, with ``return_stats="full"``; else None."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
+        """The same with ``function`` of each of those that are there."""
+        there = {name: stat for name, stat in self._asdict().items() if stat is not None}
+        return self._replace(**{name: function(stat) for name, stat in there.items()})
 
 
 def _widened(logits: Tensor) -> Tensor:
@@ -55,16 +72,30 @@ def topk_entropy(logits: Tensor, k: int) -> Tensor:
     ``Z = sum_i exp(t_i - t_1)``, ``q_i = exp(t_i - t_1) / Z``, ``H = ln Z - sum_i q_i (t_i - t_1)``
     """
     top = _widened(logits.detach()).topk(min(k, logits.size(-1)), dim=-1).values
-    # Without the largest, whose 1 in Z and 0 in the sum are left to the end: of a confident token
-    # the others are all there is.
-    shifted = top[..., 1:] - top[..., :1]
+    return entropy_beside(top[..., 1:], top[..., 0])
+
+
+def vocab_entropy(logits: Tensor) -> Tensor:
+    """The entropy in nats of softmax(x) for x = ``logits`` (..., V), all of them; detached."""
+    x = _widened(logits.detach())
+    row_max, largest = x.max(-1, keepdim=True)
+    return entropy_beside(x.scatter(-1, largest, -math.inf), row_max.squeeze(-1))
+
+
+def entropy_beside(others: Tensor, largest: Tensor) -> Tensor:
+    """The entropy in nats of logits, the ``largest`` (...) and all ``others`` (..., n).
+
+    Its 1 in Z and 0 in the sum are left to the end: of a confident token the others are all there
+    is.
+    """
+    shifted = others - largest.unsqueeze(-1)
     exponential = shifted.exp()
-    others = exponential.sum(-1)
+    rest = exponential.sum(-1)
     # A term with q_i = 0 is 0, also where t_i = -inf.
     weighted = torch.where(exponential == 0, 0.0, exponential * shifted).sum(-1)
     # Where the largest is infinite there is no distribution: NaN, else 0.
-    undefined = top[..., 0] - top[..., 0]
-    return others.log1p() - weighted / (1 + others) + undefined
+    undefined = largest - largest
+    return rest.log1p() - weighted / (1 + rest) + undefined
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -149,7 +180,7 @@ def reduce_loss(
 def token_losses(
     logits: Tensor,
     labels: Tensor,
-    k: int,
+    k: int | None,
     gate: Any,
     ignore_index: int = -100,
     *,
@@ -157,24 +188,45 @@ def token_losses(
     logit_scale: float = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    tells_entropy: bool = False,
 ) -> tuple[Tensor, TokenStats]:
-    """Per-token losses and stats: ``gate`` is one of :mod:`eaft_ext.gates`, or any function."""
-    k = min(k, logits.size(-1))
+    """Per-token losses and stats: ``gate`` is one of :mod:`eaft_ext.gates`, or any function.
+
+    ``tells_entropy`` asks for that of the whole vocabulary.
+    """
+    vocab_size = logits.size(-1)
     valid = labels != ignore_index
     # Ignored rows are replaced, not multiplied by 0: they may hold NaN.
     x = torch.where(valid.unsqueeze(-1), _widened(logits), 0.0)
     x = map_logits(x, softcap, logit_scale)
     nll = cross_entropy(x, labels, ignore_index)
-    entropy = torch.where(valid, topk_entropy(x, k), 0.0)
-    weight = gate_weights(gate, k, nll.detach(), entropy, valid)
+    whole = None
+    if k is None or tells_entropy:
+        # A label outside the vocabulary spoils all of its row.
+        whole = torch.where(valid, torch.where(nll.isnan(), nll, vocab_entropy(x)), 0.0).detach()
+    entropy = torch.where(valid, topk_entropy(x, k), 0.0) if k is not None else whole
+    assert entropy is not None, "one of both is there"
+    num_logits = vocab_size if k is None else min(k, vocab_size)
+    weight = gate_weights(gate, num_logits, nll.detach(), entropy, valid)
     cross = nll
+    lse = torch.where(valid, x.logsumexp(-1), 0.0)
     if label_smoothing != 0:
-        of_all = torch.where(valid, x.logsumexp(-1) - x.mean(-1), 0.0)
+        of_all = torch.where(valid, lse - x.mean(-1), 0.0)
         cross = (1 - label_smoothing) * nll + label_smoothing * of_all
     loss = weigh(cross, weight)
+    of_lse = None
     if z_loss != 0:
-        loss = loss + z_loss * torch.where(valid, x.logsumexp(-1), 0.0) ** 2
-    return loss, TokenStats(nll.detach(), entropy, weight, valid)
+        of_lse = z_loss * lse**2
+        loss = loss + of_lse
+    column = labels.clamp(0, vocab_size - 1).long().unsqueeze(-1)
+    is_top = x.gather(-1, column).squeeze(-1) == x.amax(-1)
+    spoilt = nll.isnan()  # also by a label outside the vocabulary
+    stats = TokenStats(nll.detach(), entropy, weight, valid, valid & ~spoilt & is_top)
+    return loss, stats._replace(
+        lse=torch.where(spoilt, nll, lse).detach(),
+        z_loss=None if of_lse is None else torch.where(spoilt, nll, of_lse).detach(),
+        vocab_entropy=whole if tells_entropy else None,
+    )
 
 
 def shard_partial(
@@ -184,6 +236,7 @@ def shard_partial(
     vocab_start: int,
     ignore_index: int = -100,
     *,
+    sums_entropy: bool = False,
     sums_logits: bool = False,
 ) -> Tensor:
     """What a shard of the vocabulary tells the others of each token: (..., k + 3).
@@ -193,10 +246,13 @@ def shard_partial(
         y,  sum_j exp(x_j - t_1) - 1,  x_y or NaN where it is in another shard,  t_1 >= ... >= t_k
 
     t: the k largest of the shard, NaN where it has fewer, or where the label is ignored. With
-    ``sums_logits``, for label smoothing, ``sum_j x_j`` comes last.
+    ``sums_entropy``, for the entropy of all logits, that of the shard's own follows, for which k
+    may be 1; with ``sums_logits``, for label smoothing, ``sum_j x_j`` comes last.
     """
     x = _widened(logits.detach())
-    partial = x.new_full((*x.shape[:-1], PARTIAL_HEAD + k + sums_logits), math.nan)
+    num_sums = sums_entropy + sums_logits
+    partial = x.new_full((*x.shape[:-1], PARTIAL_HEAD + k + num_sums), math.nan)
+    partial[..., PARTIAL_HEAD + k :] = 0
     if sums_logits:
         partial[..., -1] = torch.where(labels != ignore_index, x.sum(-1), 0.0)
     partial[..., 0] = labels
@@ -208,6 +264,9 @@ def shard_partial(
     finite_max = row_max.masked_fill(row_max == -math.inf, 0.0)
     # Without the largest's own 1, beside which the others would be rounded off.
     rest = (x - finite_max).exp().scatter(-1, largest, 0.0).sum(-1)
+    valid = labels != ignore_index
+    if sums_entropy:
+        partial[..., PARTIAL_HEAD + k] = torch.where(valid, vocab_entropy(x), 0.0)
     row_max = row_max.squeeze(-1)
     # 0, or -1 where the 1 was none, or NaN.
     rest = rest + torch.where(row_max == -math.inf, -1.0, row_max - row_max)
@@ -215,7 +274,6 @@ def shard_partial(
     inside = (column >= 0) & (column < columns)
     target = x.gather(-1, torch.where(inside, column, 0).unsqueeze(-1)).squeeze(-1)
     top = x.masked_fill(x.isnan(), -math.inf).topk(min(k, columns), dim=-1).values
-    valid = labels != ignore_index
     partial[..., 1] = torch.where(valid, rest, -1.0)
     partial[..., 2] = torch.where(valid & inside, target, math.nan)
     partial[..., PARTIAL_HEAD : PARTIAL_HEAD + top.size(-1)] = torch.where(
@@ -224,10 +282,28 @@ def shard_partial(
     return partial
 
 
+class Merged(NamedTuple):
+    """What all shards tell of each token, put together."""
+
+    nll: Tensor
+    entropy: Tensor
+    """Of the k largest logits."""
+    row_max: Tensor
+    log_sum: Tensor
+    correct: Tensor
+    vocab_entropy: Tensor | None
+    """Of all logits, if the shards tell of it."""
+
+
 def merge_partials(
-    partials: Tensor, labels: Tensor, ignore_index: int = -100, k: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """nll, entropy, row_max and log_sum of each token, from what all shards tell of it.
+    partials: Tensor,
+    labels: Tensor,
+    ignore_index: int = -100,
+    k: int | None = None,
+    *,
+    sums_entropy: bool = False,
+) -> Merged:
+    """nll, entropy, row_max and log_sum of each token, and more, from what all shards tell of it.
 
     ``partials`` (num_shards, ..., k + 3) are :func:`shard_partial` of each. NaN where the label is
     in no shard or in several, or where shards were given different labels. ``k`` is needed where
@@ -240,7 +316,12 @@ def merge_partials(
     row_max, first = top[..., 0].max(0, keepdim=True)
     scale = (top[..., 0] - row_max.masked_fill(row_max == -math.inf, 0.0)).exp()
     others = ((1 + rest) * scale).scatter(0, first, 0.0).sum(0)
-    log_sum = (rest.gather(0, first).squeeze(0) + others).log1p()
+    others = rest.gather(0, first).squeeze(0) + others
+    log_sum = others.log1p()
+    whole = None
+    if sums_entropy:
+        assert k is not None, "it says where the entropies are"
+        whole = _entropy_of_parts((1 + rest) * scale, partials[..., PARTIAL_HEAD + k])
     row_max = row_max.squeeze(0)
     has_target = ~target.isnan()
     target = torch.where(has_target, target, 0.0).sum(0)
@@ -250,7 +331,24 @@ def merge_partials(
     all_top = top.movedim(0, -2).flatten(-2)
     entropy = topk_entropy(all_top, top.size(-1))
     entropy = torch.where(valid, torch.where(nll.isnan(), nll, entropy), 0.0)
-    return nll, entropy, row_max, torch.where(nll.isnan(), nll, log_sum)
+    if whole is not None:
+        whole = torch.where(valid, torch.where(nll.isnan(), nll, whole), 0.0)
+    correct = valid & ~nll.isnan() & (target == row_max)
+    return Merged(nll, entropy, row_max, torch.where(nll.isnan(), nll, log_sum), correct, whole)
+
+
+def _entropy_of_parts(masses: Tensor, entropies: Tensor) -> Tensor:
+    """The entropy of all words from those of disjoint parts of them, (num_parts, ...).
+
+    It is that of which part a word is in, and of which word of the part it is. ``masses`` are what
+    the parts' probabilities are in proportion to.
+    """
+    largest, first = masses.max(0, keepdim=True)
+    ratio = masses / largest
+    within = torch.where(ratio == 0, 0.0, ratio * entropies).sum(0) / ratio.sum(0)
+    others = ratio.scatter(0, first, 0.0)
+    between = torch.where(others == 0, 0.0, others * others.log()).sum(0)
+    return within + others.sum(0).log1p() - between / ratio.sum(0)
 
 
 def weight_of_all(
@@ -304,7 +402,7 @@ def shard_gradient(
 def gated_ce(
     logits: Tensor,
     labels: Tensor,
-    k: int = 20,
+    k: int | None = 20,
     *,
     alpha: float = 1.0,
     normalizer: float | None = None,
@@ -318,14 +416,15 @@ def gated_ce(
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
     inplace_backward: bool = False,
-    return_stats: bool = False,
+    return_stats: bool | Literal["full"] = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Token-gated cross-entropy, with the arguments of :func:`eaft_ext.gated_ce`.
 
     ``loss_t = w_t (g_t ce_t + z_loss lse_t^2)`` with ``ce = nll = -ln p(y)``, or with label
     smoothing e ``(1 - e) nll + e (lse - mean_j x_j)``, ``g = (H / normalizer)^alpha`` detached, and
-    H the :func:`topk_entropy`, all of the logits that :func:`map_logits` gives; ``normalizer`` is
-    ``ln min(k, V)`` unless given, and w the ``token_weight``.
+    H the :func:`topk_entropy`, or for k=None the :func:`vocab_entropy`, all of the logits that
+    :func:`map_logits` gives; ``normalizer`` is ``ln min(k, V)``, or ``ln V``, unless given, and w
+    the ``token_weight``.
 
     Args:
         logits: (..., V), any floating dtype; float64 is computed in float64, all else in float32.
@@ -337,7 +436,8 @@ def gated_ce(
     checked; a label outside [0, V) gives NaN.
     """
     if gate is None:
-        divisor = math.log(min(k, logits.size(-1))) if normalizer is None else normalizer
+        num_logits = logits.size(-1) if k is None else min(k, logits.size(-1))
+        divisor = math.log(num_logits) if normalizer is None else normalizer
 
         def gate(nll: Tensor, entropy: Tensor) -> Tensor:
             return torch.where(entropy == 0, 0.0, entropy / (divisor or 1.0)) ** alpha
@@ -356,6 +456,7 @@ def gated_ce(
         logit_scale=logit_scale,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        tells_entropy=return_stats == "full",
     )
     if token_weight is not None:
         loss = weigh(loss, token_weight.to(loss.dtype))
@@ -368,7 +469,7 @@ def linear_gated_ce(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None = None,
-    k: int = 20,
+    k: int | None = 20,
     **options: Any,
 ) -> Any:
     """:func:`gated_ce` of the logits ``hidden @ weight.T + bias``, all of which it holds.

@@ -55,7 +55,7 @@ class OperatorRunner(SinglePassRunner):
         return *arguments, *self.function(*arguments)
 
     def backward(self, result: Any) -> Tensor:
-        logits, labels, _, _, _, gate, row_max, log_sum = result
+        logits, labels, _, _, _, gate, row_max, log_sum, _ = result
         return ops.gated_ce_backward(gate, logits, labels, row_max, log_sum, IGNORED)
 
     def outcome(self, batch: Batch) -> None:  # type: ignore[override]

@@ -16,6 +16,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "host_device.h"
 
@@ -42,7 +43,7 @@ struct Gate {
 };
 
 // The same gate for an entropy over k logits.
-EAFT_HOST_DEVICE inline Gate for_k(Gate gate, int k) {
+EAFT_HOST_DEVICE inline Gate for_k(Gate gate, int64_t k) {
   if (gate.normalizer_is_log_k) gate.normalizer = std::log(static_cast<double>(k));
   return gate;
 }

@@ -3,7 +3,8 @@
 //
 //     y     sum_j exp(x_j - t_1) - 1     x_y     t_1 >= t_2 >= ... >= t_k
 //
-// and with label smoothing one more, sum_j x_j.
+// and for the entropy of all logits one more, that of the shard's own, where t_1 is enough if no
+// other entropy is asked for; with label smoothing one more, sum_j x_j.
 //
 // t: its k largest logits. NaN stands for what there is not: x_y where y is in another shard, t_i
 // where the shard has fewer columns. The largest's own 1 is left out of the sum, which is rounded
@@ -26,8 +27,21 @@ constexpr int kPartialRest = 1;
 constexpr int kPartialTarget = 2;
 constexpr int kPartialTop = 3;  // and on
 
+// How many of the largest logits are told.
+EAFT_HOST_DEVICE inline int partial_top_size(const TokenLoss& loss) {
+  return loss.k == 0 ? 1 : loss.k;
+}
+
+// The places of the shard's entropy and of its sum, if they are told.
+EAFT_HOST_DEVICE inline int partial_entropy(const TokenLoss& loss) {
+  return kPartialTop + partial_top_size(loss);
+}
+EAFT_HOST_DEVICE inline int partial_logits(const TokenLoss& loss) {
+  return partial_entropy(loss) + (loss.sums_entropy() ? 1 : 0);
+}
+
 EAFT_HOST_DEVICE inline int partial_size(const TokenLoss& loss) {
-  return kPartialTop + loss.k + (loss.label_smoothing != 0 ? 1 : 0);
+  return partial_logits(loss) + (loss.label_smoothing != 0 ? 1 : 0);
 }
 
 // The column of a label in a shard; none of its columns where the label is in another one.

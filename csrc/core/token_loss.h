@@ -19,21 +19,31 @@
 namespace eaft_ext {
 
 struct TokenLoss {
-  int k = 0;  // the logits that the entropy is taken over, from 1 to kMaxTopK
+  int k = 0;  // the largest logits that H is taken over, from 1 to kMaxTopK, or 0: all
   Gate gate;  // for that k
   int64_t ignore_index = 0;
   LogitMap<double> map;
   double label_smoothing = 0;
   double z_loss = 0;
-  int64_t num_words = 0;  // V, for label smoothing: of all shards
+  int64_t num_words = 0;       // V, for label smoothing and the entropy of all: of all shards
+  bool tells_entropy = false;  // of all logits, beside the one that the gate is of
 
   // Whether it is the gated cross-entropy alone, of the logits as they are.
   bool is_plain() const { return map.is_identity() && label_smoothing == 0 && z_loss == 0; }
+  // Whether the entropy of all logits is asked for.
+  EAFT_HOST_DEVICE bool sums_entropy() const { return k == 0 || tells_entropy; }
 };
 
-// The same for rows of so many logits, of which k may be more.
+// The same for a vocabulary of so many words.
+inline TokenLoss for_words(TokenLoss loss, int64_t num_words) {
+  loss.num_words = num_words;
+  if (loss.k == 0) loss.gate = for_k(loss.gate, num_words);
+  return loss;
+}
+
+// And for rows of them all, which k may exceed.
 inline TokenLoss for_vocab(TokenLoss loss, int64_t vocab_size) {
-  loss.num_words = vocab_size;
+  loss = for_words(loss, vocab_size);
   if (vocab_size >= loss.k) return loss;
   loss.k = static_cast<int>(vocab_size);
   loss.gate = for_k(loss.gate, loss.k);

@@ -57,6 +57,13 @@ EAFT_ALWAYS_INLINE float exp_nonpositive(float x) {
 
 EAFT_ALWAYS_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
+// -inf as the lowest number, by which its exponential, 0, may be multiplied; NaN passes.
+template <typename Real>
+EAFT_ALWAYS_INLINE Real finite(Real x) {
+  constexpr Real kLowest = std::numeric_limits<Real>::lowest();
+  return x < kLowest ? kLowest : x;
+}
+
 // Written so that NaN in x is passed over.
 template <typename Real>
 EAFT_ALWAYS_INLINE Real larger(Real x, Real largest) {
@@ -148,6 +155,14 @@ EAFT_ALWAYS_INLINE bool any_nan_loop(const Real* x, int count) {
 
 // A group is summed by itself, and joins the rest in double: next to exp(0) = 1, terms below half
 // an ulp of 1 would vanish one by one, and those are what is left to learn of a confident token.
+// The sum over all lanes, in a fixed order.
+EAFT_ALWAYS_INLINE double sum_of_lanes(double (&lanes)[kLanes]) {
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
 template <typename Real>
 EAFT_ALWAYS_INLINE double exp_sum_loop(const Real* x, Real max, int count, Ahead ahead) {
   double total[kLanes] = {};
@@ -161,10 +176,42 @@ EAFT_ALWAYS_INLINE double exp_sum_loop(const Real* x, Real max, int count, Ahead
     }
     for (int lane = 0; lane < kLanes; ++lane) total[lane] += group[lane];
   }
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) total[lane] += total[lane + width];
+  return sum_of_lanes(total);
+}
+
+// The largest are counted apart from what the others add.
+template <typename Real>
+EAFT_ALWAYS_INLINE SumAndExact sum_and_exact_loop(const Real* x, Real max, int count, Ahead ahead) {
+  double total[kLanes] = {};
+  double total_below[kLanes] = {};
+  double total_ones[kLanes] = {};
+  double total_weighted[kLanes] = {};
+  for (const Real* const end = x + count; x != end;) {
+    Real group[kLanes] = {};
+    Real below[kLanes] = {};
+    Real ones[kLanes] = {};
+    Real weighted[kLanes] = {};
+    for (int i = 0; i < kGroupSize / kLanes; ++i, x += kLanes) {
+      prefetch(ahead);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const Real shifted = x[lane] - max;
+        const Real e = exp_nonpositive(shifted);
+        group[lane] += e;
+        below[lane] += shifted == 0 ? Real(0) : e;
+        ones[lane] += shifted == 0 ? Real(1) : Real(0);
+        weighted[lane] += e * finite(shifted);
+      }
+    }
+    for (int lane = 0; lane < kLanes; ++lane) total[lane] += group[lane];
+    for (int lane = 0; lane < kLanes; ++lane) total_below[lane] += below[lane];
+    for (int lane = 0; lane < kLanes; ++lane) total_ones[lane] += ones[lane];
+    for (int lane = 0; lane < kLanes; ++lane) total_weighted[lane] += weighted[lane];
   }
-  return total[0];
+  SumAndExact result;
+  result.sum = sum_of_lanes(total);
+  result.exact.rest = (sum_of_lanes(total_ones) - 1) + sum_of_lanes(total_below);
+  result.exact.weighted = sum_of_lanes(total_weighted);
+  return result;
 }
 
 template <typename Real>
@@ -281,6 +328,16 @@ double exp_sum(const float* x, float max, int count, Ahead ahead) {
 EAFT_TARGET_CLONES
 double exp_sum(const double* x, double max, int count, Ahead ahead) {
   return exp_sum_loop(x, max, count, ahead);
+}
+
+EAFT_TARGET_CLONES
+SumAndExact sum_and_exact(const float* x, float max, int count, Ahead ahead) {
+  return sum_and_exact_loop(x, max, count, ahead);
+}
+
+EAFT_TARGET_CLONES
+SumAndExact sum_and_exact(const double* x, double max, int count, Ahead ahead) {
+  return sum_and_exact_loop(x, max, count, ahead);
 }
 
 EAFT_TARGET_CLONES

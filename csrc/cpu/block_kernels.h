@@ -5,6 +5,7 @@
 // `count` is at most kBlockSize. exp(x - max) is 0 for x = -inf and NaN for x = NaN.
 #pragma once
 
+#include "../core/entropy.h"
 #include "../core/logit_map.h"
 #include "element_types.h"
 
@@ -57,6 +58,15 @@ bool any_nan(const double* x, int count);
 // sum_j exp(x_j - max). count is a multiple of kGroupSize.
 double exp_sum(const float* x, float max, int count, Ahead ahead);
 double exp_sum(const double* x, double max, int count, Ahead ahead);
+
+// The same sum, in every bit, and what the entropy of all logits takes, but for its maximum. A term
+// of the weighted sum whose exponential is 0 is 0.
+struct SumAndExact {
+  double sum;
+  ExactSums<double> exact;
+};
+SumAndExact sum_and_exact(const float* x, float max, int count, Ahead ahead);
+SumAndExact sum_and_exact(const double* x, double max, int count, Ahead ahead);
 
 // gradient_j -= uniform
 void subtract(float* gradient, float uniform, int count);

@@ -107,22 +107,24 @@ RowList valid_rows(const ForwardArguments& arguments) {
                     [&](int64_t row) { return labels[row] != arguments.loss.ignore_index; });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cpu(
     const Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
     c10::ArrayRef<double> gate_parameters, int64_t ignore_index, bool inplace_backward,
-    c10::ArrayRef<double> family) {
+    c10::ArrayRef<double> family, int64_t num_extra) {
   const char* op = "gated_ce_forward";
-  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
+  const TokenLoss loss =
+      checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra);
   const ForwardArguments arguments(op, logits, labels, loss);
   // Said before the work is done, not in the backward.
   if (inplace_backward) check_writable(op, logits);
-  const Stats stats(logits);
+  const Stats stats(logits, num_extra);
   dispatch_element(op, logits, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
     const RowList valid = valid_rows(arguments);
     forward_rows<Element>(arguments, valid, division_of(valid), stats, [](int64_t) {});
   });
-  return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.row_max, stats.log_sum};
+  return {stats.loss,    stats.nll,     stats.entropy, stats.gate,
+          stats.row_max, stats.log_sum, stats.extra};
 }
 
 // Writes the gradient of the logits, which may be written over.
@@ -204,12 +206,14 @@ void gated_ce_backward_cpu_(const Tensor& weight, Tensor& logits, const Tensor& 
 
 Tensor gated_ce_partial_cpu(const Tensor& logits, const Tensor& raw_labels, int64_t k,
                             int64_t vocab_start, std::optional<int64_t> vocab_size,
-                            int64_t ignore_index, c10::ArrayRef<double> family) {
+                            int64_t ignore_index, c10::ArrayRef<double> family,
+                            bool tells_entropy) {
   const char* op = "gated_ce_partial";
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
-  check_k(op, k, kMinTopK, kMaxTopK);
+  check_gate_k(op, k);
   TokenLoss loss = checked_family(op, ignore_index, family);
   loss.k = static_cast<int>(k);
+  loss.tells_entropy = tells_entropy;
   const Tensor labels = int64_labels(op, raw_labels, logits);
   auto sizes = logits.sizes().vec();
   sizes.back() = partial_size(loss);
@@ -236,21 +240,21 @@ Tensor gated_ce_partial_cpu(const Tensor& logits, const Tensor& raw_labels, int6
   return partials;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cpu(
-    const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_partials,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cpu(
+    const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_partials, int64_t k,
     std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
     int64_t vocab_start, std::optional<int64_t> vocab_size, bool inplace_backward,
-    c10::ArrayRef<double> family, std::optional<int64_t> num_words) {
+    c10::ArrayRef<double> family, std::optional<int64_t> num_words, int64_t num_extra) {
   const char* op = "gated_ce_merge";
   checked_shard(op, logits, vocab_start, vocab_size);
   if (inplace_backward && logits.size(-1) > 0) check_writable(op, logits);
   const Tensor labels = int64_labels(op, raw_labels, logits);
-  const int num_others = checked_family(op, ignore_index, family).label_smoothing != 0 ? 1 : 0;
-  const int k = check_partials(op, raw_partials, labels, stats_dtype(logits), num_others);
-  TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
-  loss.num_words = checked_num_words(op, num_words, logits);
+  const TokenLoss loss =
+      for_words(checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra),
+                checked_num_words(op, num_words, logits));
+  check_partials(op, raw_partials, labels, stats_dtype(logits), loss);
   const Tensor partials = raw_partials.contiguous();
-  const Stats stats(logits);
+  const Stats stats(logits, num_extra);
   dispatch_element(op, logits, [&](auto* element) {
     using Real = Compute<std::remove_pointer_t<decltype(element)>>;
     const int64_t* label = labels.const_data_ptr<int64_t>();
@@ -267,7 +271,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cpu(
       }
     });
   });
-  return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.row_max, stats.log_sum};
+  return {stats.loss,    stats.nll,     stats.entropy, stats.gate,
+          stats.row_max, stats.log_sum, stats.extra};
 }
 
 // The forward into stats, and the gradient of sum(upstream * loss) into gradient, which may be the
@@ -305,33 +310,36 @@ void forward_with_grad_into(const char* op, const Tensor& gradient, const Stats&
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cpu(
     const Tensor& upstream, const Tensor& logits, const Tensor& labels, int64_t k,
     std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
-    c10::ArrayRef<double> family) {
+    c10::ArrayRef<double> family, int64_t num_extra) {
   const char* op = "gated_ce_forward_with_grad";
   check_logits(op, logits);
-  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
-  const Stats stats(logits);
+  const TokenLoss loss =
+      checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra);
+  const Stats stats(logits, num_extra);
   const Tensor gradient =
       write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
         const ForwardArguments arguments(op, source, labels, loss);
         forward_with_grad_into(op, target, stats, upstream, arguments);
       });
-  return {stats.loss, stats.nll, stats.entropy, stats.gate, gradient};
+  return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.extra, gradient};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cpu_(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cpu_(
     const Tensor& upstream, Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
-    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, c10::ArrayRef<double> family) {
+    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, c10::ArrayRef<double> family,
+    int64_t num_extra) {
   const char* op = "gated_ce_forward_with_grad_";
-  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
+  const TokenLoss loss =
+      checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra);
   const ForwardArguments arguments(op, logits, labels, loss);
   check_writable(op, logits);
-  const Stats stats(logits);
+  const Stats stats(logits, num_extra);
   forward_with_grad_into(op, logits, stats, upstream, arguments);
   mark_written(logits);
-  return {stats.loss, stats.nll, stats.entropy, stats.gate};
+  return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.extra};
 }
 
 void scale_gradient_cpu_(Tensor& gradient, const Tensor& factor) {

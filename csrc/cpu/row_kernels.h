@@ -37,7 +37,9 @@ struct Rows {
   int64_t num_rows;
   int64_t vocab_size;
   LogitMap<Real> map{};
-  bool sums_logits = false;  // in a scan
+  // In a scan:
+  bool sums_logits = false;
+  bool sums_entropy = false;  // of all logits
 
   Element* operator[](int64_t row) const { return data + layout.offset(row); }
   Real logit(int64_t row, int64_t column) const {
@@ -54,11 +56,12 @@ struct Rows {
 };
 
 // What the scan leaves of a row: the maximum of every group, of every block the softmax sum, and if
-// asked for the sum of its logits, else 0.
+// asked for the sums that the entropy of all logits takes, and that of its logits.
 template <typename Real>
 struct RowScan {
   Real* group_max;
   MaxSum<double>* block_sums;
+  ExactSums<double>* block_exact;
   double* block_logits;
 };
 
@@ -72,11 +75,12 @@ class RowScans {
         num_blocks_(rows.num_blocks()),
         group_max_(num_rows * num_groups_),
         block_sums_(num_rows * num_blocks_),
+        block_exact_(num_rows * num_blocks_),
         block_logits_(num_rows * num_blocks_) {}
 
   RowScan<Real> operator[](int64_t row) {
     return {group_max_.data() + row * num_groups_, block_sums_.data() + row * num_blocks_,
-            block_logits_.data() + row * num_blocks_};
+            block_exact_.data() + row * num_blocks_, block_logits_.data() + row * num_blocks_};
   }
 
  private:
@@ -84,6 +88,7 @@ class RowScans {
   int64_t num_blocks_;
   std::vector<Real> group_max_;
   std::vector<MaxSum<double>> block_sums_;
+  std::vector<ExactSums<double>> block_exact_;
   std::vector<double> block_logits_;
 };
 
@@ -133,7 +138,13 @@ void scan_block(const Rows<const Element>& rows, int64_t row, int64_t block,
     const Real reference = max == -std::numeric_limits<Real>::infinity() ? Real(0) : max;
     const Ahead next_block{reinterpret_cast<const char*>(source) + kBlockSize * sizeof(Element),
                            sizeof(Element)};
-    scan.block_sums[block] = {max, exp_sum(x, reference, padded, next_block)};
+    if (rows.sums_entropy) {
+      const SumAndExact sums = sum_and_exact(x, reference, padded, next_block);
+      scan.block_sums[block] = {max, sums.sum};
+      scan.block_exact[block] = {max, sums.exact.rest, sums.exact.weighted};
+    } else {
+      scan.block_sums[block] = {max, exp_sum(x, reference, padded, next_block)};
+    }
     if (rows.sums_logits) scan.block_logits[block] = sum(x, length);
   }
 }
@@ -213,6 +224,16 @@ MaxSum<double> total_sum(const Rows<const Element>& rows, RowScan<Compute<Elemen
   return total;
 }
 
+// The entropy of all logits of a scanned row.
+template <typename Element>
+double entropy_of_all(const Rows<const Element>& rows, RowScan<Compute<Element>> scan) {
+  ExactSums<double> total;
+  for (int64_t block = 0; block < rows.num_blocks(); ++block) {
+    total = merge(total, scan.block_exact[block]);
+  }
+  return total.entropy();
+}
+
 template <typename Element>
 double sum_of_logits(const Rows<const Element>& rows, RowScan<Compute<Element>> scan) {
   return std::accumulate(scan.block_logits, scan.block_logits + rows.num_blocks(), 0.0);
@@ -225,12 +246,19 @@ TokenStats<double> finish_row(const Rows<const Element>& rows, int64_t row,
                               RowScan<Compute<Element>> scan, int64_t label,
                               const TokenLoss& loss) {
   const MaxSum<double> total = total_sum(rows, scan);
-  double values[kMaxTopK];
-  const auto top = select_top_k(rows, row, scan.group_max, loss.k);
-  for (int i = 0; i < loss.k; ++i) values[i] = top[i].value;
+  Entropies<double> entropy{};
+  if (loss.sums_entropy()) {
+    entropy.of_all = entropy_of_all(rows, scan);
+    entropy.of_gate = entropy.of_all;
+  }
+  if (loss.k > 0) {
+    double values[kMaxTopK];
+    const auto top = select_top_k(rows, row, scan.group_max, loss.k);
+    for (int i = 0; i < loss.k; ++i) values[i] = top[i].value;
+    entropy.of_gate = topk_entropy(values, loss.k);
+  }
   const double target_logit = rows.logit(row, label);
-  const auto token = token_stats(loss.gate, total.max, std::log(total.sum), target_logit,
-                                 topk_entropy(values, loss.k));
+  const auto token = token_stats(loss.gate, total.max, std::log(total.sum), target_logit, entropy);
   return with_family(token, loss, sum_of_logits(rows, scan));
 }
 

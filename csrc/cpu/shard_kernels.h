@@ -18,8 +18,8 @@ template <typename Real>
 void clear_partial(Real* partial, int64_t label, const TokenLoss& loss) {
   constexpr Real kNone = std::numeric_limits<Real>::quiet_NaN();
   write_partial_head(partial, label, 0, kNone);
-  std::fill_n(partial + kPartialTop, loss.k, kNone);
-  if (loss.label_smoothing != 0) partial[kPartialTop + loss.k] = 0;
+  std::fill_n(partial + kPartialTop, partial_top_size(loss), kNone);
+  std::fill(partial + partial_entropy(loss), partial + partial_size(loss), Real(0));
 }
 
 // The partial of a scanned row, which is clear so far. column: the label's place in the row, which
@@ -29,11 +29,19 @@ void finish_partial(const Rows<const Element>& rows, int64_t row, RowScan<Comput
                     int64_t label, int64_t column, const TokenLoss& loss,
                     Compute<Element>* partial) {
   const bool has_target = column >= 0 && column < rows.vocab_size;
-  write_partial_head(partial, label, total_sum(rows, scan).sum,
-                     has_target ? rows.logit(row, column) : partial[kPartialTarget]);
   using Real = Compute<Element>;
+  const MaxSum<double> total = total_sum(rows, scan);
+  write_partial_head(partial, label, total.sum,
+                     has_target ? rows.logit(row, column) : partial[kPartialTarget]);
+  if (loss.sums_entropy()) {
+    partial[partial_entropy(loss)] = static_cast<Real>(entropy_of_all(rows, scan));
+  }
   if (loss.label_smoothing != 0) {
-    partial[kPartialTop + loss.k] = static_cast<Real>(sum_of_logits(rows, scan));
+    partial[partial_logits(loss)] = static_cast<Real>(sum_of_logits(rows, scan));
+  }
+  if (loss.k == 0) {
+    partial[kPartialTop] = static_cast<Real>(total.max);
+    return;
   }
   const auto count = static_cast<int>(std::min<int64_t>(loss.k, rows.vocab_size));
   const auto top = select_top_k(rows, row, scan.group_max, count);
@@ -60,6 +68,28 @@ int merge_top_k(const std::vector<const Real*>& partials, int k, double* values)
   return k;
 }
 
+// The entropy of all logits from what the shards tell of their own. max: of all.
+template <typename Real>
+double merge_entropies(const std::vector<const Real*>& partials, double max,
+                       const TokenLoss& loss) {
+  const auto mass = [&](const Real* partial) {
+    const MaxSum<double> of_shard = max_sum_of_partial(partial);
+    return of_shard.max == max ? of_shard.sum : of_shard.sum * std::exp(of_shard.max - max);
+  };
+  const auto first = *std::max_element(partials.begin(), partials.end(),
+                                       [&](auto a, auto b) { return mass(a) < mass(b); });
+  EntropyOfParts<double> entropy;
+  for (const Real* partial : partials) {
+    const double of_shard = partial[partial_entropy(loss)];
+    if (partial == first) {
+      entropy.add_first(of_shard);
+    } else {
+      entropy.add(mass(partial) / mass(first), of_shard);
+    }
+  }
+  return entropy.get();
+}
+
 // The stats of a row from the partials of all shards.
 template <typename Real>
 TokenStats<double> merge_row(const std::vector<const Real*>& partials, int64_t label,
@@ -70,12 +100,22 @@ TokenStats<double> merge_row(const std::vector<const Real*>& partials, int64_t l
   for (const Real* partial : partials) {
     total = merge(total, max_sum_of_partial(partial));
     target.add(partial);
-    if (loss.label_smoothing != 0) sum_of_logits += partial[kPartialTop + loss.k];
+    if (loss.label_smoothing != 0) sum_of_logits += partial[partial_logits(loss)];
   }
-  double values[kMaxTopK];
-  const int count = merge_top_k(partials, loss.k, values);
-  const auto token = token_stats<double>(for_k(loss.gate, count), total.max, std::log(total.sum),
-                                         target.get(), topk_entropy(values, count));
+  Gate gate = loss.gate;
+  Entropies<double> entropy{};
+  if (loss.sums_entropy()) {
+    entropy.of_all = merge_entropies(partials, total.max, loss);
+    entropy.of_gate = entropy.of_all;
+  }
+  if (loss.k > 0) {
+    double values[kMaxTopK];
+    const int count = merge_top_k(partials, loss.k, values);
+    gate = for_k(gate, count);
+    entropy.of_gate = topk_entropy(values, count);
+  }
+  const auto token =
+      token_stats<double>(gate, total.max, std::log(total.sum), target.get(), entropy);
   return with_family(token, loss, sum_of_logits);
 }
 

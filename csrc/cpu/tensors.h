@@ -51,8 +51,13 @@ Rows<Element> rows_of(const Tensor& tensor, const TokenLoss& loss = {}) {
     data = static_cast<Element*>(tensor.mutable_data_ptr());
   }
   const LogitMap<Real> of_real{static_cast<Real>(loss.map.scale), static_cast<Real>(loss.map.cap)};
-  return {data,    row_layout(tensor),       tensor.numel() / tensor.size(-1), tensor.size(-1),
-          of_real, loss.label_smoothing != 0};
+  return {data,
+          row_layout(tensor),
+          tensor.numel() / tensor.size(-1),
+          tensor.size(-1),
+          of_real,
+          loss.label_smoothing != 0,
+          loss.sums_entropy()};
 }
 
 // int64 and contiguous; every label is in [0, V) or ignored.
@@ -85,13 +90,15 @@ inline Tensor per_row(const char* op, const char* name, const Tensor& tensor,
 // The outputs of the forward, one number a row each. Zero is what an ignored row has.
 struct Stats {
   Tensor loss, nll, entropy, gate, row_max, log_sum;
+  Tensor extra;  // (num_extra, ...)
 
-  explicit Stats(const Tensor& logits) {
+  Stats(const Tensor& logits, int64_t num_extra) {
     const auto sizes = logits.sizes().slice(0, logits.dim() - 1);
     const auto options = logits.options().dtype(stats_dtype(logits));
     for (Tensor* stat : {&loss, &nll, &entropy, &gate, &row_max, &log_sum}) {
       *stat = at::zeros(sizes, options);
     }
+    extra = at::zeros(extra_sizes(logits, num_extra), options);
   }
 
   template <typename Real>
@@ -102,6 +109,10 @@ struct Stats {
     gate.mutable_data_ptr<Real>()[row] = static_cast<Real>(token.gate);
     row_max.mutable_data_ptr<Real>()[row] = static_cast<Real>(token.row_max);
     log_sum.mutable_data_ptr<Real>()[row] = static_cast<Real>(token.log_sum);
+    auto* const others = extra.mutable_data_ptr<Real>();
+    for (int i = 0; i < extra.size(0); ++i) {
+      others[i * loss.numel() + row] = static_cast<Real>(extra_stat(token, i));
+    }
   }
 };
 

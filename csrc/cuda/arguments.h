@@ -28,6 +28,10 @@ struct StatsPointers {
   float* gate;
   float* row_max;
   float* log_sum;
+  // (num_extra, num_rows), as extra_stat() of core/token_stats.h has them.
+  float* extra;
+  int num_extra;
+  int64_t num_rows;
 };
 
 struct ForwardArguments {
@@ -43,11 +47,11 @@ struct PartialArguments {
   const int64_t* labels;  // [num_rows]
   TokenLoss loss;
   int64_t vocab_start;
-  float* partials;  // (num_rows, k + kPartialTop), contiguous
+  float* partials;  // (num_rows, partial_size), contiguous
 };
 
 struct MergeArguments {
-  const float* partials;  // (num_shards, num_rows, k + kPartialTop), contiguous
+  const float* partials;  // (num_shards, num_rows, partial_size), contiguous
   int num_shards;
   int64_t num_rows;
   const int64_t* labels;  // [num_rows]

@@ -1,5 +1,6 @@
 // The loss as kernels are compiled for it. PlainLoss is the gated cross-entropy of the logits as
-// they are, and its code has nothing of the options; FamilyLoss has all of core/token_loss.h.
+// they are, and its code has nothing of the options; ExactLoss is the same with the entropy of all
+// logits in the gate, and without a selection; FamilyLoss has all of core/token_loss.h.
 #pragma once
 
 #include <cmath>
@@ -12,7 +13,8 @@
 namespace eaft_ext::cuda {
 
 struct PlainLoss {
-  static constexpr bool kIsPlain = true;
+  static constexpr bool kIsPlain = true;       // of the logits as they are
+  static constexpr bool kSumsEntropy = false;  // of all logits
 
   EAFT_HOST_DEVICE explicit PlainLoss(const TokenLoss&) {}
   EAFT_HOST_DEVICE float logit(float x) const { return x; }
@@ -21,6 +23,16 @@ struct PlainLoss {
                                              float) const {
     return {weight, weight, 0};
   }
+  // Whether the k largest logits are selected, and whether the entropy of all is summed.
+  EAFT_HOST_DEVICE static constexpr bool selects(int) { return true; }
+  EAFT_HOST_DEVICE static constexpr bool sums_entropy() { return false; }
+};
+
+struct ExactLoss : PlainLoss {
+  using PlainLoss::PlainLoss;
+  static constexpr bool kSumsEntropy = true;
+  EAFT_HOST_DEVICE static constexpr bool selects(int) { return false; }
+  EAFT_HOST_DEVICE static constexpr bool sums_entropy() { return true; }
 };
 
 // Of a number that is at most 0.
@@ -34,6 +46,7 @@ EAFT_HOST_DEVICE inline float exp_of(float x) {
 
 struct FamilyLoss {
   static constexpr bool kIsPlain = false;
+  static constexpr bool kSumsEntropy = true;
   float scale;
   float cap;  // 0: none
   // Divided once, and not for each element.
@@ -66,6 +79,16 @@ struct FamilyLoss {
                                              float row_max, float log_sum) const {
     return row_weights(loss, loss.z_loss == 0 ? 0.0f : upstream[row], weight, row_max, log_sum);
   }
+  EAFT_HOST_DEVICE static bool selects(int k) { return k > 0; }
+  EAFT_HOST_DEVICE bool sums_entropy() const { return loss.sums_entropy(); }
 };
+
+enum class CompiledLoss { kPlain, kExact, kFamily };
+
+// Which of them a forward takes.
+inline CompiledLoss compiled_loss(const TokenLoss& loss) {
+  if (!loss.is_plain() || (loss.tells_entropy && loss.k > 0)) return CompiledLoss::kFamily;
+  return loss.k == 0 ? CompiledLoss::kExact : CompiledLoss::kPlain;
+}
 
 }  // namespace eaft_ext::cuda

@@ -24,11 +24,26 @@ cudaError_t dispatch_element(ElementType type, const Body& body) {
   return cudaErrorInvalidValue;
 }
 
-// body(Element{}, PlainLoss(loss)) or body(Element{}, FamilyLoss(loss))
+// For a backward: body(Element{}, PlainLoss(loss)) or body(Element{}, FamilyLoss(loss))
 template <typename Body>
-cudaError_t dispatch_both(ElementType type, const TokenLoss& loss, const Body& body) {
+cudaError_t dispatch_backward(ElementType type, const TokenLoss& loss, const Body& body) {
   return dispatch_element(type, [&](auto element) {
     return loss.is_plain() ? body(element, PlainLoss(loss)) : body(element, FamilyLoss(loss));
+  });
+}
+
+// For a forward: body(Element{}, one of the three losses)
+template <typename Body>
+cudaError_t dispatch_forward(ElementType type, const TokenLoss& loss, const Body& body) {
+  return dispatch_element(type, [&](auto element) {
+    switch (compiled_loss(loss)) {
+      case CompiledLoss::kPlain:
+        return body(element, PlainLoss(loss));
+      case CompiledLoss::kExact:
+        return body(element, ExactLoss(loss));
+      default:
+        return body(element, FamilyLoss(loss));
+    }
   });
 }
 

@@ -6,7 +6,7 @@ namespace eaft_ext::cuda {
 
 cudaError_t launch_gated_ce_backward(ElementType type, const BackwardArguments& arguments,
                                      cudaStream_t stream) {
-  return dispatch_both(type, arguments.loss, [&](auto element, auto loss) {
+  return dispatch_backward(type, arguments.loss, [&](auto element, auto loss) {
     using Element = decltype(element);
     using Traits = BackwardTraits<Element>;
     const LogitsArguments& logits = arguments.logits;

@@ -3,6 +3,8 @@
 //
 //     nll = (max - x_y) + ln sum_j exp(x_j - max)     H = entropy of the k largest     loss = g nll
 //
+// or, for k = 0, the entropy of all, which the softmax itself gives.
+//
 // Work: a block takes one row, or one span of it where rows are few (split.h); its first warp
 // selects the k largest from what the scan found and finishes the row. The blocks that are resident
 // together are in different phases, so one's selection hides behind the others' loads. Bytes: one
@@ -59,6 +61,9 @@ __device__ inline void write_stats(const StatsPointers& stats, int64_t row,
   stats.gate[row] = static_cast<float>(token.gate);
   stats.row_max[row] = static_cast<float>(token.row_max);
   stats.log_sum[row] = static_cast<float>(token.log_sum);
+  for (int i = 0; i < stats.num_extra; ++i) {
+    stats.extra[i * stats.num_rows + row] = static_cast<float>(extra_stat(token, i));
+  }
 }
 
 // The entropy of get(0) >= get(1) >= ... >= get(k - 1); by one warp.
@@ -82,12 +87,20 @@ __device__ inline TokenStats<double> warp_token_stats(const ForwardArguments& ar
                                                       const SumOf<Loss>& sum, float target_logit,
                                                       const uint32_t* top, uint32_t* sorted) {
   const Loss loss(arguments.loss);
-  // Sorted first, since the order in which the keys came to the list changes from run to run, and
-  // rounded sums would with it.
-  warp_sort(top, arguments.loss.k, sorted);
-  const auto value = [&](int i) -> double { return loss.logit(value_of<Element>(sorted[i])); };
-  const double entropy = warp_entropy(arguments.loss.k, value);
+  const int k = arguments.loss.k;
+  Entropies<double> entropy{};
+  if (Loss::selects(k)) {
+    // Sorted first, since the order in which the keys came to the list changes from run to run, and
+    // rounded sums would with it.
+    warp_sort(top, k, sorted);
+    const auto value = [&](int i) -> double { return loss.logit(value_of<Element>(sorted[i])); };
+    entropy.of_gate = warp_entropy(k, value);
+  }
   if (lane_index() != 0) return {};
+  if constexpr (Loss::kSumsEntropy) {
+    if (loss.sums_entropy()) entropy.of_all = sum.entropy();
+    if (!Loss::selects(k)) entropy.of_gate = entropy.of_all;
+  }
   const auto token =
       token_stats<double>(arguments.loss.gate, sum.max, sum.log_sum(), target_logit, entropy);
   if constexpr (Loss::kIsPlain) {
@@ -133,19 +146,26 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
   const RowSpan<Element> span(row_of<Element>(logits, row) + begin, length);
   const SumOf<Loss> sum = scan_span<kThreads>(span, arguments.loss.k, loss, storage.scan);
   if (warp_index() != 0) return;
+  const bool selects = Loss::selects(arguments.loss.k);
   if (split.num_spans > 1) {
-    warp_select_top_k(storage.scan.list, arguments.loss.k,
-                      split.top + int64_t{blockIdx.x} * arguments.loss.k);
+    if (selects) {
+      warp_select_top_k(storage.scan.list, arguments.loss.k,
+                        split.top + int64_t{blockIdx.x} * arguments.loss.k);
+    }
     if (lane_index() == 0) {
       split.max[blockIdx.x] = sum.max;
       split.sum[blockIdx.x] = sum.sum;
+      if constexpr (Loss::kSumsEntropy) {
+        split.rest[blockIdx.x] = sum.rest;
+        split.weighted[blockIdx.x] = sum.weighted;
+      }
       if constexpr (!Loss::kIsPlain) split.logits[blockIdx.x] = sum.logits;
     }
     return;
   }
   const int64_t column = column_of(arguments, arguments.labels[row]);
   const float target_logit = target_logit_of<Element>(logits, row, column, loss);
-  warp_select_top_k(storage.scan.list, arguments.loss.k, storage.top);
+  if (selects) warp_select_top_k(storage.scan.list, arguments.loss.k, storage.top);
   write_row<Element, Loss>(arguments, row, sum, target_logit, storage.top, storage.sorted);
 }
 
@@ -158,10 +178,13 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks)
   const int64_t row = blockIdx.x;
   const int64_t label = arguments.labels[row];
   if (label == arguments.loss.ignore_index) return;  // written by the first span's block
-  const int num_keys = split.num_spans * arguments.loss.k;
-  const RowSpan<uint32_t> keys(split.top + row * num_keys, num_keys);
-  select_span<ReadyKeys<uint32_t>, kCombineThreads>(keys, 0, arguments.loss.k, storage.list,
-                                                    storage.scratch);
+  const bool selects = Loss::selects(arguments.loss.k);
+  if (selects) {
+    const int num_keys = split.num_spans * arguments.loss.k;
+    const RowSpan<uint32_t> keys(split.top + row * num_keys, num_keys);
+    select_span<ReadyKeys<uint32_t>, kCombineThreads>(keys, 0, arguments.loss.k, storage.list,
+                                                      storage.scratch);
+  }
   if (warp_index() != 0) return;
   const float target_logit = target_logit_of<Element>(
       arguments.logits, row, column_of(arguments, label), Loss(arguments.loss));
@@ -170,10 +193,14 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks)
     SumOf<Loss> of_span{};
     of_span.max = split.max[span];
     of_span.sum = split.sum[span];
+    if constexpr (Loss::kSumsEntropy) {
+      of_span.rest = split.rest[span];
+      of_span.weighted = split.weighted[span];
+    }
     if constexpr (!Loss::kIsPlain) of_span.logits = split.logits[span];
     return of_span;
   });
-  warp_select_top_k(storage.list, arguments.loss.k, storage.top);
+  if (selects) warp_select_top_k(storage.list, arguments.loss.k, storage.top);
   write_row<Element, Loss>(arguments, row, sum, target_logit, storage.top, storage.sorted);
 }
 

@@ -155,7 +155,7 @@ cudaError_t plan_gated_ce_forward_with_grad(ElementType type,
                                             const ForwardWithGradArguments& arguments,
                                             ForwardWithGradPlan* plan) {
   // Asking the device takes longer than a launch, and shapes repeat.
-  using Shape = std::tuple<int, ElementType, bool, int64_t, int64_t, bool>;
+  using Shape = std::tuple<int, ElementType, CompiledLoss, int64_t, int64_t, bool>;
   static std::mutex mutex;
   static std::map<Shape, ForwardWithGradPlan> plans;
   constexpr size_t kMaxPlans = 4096;
@@ -165,7 +165,7 @@ cudaError_t plan_gated_ce_forward_with_grad(ElementType type,
   if (const cudaError_t error = cudaGetDevice(&limits.device)) return error;
   const Shape shape{limits.device,
                     type,
-                    arguments.forward.loss.is_plain(),
+                    compiled_loss(arguments.forward.loss),
                     logits.num_rows,
                     logits.vocab_size,
                     arguments.gradient == logits.logits};
@@ -176,7 +176,7 @@ cudaError_t plan_gated_ce_forward_with_grad(ElementType type,
   }
   if (const cudaError_t error = ask_device(&limits)) return error;
   const cudaError_t error =
-      dispatch_both(type, arguments.forward.loss, [&](auto element, auto loss) {
+      dispatch_forward(type, arguments.forward.loss, [&](auto element, auto loss) {
         return make_plan<decltype(element), decltype(loss)>(limits, arguments, plan);
       });
   if (error != cudaSuccess) return error;
@@ -189,7 +189,7 @@ cudaError_t launch_gated_ce_forward_with_grad(ElementType type,
                                               const ForwardWithGradArguments& arguments,
                                               const ForwardWithGradPlan& plan,
                                               cudaStream_t stream) {
-  return dispatch_both(type, arguments.forward.loss, [&](auto element, auto loss) {
+  return dispatch_forward(type, arguments.forward.loss, [&](auto element, auto loss) {
     using Element = decltype(element);
     using Loss = decltype(loss);
     if (arguments.forward.logits.num_rows == 0) return cudaSuccess;

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of<Loss>(kStagedBlocks))
   if (warp_index() == 0) {
     // Read now: when all have arrived, the gradient may be written over it.
     target_logit = target_logit_of<Element>(forward.logits, row, label, loss);
-    warp_select_top_k(list, k, storage.block_top);
+    if (Loss::selects(k)) warp_select_top_k(list, k, storage.block_top);
     if (lane_index() == 0) storage.block_sum = block_sum;
     cluster_arrive();
   } else {
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of<Loss>(kStagedBlocks))
   __syncthreads();           // the list is there
   cluster_arrive_relaxed();  // this block has read the others
   if (warp_index() == 0) {
-    warp_select_top_k(list, k, storage.forward.top);
+    if (Loss::selects(k)) warp_select_top_k(list, k, storage.forward.top);
     finish_row<Element, Loss, kThreads>(arguments, row, upstream, sum, target_logit, rank == 0,
                                         storage);
   }
@@ -167,7 +167,9 @@ __global__ void __launch_bounds__(kThreads, blocks_of<Loss>(kThreadsPerMultiproc
     } else if (warp_index() == 0) {
       const float target_logit = target_logit_of<Element>(forward.logits, row, label, loss);
       const float upstream = arguments.upstream[row];
-      warp_select_top_k(storage.forward.scan.list, forward.loss.k, storage.forward.top);
+      if (Loss::selects(forward.loss.k)) {
+        warp_select_top_k(storage.forward.scan.list, forward.loss.k, storage.forward.top);
+      }
       finish_row<Element, Loss, kThreads>(arguments, row, upstream, sum, target_logit, true,
                                           storage);
     }

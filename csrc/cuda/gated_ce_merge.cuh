@@ -61,6 +61,42 @@ __device__ inline int warp_merge_lists(DescendingList list, int k, float* taken)
   return k;
 }
 
+// The entropy of all logits from what the shards tell of their own. row_max: of all. Not inlined:
+// beside it the kernel would spill.
+__device__ __noinline__ double warp_merge_entropies(const MergeArguments& arguments, int64_t row,
+                                                    float row_max) {
+  const auto mass = [&](int shard) -> double {
+    const MaxSum<double> of_shard = max_sum_of_partial(partial_of(arguments, shard, row));
+    return of_shard.sum * exp(of_shard.max - row_max);
+  };
+  // The first is a large one: that of the lane with the largest.
+  double largest = -1;
+  int first = -1;
+  for (int shard = lane_index(); shard < arguments.num_shards; shard += kWarpSize) {
+    if (mass(shard) <= largest) continue;
+    largest = mass(shard);
+    first = shard;
+  }
+  const float of_lane = static_cast<float>(largest);
+  const unsigned holders = __ballot_sync(kAllLanes, of_lane == warp_max(of_lane));
+  const int holder = max(__ffs(static_cast<int>(holders)) - 1, 0);
+  largest = __shfl_sync(kAllLanes, largest, holder);
+  first = __shfl_sync(kAllLanes, first, holder);
+  EntropyOfParts<double> entropy;
+  for (int shard = lane_index(); shard < arguments.num_shards; shard += kWarpSize) {
+    const double of_shard = partial_of(arguments, shard, row)[partial_entropy(arguments.loss)];
+    if (shard == first) {
+      entropy.add_first(of_shard);
+    } else {
+      entropy.add(mass(shard) / largest, of_shard);
+    }
+  }
+  entropy.between.z = warp_sum(entropy.between.z);
+  entropy.between.weighted = warp_sum(entropy.between.weighted);
+  entropy.within = warp_sum(entropy.within);
+  return entropy.get();
+}
+
 // A warp for each row.
 __global__ void __launch_bounds__(kRowsPerMergeBlock* kWarpSize)
     gated_ce_merge_kernel(const __grid_constant__ MergeArguments arguments) {
@@ -78,7 +114,7 @@ __global__ void __launch_bounds__(kRowsPerMergeBlock* kWarpSize)
   float* taken = storage.top[warp_index()][0];
   float* before = storage.top[warp_index()][1];
   int count = 0;
-  for (int first = 0; first < num_shards;) {
+  for (int first = 0; k > 0 && first < num_shards;) {
     const int goes_on = first > 0;  // the first lane then has what was taken before
     const int shard = first + lane_index() - goes_on;
     const bool has_shard = shard >= first && shard < num_shards;
@@ -92,6 +128,16 @@ __global__ void __launch_bounds__(kRowsPerMergeBlock* kWarpSize)
     first += kWarpSize - goes_on;
   }
 
+  const SoftmaxSum sum = warp_merge(num_shards, [&](int shard) {
+    const MaxSum<double> of_shard = max_sum_of_partial(partial_of(arguments, shard, row));
+    return SoftmaxSum{static_cast<float>(of_shard.max), of_shard.sum};
+  });
+  Entropies<double> entropy{};
+  if (arguments.loss.sums_entropy()) {
+    entropy.of_all = warp_merge_entropies(arguments, row, sum.max);
+    entropy.of_gate = entropy.of_all;
+  }
+
   TargetOfShards<float> target{static_cast<float>(label)};
   for (int shard = lane_index(); shard < num_shards; shard += kWarpSize) {
     target.add(partial_of(arguments, shard, row));
@@ -102,22 +148,17 @@ __global__ void __launch_bounds__(kRowsPerMergeBlock* kWarpSize)
   target.count =
       static_cast<int>(__reduce_add_sync(kAllLanes, static_cast<unsigned>(target.count)));
   target.differs = __any_sync(kAllLanes, target.differs);
-
-  const SoftmaxSum sum = warp_merge(num_shards, [&](int shard) {
-    const MaxSum<double> of_shard = max_sum_of_partial(partial_of(arguments, shard, row));
-    return SoftmaxSum{static_cast<float>(of_shard.max), of_shard.sum};
-  });
   double sum_of_logits = 0;
   if (arguments.loss.label_smoothing != 0) {
     for (int shard = lane_index(); shard < num_shards; shard += kWarpSize) {
-      sum_of_logits += partial_of(arguments, shard, row)[kPartialTop + k];
+      sum_of_logits += partial_of(arguments, shard, row)[partial_logits(arguments.loss)];
     }
     sum_of_logits = warp_sum(sum_of_logits);
   }
-  const double entropy = warp_entropy(count, [&](int i) -> double { return before[i]; });
+  if (k > 0) entropy.of_gate = warp_entropy(count, [&](int i) -> double { return before[i]; });
   if (lane_index() != 0) return;
-  const auto token = token_stats<double>(for_k(arguments.loss.gate, count), sum.max, sum.log_sum(),
-                                         target.get(), entropy);
+  const Gate gate = k > 0 ? for_k(arguments.loss.gate, count) : arguments.loss.gate;
+  const auto token = token_stats<double>(gate, sum.max, sum.log_sum(), target.get(), entropy);
   write_stats(arguments.stats, row, with_family(token, arguments.loss, sum_of_logits));
 }
 

@@ -23,9 +23,11 @@ __device__ inline void write_ignored(const PartialArguments& arguments, int64_t 
   float* partial = partial_of(arguments, row);
   if (threadIdx.x == 0) {
     write_partial_head<float>(partial, arguments.labels[row], 0, NAN);
-    if (arguments.loss.label_smoothing != 0) partial[kPartialTop + arguments.loss.k] = 0;
+    for (int i = partial_entropy(arguments.loss); i < partial_size(arguments.loss); ++i) {
+      partial[i] = 0;
+    }
   }
-  for (int i = static_cast<int>(threadIdx.x); i < arguments.loss.k;
+  for (int i = static_cast<int>(threadIdx.x); i < partial_top_size(arguments.loss);
        i += static_cast<int>(blockDim.x)) {
     partial[kPartialTop + i] = NAN;
   }
@@ -36,18 +38,24 @@ __device__ inline void write_row(const PartialArguments& arguments, int64_t row,
                                  const SumOf<Loss>& sum, float target_logit, const uint32_t* top,
                                  uint32_t* sorted) {
   const Loss loss(arguments.loss);
-  warp_sort(top, arguments.loss.k, sorted);
+  const TokenLoss& given = arguments.loss;
   float* partial = partial_of(arguments, row);
-  for (int i = lane_index(); i < arguments.loss.k; i += kWarpSize) {
-    const bool exists = i < arguments.logits.vocab_size;
-    partial[kPartialTop + i] = exists ? loss.logit(value_of<Element>(sorted[i])) : NAN;
+  if (Loss::selects(given.k)) {
+    warp_sort(top, given.k, sorted);
+    for (int i = lane_index(); i < given.k; i += kWarpSize) {
+      const bool exists = i < arguments.logits.vocab_size;
+      partial[kPartialTop + i] = exists ? loss.logit(value_of<Element>(sorted[i])) : NAN;
+    }
   }
-  if (lane_index() == 0) {
-    write_partial_head(partial, arguments.labels[row], sum.sum, target_logit);
-    if constexpr (!Loss::kIsPlain) {
-      if (arguments.loss.label_smoothing != 0) {
-        partial[kPartialTop + arguments.loss.k] = static_cast<float>(sum.logits);
-      }
+  if (lane_index() != 0) return;
+  write_partial_head(partial, arguments.labels[row], sum.sum, target_logit);
+  if constexpr (Loss::kSumsEntropy) {
+    if (!Loss::selects(given.k)) partial[kPartialTop] = sum.max;
+    if (given.sums_entropy()) partial[partial_entropy(given)] = static_cast<float>(sum.entropy());
+  }
+  if constexpr (!Loss::kIsPlain) {
+    if (given.label_smoothing != 0) {
+      partial[partial_logits(given)] = static_cast<float>(sum.logits);
     }
   }
 }

@@ -42,7 +42,7 @@ cudaError_t plan_forward_rows(ElementType type, const Arguments& arguments, Spli
     plan->workspace_bytes = lay_out_split(&split, logits.num_rows, arguments.loss.k, true, nullptr);
     return cudaSuccess;
   };
-  return dispatch_both(type, arguments.loss, of_loss);
+  return dispatch_forward(type, arguments.loss, of_loss);
 }
 
 template <typename Element, int kThreads, typename Loss, typename Arguments>
@@ -76,7 +76,7 @@ cudaError_t launch_forward_rows(ElementType type, const Arguments& arguments, co
             arguments, split);
     return cudaGetLastError();
   };
-  return dispatch_both(type, arguments.loss, of_loss);
+  return dispatch_forward(type, arguments.loss, of_loss);
 }
 
 }  // namespace eaft_ext::cuda

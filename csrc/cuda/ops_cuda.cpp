@@ -30,20 +30,22 @@ void run_forward(const CheckedForward& forward) {
                                          c10::cuda::getCurrentCUDAStream()));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cuda(
     const Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
     c10::ArrayRef<double> gate_parameters, int64_t ignore_index, bool inplace_backward,
-    c10::ArrayRef<double> family) {
+    c10::ArrayRef<double> family, int64_t num_extra) {
   const char* op = "gated_ce_forward";
   check_logits(op, logits);
-  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
+  const TokenLoss loss =
+      checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra);
   const c10::cuda::CUDAGuard guard(logits.device());
   // Said before the work is done, not in the backward.
   if (inplace_backward) check_writable(op, logits);
-  const Stats stats(logits);
+  const Stats stats(logits, num_extra);
   const CheckedForward forward(op, logits, labels, loss, stats);
   run_forward(forward);
-  return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.row_max, stats.log_sum};
+  return {stats.loss,    stats.nll,     stats.entropy, stats.gate,
+          stats.row_max, stats.log_sum, stats.extra};
 }
 
 // Writes the gradient of the logits, which may be written over.
@@ -115,23 +117,27 @@ void gated_ce_backward_cuda_(const Tensor& weight, Tensor& logits, const Tensor&
 
 Tensor gated_ce_partial_cuda(const Tensor& logits, const Tensor& raw_labels, int64_t k,
                              int64_t vocab_start, std::optional<int64_t> vocab_size,
-                             int64_t ignore_index, c10::ArrayRef<double> family) {
+                             int64_t ignore_index, c10::ArrayRef<double> family,
+                             bool tells_entropy) {
   const char* op = "gated_ce_partial";
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
-  check_k(op, k, kMinTopK, kMaxTopK);
+  check_gate_k(op, k);
   const c10::cuda::CUDAGuard guard(logits.device());
   const ElementType type = element_type(op, logits);
   const Tensor labels = int64_labels(op, raw_labels, logits);
   auto sizes = logits.sizes().vec();
   TokenLoss loss = checked_family(op, ignore_index, family);
   loss.k = static_cast<int>(k);
+  loss.tells_entropy = tells_entropy;
   sizes.back() = partial_size(loss);
   Tensor partials = at::empty(sizes, logits.options().dtype(at::kFloat));
   if (shard.num_words == 0) {
     partials.fill_(std::numeric_limits<float>::quiet_NaN());
     partials.select(-1, kPartialLabel).copy_(labels);
     partials.select(-1, kPartialRest).fill_(-1);
-    if (loss.label_smoothing != 0) partials.select(-1, kPartialTop + k).zero_();
+    for (int i = partial_entropy(loss); i < partial_size(loss); ++i) {
+      partials.select(-1, i).zero_();
+    }
     return partials;
   }
   const Tensor words = with_readable_rows(shard.words(logits));
@@ -149,22 +155,22 @@ Tensor gated_ce_partial_cuda(const Tensor& logits, const Tensor& raw_labels, int
   return partials;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cuda(
-    const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_partials,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cuda(
+    const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_partials, int64_t k,
     std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
     int64_t vocab_start, std::optional<int64_t> vocab_size, bool inplace_backward,
-    c10::ArrayRef<double> family, std::optional<int64_t> num_words) {
+    c10::ArrayRef<double> family, std::optional<int64_t> num_words, int64_t num_extra) {
   const char* op = "gated_ce_merge";
   checked_shard(op, logits, vocab_start, vocab_size);
   const c10::cuda::CUDAGuard guard(logits.device());
   if (inplace_backward && logits.size(-1) > 0) check_writable(op, logits);
   const Tensor labels = int64_labels(op, raw_labels, logits);
-  const int num_others = checked_family(op, ignore_index, family).label_smoothing != 0 ? 1 : 0;
-  const int k = check_partials(op, raw_partials, labels, at::kFloat, num_others);
-  TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
-  loss.num_words = checked_num_words(op, num_words, logits);
+  const TokenLoss loss =
+      for_words(checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra),
+                checked_num_words(op, num_words, logits));
+  check_partials(op, raw_partials, labels, at::kFloat, loss);
   const Tensor partials = raw_partials.contiguous();
-  const Stats stats(logits);
+  const Stats stats(logits, num_extra);
   MergeArguments arguments{};
   arguments.partials = partials.const_data_ptr<float>();
   arguments.num_shards = static_cast<int>(partials.size(0));
@@ -173,7 +179,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cuda(
   arguments.loss = loss;
   arguments.stats = stats.pointers();
   C10_CUDA_CHECK(launch_gated_ce_merge(arguments, c10::cuda::getCurrentCUDAStream()));
-  return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.row_max, stats.log_sum};
+  return {stats.loss,    stats.nll,     stats.entropy, stats.gate,
+          stats.row_max, stats.log_sum, stats.extra};
 }
 
 // The forward into its stats, and the gradient of sum(upstream * loss) into gradient, which may be
@@ -202,36 +209,39 @@ void forward_with_grad_into(const char* op, const Tensor& gradient, const Stats&
                                                    c10::cuda::getCurrentCUDAStream()));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cuda(
     const Tensor& upstream, const Tensor& logits, const Tensor& labels, int64_t k,
     std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
-    c10::ArrayRef<double> family) {
+    c10::ArrayRef<double> family, int64_t num_extra) {
   const char* op = "gated_ce_forward_with_grad";
   check_logits(op, logits);
-  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
+  const TokenLoss loss =
+      checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra);
   const c10::cuda::CUDAGuard guard(logits.device());
-  const Stats stats(logits);
+  const Stats stats(logits, num_extra);
   const Tensor gradient =
       write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
         const CheckedForward forward(op, source, labels, loss, stats);
         forward_with_grad_into(op, target, stats, upstream, forward);
       });
-  return {stats.loss, stats.nll, stats.entropy, stats.gate, gradient};
+  return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.extra, gradient};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cuda_(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cuda_(
     const Tensor& upstream, Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
-    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, c10::ArrayRef<double> family) {
+    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, c10::ArrayRef<double> family,
+    int64_t num_extra) {
   const char* op = "gated_ce_forward_with_grad_";
   check_logits(op, logits);
-  const TokenLoss loss = checked_token_loss(op, k, gate, gate_parameters, ignore_index, family);
+  const TokenLoss loss =
+      checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra);
   const c10::cuda::CUDAGuard guard(logits.device());
   check_writable(op, logits);
-  const Stats stats(logits);
+  const Stats stats(logits, num_extra);
   const CheckedForward forward(op, logits, labels, loss, stats);
   forward_with_grad_into(op, logits, stats, upstream, forward);
   mark_written(logits);
-  return {stats.loss, stats.nll, stats.entropy, stats.gate};
+  return {stats.loss, stats.nll, stats.entropy, stats.gate, stats.extra};
 }
 
 void scale_gradient_cuda_(Tensor& gradient, const Tensor& factor) {

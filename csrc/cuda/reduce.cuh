@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../core/entropy.h"
 #include "device.cuh"
 
 namespace eaft_ext::cuda {
@@ -55,13 +56,24 @@ struct SoftmaxSum {
   __device__ double log_sum() const { return log1p(sum - 1); }
 };
 
-// The same with the sum of the elements themselves, for label smoothing.
-struct FamilySum : SoftmaxSum {
+// The same with what the entropy of all logits takes (ExactSums of core/entropy.h): rest is the sum
+// less the maximum's own 1, and weighted sum_j exp(x_j - max) (x_j - max).
+struct WeightedSum : SoftmaxSum {
+  double rest = -1;
+  double weighted = 0;
+
+  __device__ double entropy() const { return EntropySums<double>{rest, weighted}.entropy(); }
+};
+
+// And with the sum of the elements themselves, for label smoothing.
+struct FamilySum : WeightedSum {
   double logits;
 };
 
 template <typename Loss>
-using SumOf = std::conditional_t<Loss::kIsPlain, SoftmaxSum, FamilySum>;
+using SumOf =
+    std::conditional_t<Loss::kSumsEntropy,
+                       std::conditional_t<Loss::kIsPlain, WeightedSum, FamilySum>, SoftmaxSum>;
 
 // What an exponent is taken relative to: finite, also where there is no finite element.
 __device__ inline float reference_of(float max) { return fmaxf(max, kLowest); }
@@ -87,6 +99,31 @@ __device__ inline auto warp_merge(int n, const Get& get) {
   Sum merged{};
   merged.max = max;
   merged.sum = warp_sum(sum);
+  if constexpr (std::is_base_of_v<WeightedSum, Sum>) {
+    // One of those with the maximum leaves its 1 out.
+    int largest = -1;
+    for (int i = lane_index(); i < n; i += kWarpSize) {
+      if (get(i).max == max) largest = i;
+    }
+    const unsigned holders = __ballot_sync(kAllLanes, largest >= 0);
+    if (lane_index() != __ffs(static_cast<int>(holders)) - 1) largest = -1;
+    double rest = 0;
+    double weighted = 0;
+    for (int i = lane_index(); i < n; i += kWarpSize) {
+      const Sum one = get(i);
+      const float scale = exp_relative(one.max, reference_of(max));
+      if (i == largest) {
+        rest += one.rest;
+        weighted += one.weighted;
+      } else if (scale != 0) {  // else the maxima may be infinitely far apart
+        const double moved = static_cast<double>(one.max - max) * (1 + one.rest);
+        rest += static_cast<double>(scale) * (1 + one.rest);
+        weighted += static_cast<double>(scale) * (one.weighted + moved);
+      }
+    }
+    merged.rest = warp_sum(rest);
+    merged.weighted = warp_sum(weighted);
+  }
   if constexpr (std::is_same_v<Sum, FamilySum>) {
     double logits = 0;
     for (int i = lane_index(); i < n; i += kWarpSize) logits += get(i).logits;

@@ -21,11 +21,13 @@ template <typename Key>
 struct RowSplit {
   int num_spans;    // of a row
   int span_length;  // elements
-  // Where a row has more than one span:
-  double* sum = nullptr;     // [num_rows, num_spans]
-  double* logits = nullptr;  // [num_rows, num_spans], written for label smoothing
-  float* max = nullptr;      // [num_rows, num_spans]
-  Key* top = nullptr;        // [num_rows, num_spans, k], in no order
+  // Where a row has more than one span, [num_rows, num_spans] each:
+  double* sum = nullptr;
+  double* rest = nullptr;  // this and the next are written for the entropy of all logits
+  double* weighted = nullptr;
+  double* logits = nullptr;  // written for label smoothing
+  float* max = nullptr;
+  Key* top = nullptr;  // [num_rows, num_spans, k], in no order
 };
 
 // The number of spans that takes the fewest waves of resident blocks, a block costing its span and
@@ -66,6 +68,8 @@ size_t lay_out_split(RowSplit<Key>* split, int64_t num_rows, int k, bool with_su
   split->top = reinterpret_cast<Key*>(take(items * k * sizeof(Key)));
   if (with_sums) {
     split->sum = reinterpret_cast<double*>(take(items * sizeof(double)));
+    split->rest = reinterpret_cast<double*>(take(items * sizeof(double)));
+    split->weighted = reinterpret_cast<double*>(take(items * sizeof(double)));
     split->logits = reinterpret_cast<double*>(take(items * sizeof(double)));
     split->max = reinterpret_cast<float*>(take(items * sizeof(float)));
   }

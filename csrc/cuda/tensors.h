@@ -63,18 +63,26 @@ inline Tensor make_workspace(const Tensor& logits, size_t bytes) {
 // The outputs of the forward, one number a row each. Every one is written by the kernels.
 struct Stats {
   Tensor loss, nll, entropy, gate, row_max, log_sum;
+  Tensor extra;  // (num_extra, ...)
 
-  explicit Stats(const Tensor& logits) {
+  Stats(const Tensor& logits, int64_t num_extra) {
     const auto sizes = logits.sizes().slice(0, logits.dim() - 1);
     for (Tensor* stat : {&loss, &nll, &entropy, &gate, &row_max, &log_sum}) {
       *stat = at::empty(sizes, logits.options().dtype(at::kFloat));
     }
+    extra = at::empty(extra_sizes(logits, num_extra), logits.options().dtype(at::kFloat));
   }
 
   StatsPointers pointers() const {
-    return {loss.mutable_data_ptr<float>(),    nll.mutable_data_ptr<float>(),
-            entropy.mutable_data_ptr<float>(), gate.mutable_data_ptr<float>(),
-            row_max.mutable_data_ptr<float>(), log_sum.mutable_data_ptr<float>()};
+    return {loss.mutable_data_ptr<float>(),
+            nll.mutable_data_ptr<float>(),
+            entropy.mutable_data_ptr<float>(),
+            gate.mutable_data_ptr<float>(),
+            row_max.mutable_data_ptr<float>(),
+            log_sum.mutable_data_ptr<float>(),
+            extra.mutable_data_ptr<float>(),
+            static_cast<int>(extra.size(0)),
+            loss.numel()};
   }
 };
 

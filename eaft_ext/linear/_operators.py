@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from eaft_ext._checks import check_label_values
-from eaft_ext._options import TokenLoss, from_family
+from eaft_ext._options import STATS_OF_EXTRA, TokenLoss, from_family
 from eaft_ext._registration import (
     define,
+    fake_extra,
     fake_stats,
     impl,
     ops,
@@ -38,15 +39,15 @@ from eaft_ext.reference import weigh
 # by_kernel: not in plain PyTorch. accumulate_in_float32: the weight's gradient; None: if it is
 # small. total: words of all shards. reduce_hidden: add up the hidden's gradients of the group.
 _OPTIONS = (
-    "int k, str gate, float[] gate_parameters, int ignore_index, float[] family, bool by_kernel, "
-    "SymInt? chunk_size, bool? accumulate_in_float32, SymInt vocab_start, SymInt? vocab_size, "
-    "SymInt total, str? group, int group_size, bool reduce_hidden"
+    "int k, str gate, float[] gate_parameters, int ignore_index, float[] family, int num_extra, "
+    "bool by_kernel, SymInt? chunk_size, bool? accumulate_in_float32, SymInt vocab_start, "
+    "SymInt? vocab_size, SymInt total, str? group, int group_size, bool reduce_hidden"
 )
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
-# -> loss, nll, entropy, gate, row_max, log_sum
+# -> loss, nll, entropy, gate, row_max, log_sum, extra
 define(
     "eaft_ext::linear_gated_ce_forward",
-    f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 # -> the gradients of hidden, weight and bias for those that are wanted, else tensors of no elements
 define(
@@ -54,11 +55,12 @@ define(
     "(Tensor upstream, Tensor gate_weight, Tensor row_max, Tensor log_sum, bool[] wanted, "
     f"{_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
-# -> sum(token_weight * loss) / divisor, nll, entropy, gate, and the gradients of the first as above
+# -> sum(token_weight * loss) / divisor, nll, entropy, gate, extra, and the gradients of the first,
+# as above
 define(
     "eaft_ext::linear_gated_ce_forward_with_grad",
     f"({_INPUTS}, Tensor divisor, Tensor? token_weight, bool[] wanted, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -70,6 +72,7 @@ class _Options(NamedTuple):
     gate_parameters: Sequence[float]
     ignore_index: int
     family: Sequence[float]
+    num_extra: int
     by_kernel: bool
     chunk_size: int | None
     accumulate_in_float32: bool | None
@@ -130,10 +133,11 @@ class _Call:
         gate = next(known for known in BUILT_IN if known.name == given.gate)
         self.rows = Rows(
             TokenLoss(
-                given.k,
+                given.k or None,
                 gate(*given.gate_parameters),
                 given.ignore_index,
                 *from_family(given.family),
+                STATS_OF_EXTRA[given.num_extra],
             ),
             given.by_kernel,
             given.vocab_start,
@@ -166,13 +170,22 @@ class _Call:
         return hidden, logits
 
     def stats(self, count: int) -> list[Tensor]:
-        """Zeros for every token, (T)."""
-        dtype = stats_dtype(self.hidden)
-        return [self.hidden.new_zeros(len(self.labels), dtype=dtype) for _ in range(count)]
+        """Zeros for every token, (T), and last those for what is told besides, (num_extra, T)."""
+        dtype, tokens = stats_dtype(self.hidden), len(self.labels)
+        new = [self.hidden.new_zeros(tokens, dtype=dtype) for _ in range(count)]
+        return [*new, self.hidden.new_zeros(self.options.num_extra, tokens, dtype=dtype)]
+
+    def put(self, stats: Sequence[Tensor], chunk: Chunk, of_chunk: Sequence[Tensor]) -> None:
+        """Write those of a chunk, (rows) and (num_extra, rows), to their places."""
+        *stats, extra = stats
+        *of_chunk, extra_of_chunk = of_chunk
+        stats, of_chunk = [*stats, *extra.unbind()], [*of_chunk, *extra_of_chunk.unbind()]
+        for stat, part in zip(stats, of_chunk, strict=True):
+            put(stat, chunk.where, part)
 
     def shaped(self, stats: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Like the labels."""
-        return tuple(stat.view(self.shape) for stat in stats)
+        """Like the labels, behind another dimension where there is one."""
+        return tuple(stat.view((*stat.shape[:-1], *self.shape)) for stat in stats)
 
 
 class _Gradients:
@@ -237,8 +250,7 @@ def _(
         for chunk in call.chunks:
             _, logits = call.logits(chunk)
             of_chunk = call.rows.losses(logits, call.labels[chunk.where])
-            for stat, part in zip(stats, of_chunk, strict=True):
-                put(stat, chunk.where, part)
+            call.put(stats, chunk, of_chunk)
         return call.shaped(stats)
 
 
@@ -290,8 +302,7 @@ def _(
             of_chunk = call.rows.losses_and_gradient_(
                 upstream[chunk.where], logits, call.labels[chunk.where]
             )
-            for stat, part in zip((loss, *stats), of_chunk, strict=True):
-                put(stat, chunk.where, part)
+            call.put((loss, *stats), chunk, of_chunk)
             gradients.add(chunk, rows, logits)
         if token_weight is not None:
             loss = weigh(loss, token_weight.reshape(-1).to(loss.dtype))
@@ -315,7 +326,7 @@ def _fake_gradients(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
-    return fake_stats(hidden, 6)
+    return (*fake_stats(hidden, 6), fake_extra(hidden, _Options(*options).num_extra))
 
 
 @register_fake("eaft_ext::linear_gated_ce_backward")
@@ -345,6 +356,7 @@ def _(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     total, *stats = fake_stats(hidden, 4)
+    stats.append(fake_extra(hidden, _Options(*options).num_extra))
     return total.new_empty(()), *stats, *_fake_gradients(wanted, hidden, weight, bias)
 
 
@@ -355,8 +367,8 @@ _NO_DOUBLE_BACKWARD = (
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, *ctx.options = inputs
-    _, nll, entropy, gate, row_max, log_sum = output
-    ctx.mark_non_differentiable(nll, entropy, gate, row_max, log_sum)
+    _, nll, entropy, gate, row_max, log_sum, extra = output
+    ctx.mark_non_differentiable(nll, entropy, gate, row_max, log_sum, extra)
     ctx.save_for_backward(hidden, weight, bias, labels, gate, row_max, log_sum)
     ctx.set_materialize_grads(False)
 
@@ -379,7 +391,7 @@ def _save_forward_with_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.num_inputs, ctx.wanted = len(inputs), inputs[6]
     _, *others = output
     ctx.mark_non_differentiable(*others)
-    gradients = others[3:]
+    gradients = others[4:]
     ctx.save_for_backward(
         *(g for g, is_wanted in zip(gradients, ctx.wanted, strict=True) if is_wanted)
     )

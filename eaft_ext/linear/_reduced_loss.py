@@ -92,7 +92,14 @@ def reduced_loss(
         shard = shard._replace(group=None)
     total = shard.total
     by_kernel = takes_kernel("gated_ce_forward_with_grad", hidden)
-    options = (*of_token.kernel_arguments(), of_token.family(), by_kernel, *chunking, *shard)
+    options = (
+        *of_token.kernel_arguments(),
+        of_token.family(),
+        of_token.num_extra,
+        by_kernel,
+        *chunking,
+        *shard,
+    )
     valid = labels != of_token.ignore_index
     wanted = [t is not None and t.requires_grad for t in product]
     # Where the gradient is a number times one that is known already, it is computed at once. Not
@@ -107,11 +114,11 @@ def reduced_loss(
     if at_once:
         dtype = stats_dtype(hidden)
         divisor = torch.ones((), dtype=dtype, device=hidden.device) * reduce.divisor(valid, dtype)
-        loss, nll, entropy, given, _, _, _ = ops.linear_gated_ce_forward_with_grad(
+        loss, nll, entropy, given, extra, *_ = ops.linear_gated_ce_forward_with_grad(
             hidden, weight, bias, labels, divisor, reduce.token_weight, wanted, *options
         )
-        return loss, TokenStats(nll, entropy, given, valid)
-    loss, nll, entropy, given, _, _ = ops.linear_gated_ce_forward(
+        return loss, of_token.stats(nll, entropy, given, valid, extra)
+    loss, nll, entropy, given, _, _, extra = ops.linear_gated_ce_forward(
         hidden, weight, bias, labels, *options
     )
     if not of_token.is_known_to_kernels:
@@ -121,4 +128,4 @@ def reduced_loss(
     if (rest := of_token.z_loss_alone) is not None:
         unreduced = Reduce("none", None)
         loss = loss + reduced_loss(product, labels, rest, unreduced, chunking, shard)[0]
-    return reduce(loss, valid), TokenStats(nll, entropy, given, valid)
+    return reduce(loss, valid), of_token.stats(nll, entropy, given, valid, extra)

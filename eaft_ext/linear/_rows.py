@@ -39,22 +39,33 @@ class Rows:
     gather: Gather | None
 
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """loss, nll, entropy, gate, row_max and log_sum, each (rows)."""
+        """loss, nll, entropy, gate, row_max and log_sum, each (rows), and (num_extra, rows)."""
         if not self.by_kernel:
             return self._reference_losses(logits, labels)
         k, *gate = self.of_token.kernel_arguments()
         family = self.of_token.family()
         if self.gather is None:
             whole: tuple[Tensor, ...] = ops.gated_ce_forward(
-                logits, labels, k, *gate, False, family
+                logits, labels, k, *gate, False, family, self.of_token.num_extra
             )
             return whole
         start = self.vocab_start
+        ignore_index, tells_entropy = self.of_token.ignore_index, self.of_token.tells_entropy
         partial = ops.gated_ce_partial(
-            logits, labels, k, start, None, self.of_token.ignore_index, family
+            logits, labels, k, start, None, ignore_index, family, tells_entropy
         )
         merged: tuple[Tensor, ...] = ops.gated_ce_merge(
-            logits, labels, self.gather(partial), *gate, start, None, False, family, self.total
+            logits,
+            labels,
+            self.gather(partial),
+            k,
+            *gate,
+            start,
+            None,
+            False,
+            family,
+            self.total,
+            self.of_token.num_extra,
         )
         return merged
 
@@ -90,7 +101,7 @@ class Rows:
     def losses_and_gradient_(
         self, upstream: Tensor, logits: Tensor, labels: Tensor
     ) -> tuple[Tensor, ...]:
-        """loss, nll, entropy and gate; the gradient of ``sum(upstream * loss)`` over the logits."""
+        """loss, nll, entropy, gate, extra; over the logits the gradient, of what has upstream."""
         if self.by_kernel and self.gather is None:
             at_once: tuple[Tensor, ...] = ops.gated_ce_forward_with_grad_(
                 upstream,
@@ -98,32 +109,27 @@ class Rows:
                 labels,
                 *self.of_token.kernel_arguments(),
                 self.of_token.family(),
+                self.of_token.num_extra,
             )
             return at_once
-        loss, nll, entropy, gate_weight, row_max, log_sum = self.losses(logits, labels)
+        loss, nll, entropy, gate_weight, row_max, log_sum, extra = self.losses(logits, labels)
         self.gradient_(RowsOfBackward(upstream, gate_weight, row_max, log_sum), logits, labels)
-        return loss, nll, entropy, gate_weight
+        return loss, nll, entropy, gate_weight, extra
 
     def _reference_losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """As a shard, the only one where there is no other."""
-        ignore_index = self.of_token.ignore_index
         of_token = self.of_token
-        x = of_token.map_logits(logits)
-        partial = reference.shard_partial(
-            x,
-            labels,
-            of_token.k,
-            self.vocab_start,
-            ignore_index,
-            sums_logits=of_token.label_smoothing != 0,
-        )
+        ignored = labels == of_token.ignore_index
+        partial = of_token.shard_partial(of_token.map_logits(logits), labels, self.vocab_start)
         partials = partial.unsqueeze(0) if self.gather is None else self.gather(partial)
-        merged = reference.merge_partials(partials, labels, ignore_index, of_token.k)
-        nll, entropy, row_max, log_sum = merged
-        weight = self.of_token.gate_weights(self.total, nll, entropy, labels != ignore_index)
-        cross = of_token.smoothed(merged, partials, labels == ignore_index, self.total)
+        merged = of_token.merge_partials(partials, labels)
+        nll, entropy, row_max, log_sum = merged[:4]
+        weight = of_token.gate_weights(self.total, nll, entropy, ~ignored)
+        cross = of_token.smoothed(merged, partials, ignored, self.total)
         loss = reference.weigh(cross, weight)
-        if self.of_token.z_loss != 0:
-            lse = torch.where(labels == ignore_index, 0.0, row_max + log_sum)
-            loss = loss + self.of_token.z_loss * lse**2
-        return loss, nll, entropy, weight, row_max, log_sum
+        if of_token.z_loss != 0:
+            lse = torch.where(ignored, 0.0, row_max + log_sum)
+            loss = loss + of_token.z_loss * lse**2
+        extra = of_token.extra(merged, ignored)
+        others = torch.stack(extra) if extra else nll.new_empty(0, *nll.shape)
+        return loss, nll, entropy, weight, row_max, log_sum, others

@@ -18,7 +18,7 @@ from eaft_ext._checks import (
     check_weight_values,
 )
 from eaft_ext._dispatch import is_transformed
-from eaft_ext._options import Keywords, checked
+from eaft_ext._options import Keywords, ReturnStats, checked
 from eaft_ext._registration import stats_dtype
 from eaft_ext.linear._reduced_loss import (
     Chunking,
@@ -116,7 +116,13 @@ def _local_call(
 
 
 def linear_gated_ce_of_dtensor(
-    op: str, product: Product, labels: Tensor, k: int, options: Keywords, chunking: Chunking
+    op: str,
+    product: Product,
+    labels: Tensor,
+    k: int | None,
+    options: Keywords,
+    chunking: Chunking,
+    return_stats: ReturnStats,
 ) -> tuple[Tensor, TokenStats]:
     """Loss and stats as DTensors on the mesh, of a hidden and a weight that are on it.
 
@@ -141,7 +147,7 @@ def linear_gated_ce_of_dtensor(
             )
         check_linear(op, hidden, weight, bias)
         check_labels(op, labels)
-        of_token, reduce = checked(op, k, hidden, "hidden", **options)
+        of_token, reduce = checked(op, k, hidden, "hidden", return_stats=return_stats, **options)
         check_chunks(op, *chunking)
         given = labels
         product, labels, rows, columns = _local_call(op, hidden, weight, labels, bias, dim)
@@ -169,5 +175,5 @@ def linear_gated_ce_of_dtensor(
         reduce = replace(reduce, num_items_in_batch=divisor)
     labels, reduce = reduce.without_muted(labels, of_token)
     loss, stats = reduced_loss(product, labels, of_token, reduce, chunking, shard)
-    placed = TokenStats(*(rows.per_token(stat) for stat in stats))
+    placed = stats.map(rows.per_token)
     return (rows.per_token(loss) if reduce.reduction == "none" else rows.summed(loss)), placed

@@ -16,7 +16,7 @@ from eaft_ext._checks import (
     check_weight_values,
 )
 from eaft_ext._dispatch import is_dtensor, is_transformed
-from eaft_ext._options import Keywords, checked, with_keywords
+from eaft_ext._options import Keywords, ReturnStats, checked, with_keywords
 from eaft_ext.linear._reduced_loss import Chunking, Product, reduced_loss
 from eaft_ext.reference import TokenStats
 
@@ -30,7 +30,7 @@ def linear_gated_ce(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None = ...,
-    k: int = ...,
+    k: int | None = ...,
     *,
     chunk_size: int | None = ...,
     accumulate_in_float32: bool | None = ...,
@@ -43,11 +43,11 @@ def linear_gated_ce(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None = ...,
-    k: int = ...,
+    k: int | None = ...,
     *,
     chunk_size: int | None = ...,
     accumulate_in_float32: bool | None = ...,
-    return_stats: Literal[True],
+    return_stats: Literal[True, "full"],
     **options: Unpack[Keywords],
 ) -> tuple[Tensor, TokenStats]: ...
 @with_keywords
@@ -56,11 +56,11 @@ def linear_gated_ce(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None = None,
-    k: int = 20,
+    k: int | None = 20,
     *,
     chunk_size: int | None = None,
     accumulate_in_float32: bool | None = None,
-    return_stats: bool = False,
+    return_stats: ReturnStats = False,
     **options: Unpack[Keywords],
 ) -> Tensor | tuple[Tensor, TokenStats]:
     r"""Token-gated cross-entropy of ``hidden @ weight.T + bias``, a chunk of tokens at a time.
@@ -90,7 +90,7 @@ def linear_gated_ce(
             synchronisation on CUDA. While a CUDA graph is captured they are not left out, and their
             hidden must be finite.
         bias: (V), or None.
-        k: how many of the largest logits the entropy is taken over, from 2 to 128.
+        k: how many of the largest logits the entropy is taken over, from 2 to 128, or None: all.
         chunk_size: tokens whose logits are held at a time. By default so many that they take at
             most 64 MiB on the CPU and 640 MiB elsewhere, but at least 128 and at most 4096.
         accumulate_in_float32: add up the gradients that chunks have for a 16-bit weight in float32,
@@ -122,12 +122,12 @@ def linear_gated_ce(
         from eaft_ext.linear.dtensor import linear_gated_ce_of_dtensor
 
         loss, stats = linear_gated_ce_of_dtensor(
-            op, Product(hidden, weight, bias), labels, k, options, chunking
+            op, Product(hidden, weight, bias), labels, k, options, chunking, return_stats
         )
         return (loss, stats) if return_stats else loss
     check_linear(op, hidden, weight, bias)
     check_labels(op, labels)
-    of_token, reduce = checked(op, k, hidden, "hidden", **options)
+    of_token, reduce = checked(op, k, hidden, "hidden", return_stats=return_stats, **options)
     check_placement(op, labels, hidden, "hidden")
     check_weight_values(op, reduce.token_weight, labels, of_token.ignore_index)
     labels, reduce = reduce.without_muted(labels, of_token)

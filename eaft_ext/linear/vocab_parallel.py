@@ -19,7 +19,7 @@ from eaft_ext._checks import (
     wants_value_checks,
 )
 from eaft_ext._dispatch import is_transformed
-from eaft_ext._options import Keywords, Reduce, TokenLoss, checked, with_keywords
+from eaft_ext._options import Keywords, Reduce, ReturnStats, TokenLoss, checked, with_keywords
 from eaft_ext.linear._reduced_loss import Chunking, Product, WeightShard, reduced_loss
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._group import Words, check_group, check_shard, fingerprint
@@ -75,7 +75,7 @@ def vocab_parallel_linear_gated_ce(
     weight_shard: Tensor,
     labels: Tensor,
     bias_shard: Tensor | None = ...,
-    k: int = ...,
+    k: int | None = ...,
     *,
     group: ProcessGroup | DeviceMesh,
     vocab_start: int | None = ...,
@@ -92,7 +92,7 @@ def vocab_parallel_linear_gated_ce(
     weight_shard: Tensor,
     labels: Tensor,
     bias_shard: Tensor | None = ...,
-    k: int = ...,
+    k: int | None = ...,
     *,
     group: ProcessGroup | DeviceMesh,
     vocab_start: int | None = ...,
@@ -100,7 +100,7 @@ def vocab_parallel_linear_gated_ce(
     reduce_hidden_gradient: bool = ...,
     chunk_size: int | None = ...,
     accumulate_in_float32: bool | None = ...,
-    return_stats: Literal[True],
+    return_stats: Literal[True, "full"],
     **options: Unpack[Keywords],
 ) -> tuple[Tensor, TokenStats]: ...
 @with_keywords
@@ -109,7 +109,7 @@ def vocab_parallel_linear_gated_ce(
     weight_shard: Tensor,
     labels: Tensor,
     bias_shard: Tensor | None = None,
-    k: int = 20,
+    k: int | None = 20,
     *,
     group: ProcessGroup | DeviceMesh,
     vocab_start: int | None = None,
@@ -117,7 +117,7 @@ def vocab_parallel_linear_gated_ce(
     reduce_hidden_gradient: bool = True,
     chunk_size: int | None = None,
     accumulate_in_float32: bool | None = None,
-    return_stats: bool = False,
+    return_stats: ReturnStats = False,
     **options: Unpack[Keywords],
 ) -> Tensor | tuple[Tensor, TokenStats]:
     r"""Token-gated cross-entropy of an output layer whose weight is divided among processes.
@@ -163,7 +163,7 @@ def vocab_parallel_linear_gated_ce(
                 )
         check_labels(_OP, labels)
         check_placement(_OP, labels, hidden, "hidden")
-        of_token, reduce = checked(_OP, k, hidden, "hidden", **options)
+        of_token, reduce = checked(_OP, k, hidden, "hidden", return_stats=return_stats, **options)
         check_weight_values(_OP, reduce.token_weight, labels, of_token.ignore_index)
         check_chunks(_OP, chunk_size, accumulate_in_float32)
         shard = check_shard(_OP, weight_shard.size(0), member, vocab_start, vocab_size)

@@ -105,11 +105,14 @@ class Words:
 
     def note(self, num_columns: int, of_token: TokenLoss, reduce: Reduce) -> _agreement.Note:
         """What processes compare of their options and shards."""
-        options = {field.name: getattr(of_token, field.name) for field in fields(of_token)}
+        options = {
+            field.name: getattr(of_token, field.name) for field in fields(of_token) if field.compare
+        }
         shard = self.shard
         return options | {
             "gate": _name_of(of_token.gate),
             "reduction": reduce.reduction,
+            "return_stats='full'": of_token.tells_entropy,
             "the sum of token_weight": _sum_of(reduce.token_weight),
             "vocab_size": shard.vocab_size,
             "columns": [shard.start, shard.start + num_words(num_columns, shard)],

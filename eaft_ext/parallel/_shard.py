@@ -39,7 +39,7 @@ def num_words(columns: int, shard: VocabShard) -> int:
 
 
 class _ReferenceNll(torch.autograd.Function):
-    """Cross-entropy, lse and entropy in plain PyTorch; the gradient is of this shard alone."""
+    """Cross-entropy and lse in plain PyTorch; the gradient is of this shard alone."""
 
     @staticmethod
     def forward(
@@ -47,21 +47,20 @@ class _ReferenceNll(torch.autograd.Function):
         logits: Tensor,
         labels: Tensor,
         partials: Tensor,
+        merged: reference.Merged,
         of_token: TokenLoss,
         shard: VocabShard,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        merged = reference.merge_partials(partials, labels, of_token.ignore_index, of_token.k)
-        nll, entropy, row_max, log_sum = merged
+    ) -> tuple[Tensor, Tensor]:
+        row_max, log_sum = merged.row_max, merged.log_sum
         ignored = labels == of_token.ignore_index
         lse = torch.where(ignored, 0.0, row_max + log_sum)
         cross = of_token.smoothed(merged, partials, ignored, shard.total)
-        ctx.mark_non_differentiable(nll, entropy)
         ctx.save_for_backward(logits, labels, row_max, log_sum)
         ctx.of_token, ctx.shard = of_token, shard
-        return cross, lse, nll, entropy
+        return cross, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_cross: Tensor, grad_lse: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_cross: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         logits, labels, row_max, log_sum = ctx.saved_tensors
         ignored = labels == ctx.of_token.ignore_index
         weight = torch.where(ignored, 0.0, grad_cross)
@@ -69,7 +68,7 @@ class _ReferenceNll(torch.autograd.Function):
         gradient = _ReferenceGradient.apply(
             weight, of_all, logits, labels, row_max, log_sum, ctx.of_token, ctx.shard
         )
-        return gradient, *(None,) * 4
+        return gradient, *(None,) * 5
 
 
 class _ReferenceGradient(torch.autograd.Function):
@@ -108,10 +107,11 @@ class _ReferenceGradient(torch.autograd.Function):
         raise RuntimeError("eaft_ext: the loss of a vocabulary in shards has no second derivative")
 
 
-def _k_of_gate(k: int, logits: Tensor, partials: Tensor, shard: VocabShard) -> int:
+def _k_of_gate(k: int | None, logits: Tensor, partials: Tensor, shard: VocabShard) -> int:
     """How many logits the entropy is over: k, or all words where there are fewer."""
     if shard.total is not None:
-        return min(k, shard.total)
+        return shard.total if k is None else min(k, shard.total)
+    assert k is not None, "it was checked"
     if num_words(logits.size(-1), shard) >= k or torch.compiler.is_compiling():
         return k
     # Shards narrower than k tell how many words they have: NaN stands for those that are missing.
@@ -138,9 +138,10 @@ def token_losses(
             "eaft_ext: torch.func and forward mode cannot look into the loss of a vocabulary in "
             "shards"
         )
-    if of_token.label_smoothing != 0 and shard.total is None:
+    if shard.total is None and (of_token.label_smoothing != 0 or of_token.k is None):
+        option = "k=None" if of_token.k is None else "label_smoothing"
         raise ValueError(
-            "eaft_ext: with label_smoothing, vocab_start goes with vocab_size: how many words the "
+            f"eaft_ext: with {option}, vocab_start goes with vocab_size: how many words the "
             "shards have together"
         )
     ignore_index = of_token.ignore_index
@@ -152,8 +153,9 @@ def token_losses(
     if by_kernel:
         k, *gate, _ = of_token.kernel_arguments()
         family = of_token.family()
+        of_shard = (shard.start, shard.vocab_size)
         partial = ops.gated_ce_partial(
-            logits.detach(), labels, k, shard.start, shard.vocab_size, ignore_index, family
+            logits.detach(), labels, k, *of_shard, ignore_index, family, of_token.tells_entropy
         )
         partials = gather(partial)
         # In a compiled graph the compiler decides about memory.
@@ -161,31 +163,33 @@ def token_losses(
         inplace = inplace_backward and has_backward and not torch.compiler.is_compiling()
         # Two losses of the same logits cannot both overwrite them.
         inplace = inplace and rest is None
-        of_shard = (shard.start, shard.vocab_size)
-        loss, nll, entropy, weight, _, _ = ops.gated_ce_merge(
-            logits, labels, partials, *gate, ignore_index, *of_shard, inplace, family, shard.total
+        loss, nll, entropy, weight, _, _, extra = ops.gated_ce_merge(
+            logits,
+            labels,
+            partials,
+            k,
+            *gate,
+            ignore_index,
+            *of_shard,
+            inplace,
+            family,
+            shard.total,
+            of_token.num_extra,
         )
     else:
         words = of_token.map_logits(logits[..., : num_words(logits.size(-1), shard)])
-        partials = gather(
-            reference.shard_partial(
-                words,
-                labels,
-                of_token.k,
-                shard.start,
-                ignore_index,
-                sums_logits=of_token.label_smoothing != 0,
-            )
-        )
-        of_shards = _ReferenceNll.apply(logits, labels, partials, of_token, shard)
-        loss, lse, nll, entropy = of_shards
+        partials = gather(of_token.shard_partial(words, labels, shard.start))
+        merged = of_token.merge_partials(partials, labels)
+        nll, entropy, extra = merged.nll, merged.entropy, of_token.extra(merged, ~valid)
+        loss, lse = _ReferenceNll.apply(logits, labels, partials, merged, of_token, shard)
     if weighed_here:
-        k = _k_of_gate(of_token.k, logits, partials, shard)
-        weight = of_token.gate_weights(k, nll, entropy, valid)
+        num_logits = _k_of_gate(of_token.k, logits, partials, shard)
+        weight = of_token.gate_weights(num_logits, nll, entropy, valid)
         loss = reference.weigh(loss, weight)
         if not by_kernel and of_token.z_loss != 0:
             loss = loss + of_token.z_loss * lse**2
     if rest is not None:
         # From what the shards have told already.
-        loss = loss + token_losses(logits, labels, rest, shard, lambda _: partials)[0]
-    return loss, TokenStats(nll, entropy, weight, valid)
+        told = partials[..., : rest.partial_size]
+        loss = loss + token_losses(logits, labels, rest, shard, lambda _: told)[0]
+    return loss, of_token.stats(nll, entropy, weight, valid, extra)

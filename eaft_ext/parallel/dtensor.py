@@ -19,7 +19,7 @@ from eaft_ext._checks import (
     check_weight_shape,
     check_weight_values,
 )
-from eaft_ext._options import Keywords, Reduce, check_gradient_in_forward, checked
+from eaft_ext._options import Keywords, Reduce, ReturnStats, check_gradient_in_forward, checked
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._agreement import NotInGroupError
 from eaft_ext.parallel._group import Member, Words, group_losses
@@ -146,10 +146,11 @@ def gated_ce_of_dtensor(
     op: str,
     logits: DTensor,
     labels: Tensor,
-    k: int,
+    k: int | None,
     options: Keywords,
     inplace_backward: bool,
     gradient_in_forward: bool,
+    return_stats: ReturnStats,
 ) -> tuple[Tensor, TokenStats]:
     """Loss and stats as DTensors on the mesh of the logits; see :func:`eaft_ext.gated_ce`.
 
@@ -163,7 +164,7 @@ def gated_ce_of_dtensor(
         others.are(None if member is None else member.group)
         check_logits(op, logits)
         check_labels(op, labels)
-        of_token, reduce = checked(op, k, logits, **options)
+        of_token, reduce = checked(op, k, logits, return_stats=return_stats, **options)
         check_gradient_in_forward(op, gradient_in_forward, reduce.reduction)
         placements = [Replicate() if i == dim else p for i, p in enumerate(logits.placements)]
         rows = PlacedRows(mesh, placements, logits.shape[:-1])
@@ -179,7 +180,7 @@ def gated_ce_of_dtensor(
         op, local_logits, local_labels, of_token, weighing, words, inplace_backward
     )
     loss = weighing.weighted(loss)
-    placed = TokenStats(*(rows.per_token(stat) for stat in stats))
+    placed = stats.map(rows.per_token)
     if reduce.reduction == "none":
         return rows.per_token(loss), placed
     total = loss.sum()

@@ -12,7 +12,7 @@ from eaft_ext._checks import (
     check_placement,
     check_weight_values,
 )
-from eaft_ext._options import Keywords, checked, with_keywords
+from eaft_ext._options import Keywords, ReturnStats, checked, with_keywords
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._group import Words, check_group, check_shard, group_losses
 from eaft_ext.reference import TokenStats
@@ -29,7 +29,7 @@ _OP = "vocab_parallel_gated_ce"
 def vocab_parallel_gated_ce(
     logits_shard: Tensor,
     labels: Tensor,
-    k: int = ...,
+    k: int | None = ...,
     *,
     group: ProcessGroup | DeviceMesh,
     vocab_start: int | None = ...,
@@ -42,26 +42,26 @@ def vocab_parallel_gated_ce(
 def vocab_parallel_gated_ce(
     logits_shard: Tensor,
     labels: Tensor,
-    k: int = ...,
+    k: int | None = ...,
     *,
     group: ProcessGroup | DeviceMesh,
     vocab_start: int | None = ...,
     vocab_size: int | None = ...,
     inplace_backward: bool = ...,
-    return_stats: Literal[True],
+    return_stats: Literal[True, "full"],
     **options: Unpack[Keywords],
 ) -> tuple[Tensor, TokenStats]: ...
 @with_keywords
 def vocab_parallel_gated_ce(
     logits_shard: Tensor,
     labels: Tensor,
-    k: int = 20,
+    k: int | None = 20,
     *,
     group: ProcessGroup | DeviceMesh,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     inplace_backward: bool = False,
-    return_stats: bool = False,
+    return_stats: ReturnStats = False,
     **options: Unpack[Keywords],
 ) -> Tensor | tuple[Tensor, TokenStats]:
     r"""Token-gated cross-entropy of logits whose vocabulary is divided among processes.
@@ -82,7 +82,8 @@ def vocab_parallel_gated_ce(
             :func:`eaft_ext.gated_ce`. Shards may differ in width, also be empty.
         labels: (...), int64 or int32, words of the whole vocabulary, the same in all processes.
         k: how many of the largest logits of the whole row H is taken over, from 2 to 128. It may
-            exceed a shard.
+            exceed a shard. None: over all of them; 5 numbers for each token are exchanged then, and
+            ``vocab_start`` goes with ``vocab_size``.
         group: the processes that share the vocabulary: a ``ProcessGroup`` or a ``DeviceMesh`` of
             one dimension.
         vocab_start: the word of this shard's first column. By default shards are equally wide and
@@ -118,7 +119,7 @@ def vocab_parallel_gated_ce(
             )
         check_labels(_OP, labels)
         check_placement(_OP, labels, logits_shard)
-        of_token, reduce = checked(_OP, k, logits_shard, **options)
+        of_token, reduce = checked(_OP, k, logits_shard, return_stats=return_stats, **options)
         check_weight_values(_OP, reduce.token_weight, labels, of_token.ignore_index)
         shard = check_shard(_OP, logits_shard.size(-1), member, vocab_start, vocab_size)
     words = Words(shard, member, is_assumed=vocab_start is None and vocab_size is None)

@@ -147,8 +147,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--sequence-length", "1"], "expected a whole number from 2, got '1'"),
         (["demo", "--learning-rate", "0"], "expected a number above 0, got '0'"),
         (["demo", "--learning-rate", "nan"], "expected a number above 0, got 'nan'"),
-        (["demo", "--k", "1"], "argument --k: gated_ce: k must be from 2 to 128, got 1"),
-        (["demo", "--k", "129"], "argument --k: gated_ce: k must be from 2 to 128, got 129"),
+        (
+            ["demo", "--k", "1"],
+            "argument --k: gated_ce: k must be from 2 to 128, or None for all, got 1",
+        ),
+        (
+            ["demo", "--k", "129"],
+            "argument --k: gated_ce: k must be from 2 to 128, or None for all, got 129",
+        ),
         (["demo", "--device", "abacus"], "argument --device: 'abacus' cannot be used"),
     ],
 )

@@ -65,6 +65,20 @@ void sums_and_maxima() {
   CHECK_EQUAL(exp_sum(x.data(), 2.0f, kGroupSize, nothing), 1.0f);
 }
 
+void weighted_sums() {
+  std::vector<float> x(2 * kGroupSize, -kInfinity);
+  x[3] = 2.0f;
+  x[kGroupSize + 7] = -1.0f;
+  x[kGroupSize + 8] = -1e30f;
+  const Ahead nothing{reinterpret_cast<const char*>(x.data()), 0};
+  const SumAndExact sums = sum_and_exact(x.data(), 2.0f, 2 * kGroupSize, nothing);
+  CHECK_EQUAL(sums.sum, exp_sum(x.data(), 2.0f, 2 * kGroupSize, nothing));
+  CHECK_BELOW(std::fabs(sums.exact.weighted + 3 * std::exp(-3.0)), 1e-7);
+  CHECK_BELOW(std::fabs(sums.exact.rest - std::exp(-3.0)), 1e-8);
+  x[5] = std::nanf("");
+  CHECK_EQUAL(std::isnan(sum_and_exact(x.data(), 2.0f, 2 * kGroupSize, nothing).exact.rest), true);
+}
+
 #if defined(__FLT16_MAX__)
 uint16_t bits_of(_Float16 value) {
   uint16_t bits;
@@ -114,6 +128,7 @@ int main() {
   exp_keeps_special_values();
   in_place_equals_out_of_place();
   sums_and_maxima();
+  weighted_sums();
 #if defined(__FLT16_MAX__)
   every_half_converts_exactly();
   floats_round_to_half_like_the_compiler();

@@ -32,12 +32,54 @@ void entropy_of_equals_is_the_logarithm() {
   CHECK_EQUAL(topk_entropy(one, 2), 0.0);
 }
 
+void exact_sums_merge() {
+  const double two[2] = {3.0, 1.0};
+  const double all[4] = {5.0, 4.5, 3.0, 1.0};
+  const ExactSums<double> low{3.0, std::exp(-2.0), std::exp(-2.0) * -2.0};
+  const ExactSums<double> high{5.0, std::exp(-0.5), std::exp(-0.5) * -0.5};
+  const ExactSums<double> nothing;
+  const ExactSums<double> masked{-kInfinity, -1.0, 0.0};
+  CHECK_BELOW(std::fabs(low.entropy() - topk_entropy(two, 2)), 1e-15);
+  for (const auto& merged : {merge(low, high), merge(high, low)}) {
+    CHECK_EQUAL(merged.max, 5.0);
+    CHECK_BELOW(std::fabs(merged.entropy() - topk_entropy(all, 4)), 1e-15);
+  }
+  CHECK_EQUAL(merge(nothing, low).entropy(), low.entropy());
+  CHECK_EQUAL(merge(low, masked).entropy(), low.entropy());
+  CHECK_EQUAL(merge(merge(nothing, masked), low).entropy(), low.entropy());
+  const ExactSums<double> far{1e4, 0.0, 0.0};
+  CHECK_EQUAL(merge(low, far).entropy(), 0.0);
+}
+
+void entropies_of_parts_make_one_of_all() {
+  const double first[2] = {5.0, 3.0};
+  const double second[2] = {4.5, 1.0};
+  const double all[4] = {5.0, 4.5, 3.0, 1.0};
+  EntropyOfParts<double> parts;
+  parts.add((std::exp(4.5) + std::exp(1.0)) / (std::exp(5.0) + std::exp(3.0)),
+            topk_entropy(second, 2));
+  parts.add_first(topk_entropy(first, 2));
+  parts.add(0.0, std::nan(""));
+  CHECK_BELOW(std::fabs(parts.get() - topk_entropy(all, 4)), 1e-15);
+}
+
+void what_is_told_besides() {
+  const auto top = token_stats(Gate{}, 2.0, 1.5, 2.0, {0.25, 0.75});
+  CHECK_EQUAL(extra_stat(top, 0), 3.5);
+  CHECK_EQUAL(extra_stat(top, 1), 1.0);
+  CHECK_EQUAL(extra_stat(top, 2), 0.75);
+  CHECK_EQUAL(top.entropy, 0.25);
+  CHECK_EQUAL(token_stats(Gate{}, 2.0, 1.5, 1.0, {0.25}).is_top, 0.0);
+  const auto spoiled = token_stats(Gate{}, 2.0, std::nan(""), 2.0, {0.25, 0.75});
+  CHECK_EQUAL(std::isnan(spoiled.entropy_of_all), true);
+}
+
 void a_muted_token_adds_nothing() {
   Gate gate;
   gate.kind = GateKind::kEntropy;
   gate.first = 1;
   gate.normalizer = std::log(20.0);
-  const auto token = token_stats(gate, 2.0, 0.0, -kInfinity, 0.0);
+  const auto token = token_stats(gate, 2.0, 0.0, -kInfinity, {0.0});
   CHECK_EQUAL(token.nll, kInfinity);
   CHECK_EQUAL(token.gate, 0.0);
   CHECK_EQUAL(token.loss, 0.0);
@@ -48,7 +90,7 @@ void nan_reaches_every_gate() {
     Gate gate;
     gate.kind = static_cast<GateKind>(kind);
     gate.first = 0.5;
-    CHECK_EQUAL(std::isnan(token_stats(gate, 2.0, std::nan(""), 1.0, 1.0).loss), true);
+    CHECK_EQUAL(std::isnan(token_stats(gate, 2.0, std::nan(""), 1.0, {1.0}).loss), true);
   }
 }
 
@@ -75,6 +117,9 @@ void rows_are_found_through_strides() {
 int main() {
   parts_merge_to_the_whole();
   entropy_of_equals_is_the_logarithm();
+  exact_sums_merge();
+  entropies_of_parts_make_one_of_all();
+  what_is_told_besides();
   a_muted_token_adds_nothing();
   nan_reaches_every_gate();
   rows_are_found_through_strides();

@@ -94,6 +94,8 @@ class Stats(NamedTuple):
     gate: Tensor
     row_max: Tensor
     log_sum: Tensor
+    extra: Tensor
+    """(num_extra, ...): lse, whether the label is the largest, the entropy of all logits."""
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -184,9 +186,12 @@ class Call:
             raise ValueError(f"{name} of {tuple(logits.shape)} is {tuple(tensor.shape)}")
         return self.input(name, tensor.to(dtype).contiguous())
 
-    def stats(self, logits: Tensor) -> Stats:
+    def stats(self, logits: Tensor, num_extra: int) -> Stats:
         """The outputs of a forward."""
-        return Stats(*(self.output(name, logits.shape[:-1]) for name in Stats._fields))
+        shape = logits.shape[:-1]
+        *names, extra = Stats._fields
+        stats = [self.output(name, shape) for name in names]
+        return Stats(*stats, self.output(extra, (num_extra, *shape)))
 
     def run(self, *arguments: object) -> None:
         """Run the kernels, and check that they changed nothing but the outputs."""
@@ -244,6 +249,12 @@ def _gate(name: str, parameters: Sequence[float]) -> list[object]:
     return [GATE_KINDS.index(name), *map(ctypes.c_double, (first, second, normalizer))]
 
 
+def _partial_size(k: int, family: Sequence[float], tells_entropy: bool) -> int:
+    """As csrc/core/shard_partial.h has it."""
+    smooths = len(family) > 0 and family[2] != 0
+    return 3 + max(k, 1) + (k == 0 or tells_entropy) + smooths
+
+
 def _family(family: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
     """softcap (0: none), logit_scale, label_smoothing and z_loss, as the operators take them."""
     return (ctypes.c_double * 4)(*(family or (0.0, 1.0, 0.0, 0.0)))
@@ -258,6 +269,7 @@ def forward(
     ignore_index: int,
     *,
     family: Sequence[float] = (),
+    num_extra: int = 0,
     num_spans: int = 1,
     seed: int = 0,
 ) -> Stats:
@@ -266,7 +278,7 @@ def forward(
     k = min(k, logits.size(-1))
     source = call.input("logits", logits)
     labels = call.per_row("labels", labels, logits, torch.int64)
-    stats = call.stats(logits)
+    stats = call.stats(logits, num_extra)
     call.run(
         _type(logits),
         *_matrix(source),
@@ -276,6 +288,7 @@ def forward(
         *_gate(gate, gate_parameters),
         _family(family),
         *map(_pointer, stats),
+        num_extra,
         num_spans,
         ctypes.c_uint64(seed),
     )
@@ -290,14 +303,15 @@ def partial(
     ignore_index: int,
     *,
     family: Sequence[float] = (),
+    tells_entropy: bool = False,
     num_spans: int = 1,
     seed: int = 0,
 ) -> Tensor:
-    """``gated_ce_partial``, each row split into ``num_spans``: (..., k + 3)."""
+    """``gated_ce_partial``, each row split into ``num_spans``: (..., k + 3), or more."""
     call = Call("partial")
     source = call.input("logits", logits)
     labels = call.per_row("labels", labels, logits, torch.int64)
-    size = k + 3 + int(len(family) > 0 and family[2] != 0)
+    size = _partial_size(k, family, tells_entropy)
     partials = call.output("partials", (*logits.shape[:-1], size))
     call.run(
         _type(logits),
@@ -306,6 +320,7 @@ def partial(
         ctypes.c_int64(ignore_index),
         k,
         _family(family),
+        int(tells_entropy),
         ctypes.c_int64(vocab_start),
         _pointer(partials),
         num_spans,
@@ -317,30 +332,35 @@ def partial(
 def merge(
     partials: Tensor,
     labels: Tensor,
+    k: int,
     gate: str,
     gate_parameters: Sequence[float],
     ignore_index: int,
     *,
     family: Sequence[float] = (),
     num_words: int = 1,
+    num_extra: int = 0,
     seed: int = 0,
 ) -> Stats:
-    """``gated_ce_merge`` of partials (num_shards, ..., k + 3)."""
+    """``gated_ce_merge`` of partials (num_shards, ..., k + 3), or more."""
+    if partials.size(-1) != _partial_size(k, family, num_extra == 3):
+        raise ValueError(f"partials of k = {k} are {tuple(partials.shape)}")
     call = Call("merge")
     source = call.input("partials", partials)
     labels = call.per_row("labels", labels, partials[0], torch.int64)
-    stats = call.stats(partials[0])
+    stats = call.stats(partials[0], num_extra)
     call.run(
         _pointer(source),
         partials.size(0),
         ctypes.c_int64(labels.numel()),
         _pointer(labels),
         ctypes.c_int64(ignore_index),
-        partials.size(-1) - 3 - int(len(family) > 0 and family[2] != 0),
+        k,
         *_gate(gate, gate_parameters),
         _family(family),
         ctypes.c_int64(num_words),
         *map(_pointer, stats),
+        num_extra,
         ctypes.c_uint64(seed),
     )
     return stats
@@ -414,12 +434,13 @@ def forward_with_grad(
     ignore_index: int,
     *,
     family: Sequence[float] = (),
+    num_extra: int = 0,
     cluster_size: int = 0,
     inplace: bool = False,
     shift: int = 0,
     seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``gated_ce_forward_with_grad``: loss, nll, entropy, gate, gradient.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``gated_ce_forward_with_grad``: loss, nll, entropy, gate, extra, gradient.
 
     Each row by a cluster of that many blocks; 0 is the kernel without clusters. ``inplace`` and
     ``shift``: as for :func:`backward`.
@@ -429,7 +450,7 @@ def forward_with_grad(
     source, gradient = _logits_and_gradient(call, logits, inplace, shift)
     labels = call.per_row("labels", labels, logits, torch.int64)
     upstream = call.per_row("upstream", upstream, logits, torch.float32)
-    stats = call.stats(logits)
+    stats = call.stats(logits, num_extra)
     call.run(
         _type(logits),
         _pointer(upstream),
@@ -442,10 +463,11 @@ def forward_with_grad(
         *_gate(gate, gate_parameters),
         _family(family),
         *map(_pointer, stats),
+        num_extra,
         cluster_size,
         ctypes.c_uint64(seed),
     )
-    return stats.loss, stats.nll, stats.entropy, stats.gate, gradient
+    return stats.loss, stats.nll, stats.entropy, stats.gate, stats.extra, gradient
 
 
 def scale_gradient(gradient: Tensor, factor: float, *, seed: int = 0) -> Tensor:

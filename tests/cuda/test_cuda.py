@@ -65,19 +65,19 @@ def fused(
     """The outcome of ``gated_ce_forward_with_grad``."""
     asked = (labels, k, gate.name, gate.parameters(), IGNORED)
     if not inplace:
-        return Outcome(*ops.gated_ce_forward_with_grad(upstream_of(labels), logits, *asked))
-    own = torch.empty_strided(
-        logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device
-    ).copy_(logits)
-    loss, nll, entropy, weight = ops.gated_ce_forward_with_grad_(upstream_of(labels), own, *asked)
-    return Outcome(loss, nll, entropy, weight, own)
+        *stats, _, found = ops.gated_ce_forward_with_grad(upstream_of(labels), logits, *asked)
+        return Outcome(*stats, found)
+    own = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="cuda")
+    own.copy_(logits)
+    *stats, _ = ops.gated_ce_forward_with_grad_(upstream_of(labels), own, *asked)
+    return Outcome(*stats, own)
 
 
 def everything(logits: Tensor, labels: Tensor) -> list[Tensor]:
     """The results of all operators, without a host that waits."""
     upstream = torch.linspace(-2, 3, len(labels), device=labels.device)
     stats = ops.gated_ce_forward(logits, labels, *OPTIONS)
-    saved = (upstream * stats[3], logits, labels, *stats[4:], IGNORED)
+    saved = (upstream * stats[3], logits, labels, *stats[4:6], IGNORED)
     gradient = ops.gated_ce_backward(*saved)
     with_grad = ops.gated_ce_forward_with_grad(upstream, logits, labels, *OPTIONS)
     return [*stats, gradient, *with_grad, *ops.topk(logits, 20)]
@@ -425,7 +425,7 @@ def test_large_tensors(limit: int) -> None:
         assert torch.equal(indices[some], topk(kept, 20)[1])
         assert same_bits(values[some], kept.gather(1, indices[some]))
         if step == "backward_":
-            loss, _, _, gate, *saved = ops.gated_ce_forward(logits, labels, *OPTIONS)
+            loss, _, _, gate, *saved, _ = ops.gated_ce_forward(logits, labels, *OPTIONS)
             ops.gated_ce_backward_(upstream * gate, logits, labels, *saved, IGNORED)
         else:
             loss = ops.gated_ce_forward_with_grad_(upstream, logits, labels, *OPTIONS)[0]

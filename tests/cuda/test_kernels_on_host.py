@@ -60,7 +60,7 @@ class Way:
         labels: Tensor,
         upstream: Tensor | None = None,
         *,
-        k: int = 20,
+        k: int | None = 20,
         gate: Gate = EntropyGate(),  # noqa: B008, a constant
         ignore_index: int = IGNORED,
         seed: int = 0,
@@ -69,13 +69,15 @@ class Way:
     ) -> Outcome:
         """Loss, stats and the gradient of ``sum(upstream * loss)``."""
         upstream = upstream_of(labels) if upstream is None else upstream
-        asked = (k, gate.name, gate.parameters(), ignore_index)
+        asked = (k or 0, gate.name, gate.parameters(), ignore_index)
         family = TokenLoss(k, gate, ignore_index, **(family or {})).family()
         common = {"seed": seed, "family": family}
         if self.kernel == "cluster":
             options = {"cluster_size": self.count, **common, **gradient}
-            fused = kernels_on_host.forward_with_grad(upstream, logits, labels, *asked, **options)
-            return Outcome(*fused)
+            *stats, _, gradient = kernels_on_host.forward_with_grad(
+                upstream, logits, labels, *asked, **options
+            )
+            return Outcome(*stats, gradient)
         stats = kernels_on_host.forward(logits, labels, *asked, num_spans=self.count, **common)
         saved = (stats.row_max, stats.log_sum, ignore_index)
         options = {"upstream": upstream, **common, **gradient}
@@ -101,14 +103,14 @@ def assert_right(
     labels: Tensor,
     ways: Sequence[Callable[..., Outcome]] = WAYS,
     *,
-    k: int = 20,
+    k: int | None = 20,
     gate: Gate = EntropyGate(),  # noqa: B008, a constant
     family: dict[str, float] | None = None,
     **gradient: Any,
 ) -> None:
     """Hold every way to the reference, each with another order of threads.
 
-    The entropy is a matter of the k largest alone, and the same in every bit.
+    An entropy that is a matter of the k largest alone is the same in every bit.
     """
     upstream = upstream_of(labels)
     family = family or {}
@@ -124,7 +126,8 @@ def assert_right(
             factor = GRADIENT_FACTOR if name == "gradient" else LOSS_FACTOR
             assert_within(f"{name}, {way}", op, other, truth, factor, weights[name])
         entropy = found.entropy if entropy is None else entropy
-        assert same_bits(found.entropy, entropy), f"entropy, {way}"
+        if k is not None:
+            assert same_bits(found.entropy, entropy), f"entropy, {way}"
 
 
 def assert_others_unchanged(found: Outcome, expected: Outcome, row: int) -> None:

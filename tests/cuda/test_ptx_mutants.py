@@ -49,7 +49,7 @@ def check_merge() -> None:
     logits, labels = make(9, 300)
     shards = [(start, logits[:, start : start + 100]) for start in (0, 100, 200)]
     partials = [reference.shard_partial(x, labels, 20, start) for start, x in shards]
-    found = kernels_on_host.merge(torch.stack(partials), labels, "entropy", [1.0], IGNORED)
+    found = kernels_on_host.merge(torch.stack(partials), labels, 20, "entropy", [1.0], IGNORED)
     wanted = reference.gated_ce(logits, labels, reduction="none")
     torch.testing.assert_close(found.loss, wanted)
 

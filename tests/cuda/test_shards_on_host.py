@@ -56,6 +56,7 @@ class Shards:
         ignore_index: int,
         seed: int = 0,
         family: Sequence[float] = (),
+        tells_entropy: bool = False,
     ) -> Tensor:
         """What all shards tell."""
         return torch.stack(
@@ -69,6 +70,7 @@ class Shards:
                     num_spans=self.num_spans,
                     seed=seed,
                     family=family,
+                    tells_entropy=tells_entropy,
                 )
                 for start, shard in self.divide(logits)
             ]
@@ -80,7 +82,7 @@ class Shards:
         labels: Tensor,
         upstream: Tensor | None = None,
         *,
-        k: int = 20,
+        k: int | None = 20,
         gate: Gate = EntropyGate(),  # noqa: B008, a constant
         ignore_index: int = IGNORED,
         seed: int = 0,
@@ -90,10 +92,11 @@ class Shards:
         """Loss, stats and the gradient of ``sum(upstream * loss)``."""
         upstream = upstream_of(labels) if upstream is None else upstream
         of_family = TokenLoss(k, gate, ignore_index, **(family or {})).family()
-        partials = self.partials(logits, labels, k, ignore_index, seed, of_family)
+        partials = self.partials(logits, labels, k or 0, ignore_index, seed, of_family)
         stats = kernels_on_host.merge(
             partials,
             labels,
+            k or 0,
             gate.name,
             gate.parameters(),
             ignore_index,
@@ -114,6 +117,22 @@ class Shards:
         return Outcome(
             stats.loss, stats.nll, stats.entropy, stats.gate, torch.cat(gradients, dim=-1)
         )
+
+    def extra(
+        self, logits: Tensor, labels: Tensor, k: int | None, family: list[float], num_extra: int
+    ) -> Tensor:
+        """What is told of the tokens besides."""
+        tells = num_extra == 3
+        partials = self.partials(logits, labels, k or 0, IGNORED, 0, family, tells)
+        asked = (k or 0, "entropy", [1.0], IGNORED)
+        return kernels_on_host.merge(
+            partials,
+            labels,
+            *asked,
+            family=family,
+            num_words=logits.size(-1),
+            num_extra=num_extra,
+        ).extra
 
 
 HALVES = Shards((0.5,))
@@ -229,7 +248,7 @@ def test_labels_that_differ_spoil_their_row() -> None:
     other[2] = 8
     partials = HALVES.partials(logits, labels, 20, IGNORED)
     partials[1] = HALVES.partials(logits, other, 20, IGNORED)[1]
-    stats = kernels_on_host.merge(partials, labels, "none", [], IGNORED)
+    stats = kernels_on_host.merge(partials, labels, 20, "none", [], IGNORED)
     assert stats.loss.isnan().tolist() == [False, False, True, False, False]
     assert stats.log_sum.isnan().tolist() == stats.loss.isnan().tolist()
 
@@ -241,7 +260,7 @@ def test_a_label_in_two_shards_spoils_its_row() -> None:
     partials = torch.stack(
         [kernels_on_host.partial(x, labels, 20, start, IGNORED) for start, x in pairs]
     )
-    stats = kernels_on_host.merge(partials, labels, "none", [], IGNORED)
+    stats = kernels_on_host.merge(partials, labels, 20, "none", [], IGNORED)
     assert stats.loss.isnan().tolist() == [False, False, True, False, False]
 
 
@@ -271,7 +290,7 @@ def test_rows_of_weight_0_are_not_read() -> None:
     """Their logits may be gone when the gradient is asked for."""
     logits, labels = make(4, 1001)
     stats = kernels_on_host.merge(
-        HALVES.partials(logits, labels, 20, IGNORED), labels, "none", [], IGNORED
+        HALVES.partials(logits, labels, 20, IGNORED), labels, 20, "none", [], IGNORED
     )
     logits[1] = math.nan
     for start, shard in HALVES.divide(logits):

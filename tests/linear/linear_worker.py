@@ -35,6 +35,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "gate": lambda nll, entropy: nll / (1 + entropy),
     },
     "token_weight": {"token_weight": torch.linspace(0, 2, 13), "z_loss": 1e-2},
+    "whole_entropy": {"k": None, "return_stats": "full", "z_loss": 1e-2, "chunk_size": 5},
+    "full_stats": {
+        "return_stats": "full",
+        "reduction": "none",
+        "gate": lambda nll, entropy: nll / (1 + entropy),
+        "chunk_size": 4,
+    },
 }
 # Of the rows of the weight: those before each process's own, and after the last one.
 UNEVEN = {1: [0, V], 2: [0, 7, V], 3: [0, 30, 30, V]}
@@ -88,10 +95,9 @@ def run_shards(rank: int, world_size: int, kind: str, options: dict[str, Any]) -
             labels,
             bias,
             group=dist.group.WORLD,
-            return_stats=True,
             reduce_hidden_gradient=kind != "parts",
             **told,
-            **options,
+            **({"return_stats": True} | options),
         )
     with profile(activities=[ProfilerActivity.CPU]) as backward:
         scalar(loss).backward()
@@ -127,12 +133,12 @@ def run_dtensors(
         for parameter in (weight, bias)
     )
     loss, stats = eaft_ext.linear_gated_ce(
-        leaf * 1, weight, labels, bias, return_stats=True, **options
+        leaf * 1, weight, labels, bias, **({"return_stats": True} | options)
     )
     scalar(loss).backward()
     return {
         "loss": full(loss),
-        "stats": [full(stat) for stat in stats],
+        "stats": list(stats.map(full)),
         "hidden": full(leaf.grad),
         "weight": full(weight.grad),
         "bias": full(bias.grad),

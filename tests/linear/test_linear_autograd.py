@@ -383,7 +383,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         rf"linear_gated_ce: the label at position \[9\] is {V}, outside \[0, {V}\)",
     ),
-    "k": ({"k": 1}, ValueError, "linear_gated_ce: k must be from 2 to 128, got 1"),
+    "k": ({"k": 1}, ValueError, "linear_gated_ce: k must be from 2 to 128, or None for all, got 1"),
     "chunk_size": ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
     "chunk_type": ({"chunk_size": 2.5}, TypeError, "chunk_size must be an int, got 2.5"),
     "accumulate_number": (

@@ -39,7 +39,7 @@ def _alone(option: str) -> dict[str, Any]:
     hidden, weight, bias = (leaf.requires_grad_() for leaf in leaves)
     options = {name: value for name, value in OPTIONS[option].items() if name != "chunk_size"}
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    loss, stats = eaft_ext.gated_ce(logits, labels, return_stats=True, **options)
+    loss, stats = eaft_ext.gated_ce(logits, labels, **({"return_stats": True} | options))
     scalar(loss).backward()
     gradients = dict(zip(NAMES, (leaf.grad for leaf in (hidden, weight, bias)), strict=True))
     return {"loss": loss.detach(), "stats": stats, **gradients}
@@ -147,7 +147,7 @@ SENTENCES = {
     "dtype": "TypeError: vocab_parallel_linear_gated_ce: weight is torch.bfloat16 and hidden",
     "hidden_dtype": "differ in the dtype of the hidden: torch.float32 in process 0",
     "labels_of_two_dimensions": "the labels at position [2, 1] differ",
-    "dtensor_k": "linear_gated_ce: process 1 failed: k must be from 2 to 128, got 1",
+    "dtensor_k": "linear_gated_ce: process 1 failed: k must be from 2 to 128, or None for all, got",
     "dtensor_labels": "linear_gated_ce: process 1 failed: labels must have the shape of the hidden",
     "dtensor_chunk_size": "differ in chunk_size: None in process 0, 4 in process 1",
     "dtensor_bias": "bias must be placed as the weight is",

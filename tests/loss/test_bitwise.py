@@ -89,8 +89,9 @@ def test_forward_with_grad_is_forward_then_backward(
 ) -> None:
     logits, labels = make(num_rows, vocab_size, dtype, device=device, ignored=0.2)
     upstream = upstream_of(labels, torch.float64 if dtype == torch.float64 else torch.float32)
-    *stats, row_max, log_sum = ops.gated_ce_forward(logits, labels, 20, *gate, -100)
+    *stats, row_max, log_sum, extra = ops.gated_ce_forward(logits, labels, 20, *gate, -100)
     weight = upstream * stats[3]
+    stats.append(extra)
     gradient = ops.gated_ce_backward(weight, logits, labels, row_max, log_sum, -100)
 
     *fused_stats, fused_gradient = ops.gated_ce_forward_with_grad(
@@ -137,6 +138,6 @@ def test_every_sixteen_bit_logit_is_read_as_it_is(device: str, half_type: torch.
     numbers = numbers[numbers.isfinite()].to(device)
     logits = torch.stack([numbers, torch.full_like(numbers, -torch.inf)], 1)
     labels = torch.zeros(len(numbers), dtype=torch.int64, device=device)
-    _, nll, _, _, row_max, log_sum = ops.gated_ce_forward(logits, labels, 2, "none", [], -100)
+    _, nll, _, _, row_max, log_sum, _ = ops.gated_ce_forward(logits, labels, 2, "none", [], -100)
     assert torch.equal(row_max, numbers.float())
     assert not nll.any() and not log_sum.any()

@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "float64": {"num_items_in_batch": torch.tensor(7.3, dtype=torch.float64)},
     "normalizer": {"alpha": 0.5, "normalizer": 3.0},
     "own_gate": {"gate": _own_gate},
+    "whole_entropy": {"k": None},
     **{str(gate): {"gate": gate} for gate in BUILT_IN},
 }
 
@@ -120,6 +121,7 @@ OF_ROWS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "topk": lambda x, y: eaft_ext.topk(x, 20),
     "reference_topk": lambda x, y: reference.topk(x, 20),
     "topk_entropy": lambda x, y: reference.topk_entropy(x, 20),
+    "vocab_entropy": lambda x, y: reference.vocab_entropy(x),
     "cross_entropy": lambda x, y: reference.cross_entropy(x, torch.where(y == 3, V, y)),
     "shard_partial": lambda x, y: reference.shard_partial(x, y, 20, 5),
     "merge_partials": lambda x, y: reference.merge_partials(
@@ -161,6 +163,8 @@ def _by_default(default: Default | None) -> Iterator[None]:
 
 
 def _flat(results: Any) -> list[Tensor]:
+    if results is None:
+        return []
     return [results] if isinstance(results, Tensor) else [t for r in results for t in _flat(r)]
 
 

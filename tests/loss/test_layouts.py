@@ -129,7 +129,7 @@ def test_numbers_per_row_of_any_layout(device: str, kind: str, fused: bool) -> N
         "bfloat16": lambda x: x.bfloat16() if x is numbers else x,
     }[kind]
     plain = torch.full_like(numbers, 2.0) if kind == "expanded" else numbers
-    *_, row_max, log_sum = ops.gated_ce_forward(logits, labels, 20, "none", [], -100)
+    *_, row_max, log_sum, _ = ops.gated_ce_forward(logits, labels, 20, "none", [], -100)
     if fused:
         options = (logits, labels, 20, "none", [], -100)
         expected = ops.gated_ce_forward_with_grad(plain, *options)[-1]
@@ -165,7 +165,7 @@ def test_in_place_changes_the_view_alone(
     if fused:
         ops.gated_ce_forward_with_grad_(upstream, logits, labels, 20, "entropy", [1.0], -100)
     else:
-        _, _, _, gate, row_max, log_sum = ops.gated_ce_forward(
+        _, _, _, gate, row_max, log_sum, _ = ops.gated_ce_forward(
             logits, labels, 20, "entropy", [1.0], -100
         )
         ops.gated_ce_backward_(upstream * gate, logits, labels, row_max, log_sum, -100)
@@ -237,7 +237,7 @@ def test_no_rows(
         loss, stats = eaft_ext.gated_ce(
             leaf, labels, inplace_backward=inplace, return_stats=True, **options
         )
-        assert all(stat.shape == labels.shape for stat in stats)
+        assert all(stat.shape == labels.shape for stat in stats if stat is not None)
         _assert_nothing_to_learn(loss, labels, leaf)
 
 
@@ -257,11 +257,15 @@ def test_operators_on_no_rows(device: str, name: str) -> None:
     entropy = ("entropy", [1.0], -100)
     for logits, labels in _no_rows(name, device):
         shape = labels.shape
-        *_, row_max, _ = forward = ops.gated_ce_forward(logits, labels, 20, *entropy, True)
-        fused = ops.gated_ce_forward_with_grad(row_max, logits, labels, 20, *entropy)
-        in_place = ops.gated_ce_forward_with_grad_(row_max, logits, labels, 20, *entropy)
-        assert {stat.shape for stat in (*forward, *fused[:-1], *in_place)} == {shape}
-        assert fused[-1].shape == logits.shape
+        *forward, extra = ops.gated_ce_forward(logits, labels, 20, *entropy, True)
+        row_max = forward[4]
+        options = (row_max, logits, labels, 20, *entropy)
+        *fused, fused_extra, gradient = ops.gated_ce_forward_with_grad(*options)
+        *in_place, in_place_extra = ops.gated_ce_forward_with_grad_(*options)
+        assert {stat.shape for stat in (*forward, *fused, *in_place)} == {shape}
+        extras = (extra, fused_extra, in_place_extra)
+        assert {extra.shape for extra in extras} == {(0, *shape)}
+        assert gradient.shape == logits.shape
         for shard in ((), (3, None), (3, 3 + WORDS - 2), (3, 2)):
             arguments = (row_max, logits, labels, row_max, row_max, -100, *shard)
             assert ops.gated_ce_backward(*arguments).shape == logits.shape
@@ -269,10 +273,10 @@ def test_operators_on_no_rows(device: str, name: str) -> None:
             if shard:
                 partial = ops.gated_ce_partial(logits, labels, 20, *shard, -100)
                 assert partial.shape == (*shape, 23)
-                merged = ops.gated_ce_merge(
-                    logits, labels, partial.unsqueeze(0), *entropy, *shard, True
+                *merged, extra = ops.gated_ce_merge(
+                    logits, labels, partial.unsqueeze(0), 20, *entropy, *shard, True
                 )
-                assert {stat.shape for stat in merged} == {shape}
+                assert {stat.shape for stat in merged} == {shape} and extra.shape == (0, *shape)
         ops.scale_gradient_(logits, torch.ones((), dtype=torch.float32, device=device))
         values, indices = eaft_ext.topk(logits, 3)
         assert values.shape == indices.shape == (*shape, 3) and values.dtype == logits.dtype

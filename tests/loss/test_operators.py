@@ -85,7 +85,8 @@ def _arguments(op: str, logits: Tensor, labels: Tensor) -> tuple[Any, ...]:
     if op == "gated_ce_forward":
         return logits, labels, *FORWARD_OPTIONS
     if op.startswith("gated_ce_backward"):
-        *_, gate, row_max, log_sum = ops.gated_ce_forward(logits.detach(), labels, *FORWARD_OPTIONS)
+        forward = ops.gated_ce_forward(logits.detach(), labels, *FORWARD_OPTIONS)
+        *_, gate, row_max, log_sum, _ = forward
         return upstream * gate, logits, labels, row_max, log_sum, -100
     if op.startswith("gated_ce_forward_with_grad"):
         return upstream, logits, labels, *FORWARD_OPTIONS
@@ -97,6 +98,16 @@ def _arguments(op: str, logits: Tensor, labels: Tensor) -> tuple[Any, ...]:
     return logits, min(4, logits.size(-1))
 
 
+def _partials(logits: Tensor, labels: Tensor, k: int = 4, *options: Any) -> Tensor:
+    """Of two shards with these words, the second one's from V on."""
+    return torch.stack(
+        [
+            ops.gated_ce_partial(logits.detach(), labels, k, start, None, -100, *options)
+            for start in (0, V)
+        ]
+    )
+
+
 def _arguments_of_a_shard(
     op: str, logits: Tensor, labels: Tensor, vocab_start: int, vocab_size: int | None
 ) -> tuple[Any, ...]:
@@ -104,10 +115,8 @@ def _arguments_of_a_shard(
     if op == "gated_ce_partial":
         return logits, labels, 4, vocab_start, vocab_size, -100
     if op == "gated_ce_merge":
-        partials = [
-            ops.gated_ce_partial(logits.detach(), labels, 4, start, None, -100) for start in (0, V)
-        ]
-        return logits, labels, torch.stack(partials), *FORWARD_OPTIONS[1:], vocab_start, vocab_size
+        partials = _partials(logits, labels)
+        return logits, labels, partials, *FORWARD_OPTIONS, vocab_start, vocab_size
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     weight = upstream_of(labels, dtype)
     row_max, log_sum = torch.full_like(weight, 9.0), torch.ones_like(weight)
@@ -119,7 +128,10 @@ FAMILY = [5.0, 0.5, 0.1, 1e-2]
 
 def _with_family(op: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same call, of a soft cap, a logit scale and a z-loss."""
-    if op in ("gated_ce_forward", "gated_ce_merge"):
+    if op == "gated_ce_merge":
+        logits, labels, _, *options = arguments
+        return logits, labels, _partials(logits, labels, 4, FAMILY), *options, False, FAMILY
+    if op == "gated_ce_forward":
         return *arguments, False, FAMILY
     if op.startswith("gated_ce_backward"):
         weight, *_ = arguments
@@ -263,6 +275,39 @@ def test_opcheck_of_the_family(device: str, dtype: torch.dtype, op: str) -> None
     _check(op, arguments)
 
 
+OF_STATS = [
+    "gated_ce_forward",
+    "gated_ce_merge",
+    "gated_ce_forward_with_grad",
+    "gated_ce_forward_with_grad_",
+]
+
+
+@pytest.mark.parametrize("num_extra", [0, 2, 3])
+@pytest.mark.parametrize("k", [0, 4], ids=["all_logits", "top_4"])
+@pytest.mark.parametrize("op", OF_STATS)
+def test_opcheck_of_more_stats(device: str, op: str, k: int, num_extra: int) -> None:
+    """Of the entropy of all logits, as the gate's and beside it; and what shards tell of it."""
+    logits, labels = SAMPLES["plain"](device, torch.float32)
+    options = (k, *FORWARD_OPTIONS[1:])
+    arguments: tuple[Any, ...]
+    if op.startswith("gated_ce_forward_with_grad"):
+        arguments = (upstream_of(labels), logits, labels, *options, [], num_extra)
+    elif op == "gated_ce_forward":
+        arguments = (logits.requires_grad_(), labels, *options, False, [], num_extra)
+    else:
+        tells_entropy = num_extra == 3
+        told = (logits, labels, k, 0, None, -100, [], tells_entropy)
+        _check("gated_ce_partial", told)
+        _assert_fake_is_like_real("gated_ce_partial", told)
+        partials = _partials(logits, labels, k, [], tells_entropy)
+        others = (0, None, False, [], None, num_extra)
+        arguments = (logits.requires_grad_(), labels, partials, *options, *others)
+    _check(op, arguments)
+    if not op.endswith("_"):
+        _assert_fake_is_like_real(op, arguments)
+
+
 def test_opcheck_of_topk_with_gradient(device: str) -> None:
     logits, _ = SAMPLES["plain"](device, torch.float32)
     _check("topk", (logits.requires_grad_(), 4))
@@ -306,7 +351,8 @@ def test_meta_tensors() -> None:
     assert logits.grad is not None and logits.grad.shape == logits.shape
     partial = ops.gated_ce_partial(logits.detach(), labels, 4, V, None, -100)
     assert partial.shape == (2, 3, 7) and partial.dtype == torch.float32 and partial.is_meta
-    merged = ops.gated_ce_merge(logits, labels, partial[None], "none", [], -100, V, None)
+    *merged, extra = ops.gated_ce_merge(logits, labels, partial[None], 4, "none", [], -100, V, None)
+    assert extra.shape == (0, 2, 3) and extra.dtype == torch.float32
     assert all(value.shape == (2, 3) and value.dtype == torch.float32 for value in merged)
     values, indices = eaft_ext.topk(logits, 4)
     assert values.shape == indices.shape == (2, 3, 4)
@@ -318,13 +364,15 @@ def _arguments_of_a_product(
 ) -> tuple[Any, ...]:
     """For the linear loss; ``wanted`` are the gradients of hidden, weight and bias."""
     by_columns = inputs.pop("by_columns", False)
+    k, num_extra = inputs.pop("k", FORWARD_OPTIONS[0]), inputs.pop("num_extra", 0)
     hidden, weight, bias, labels = linear_inputs(dtype=dtype, device=device, **inputs)
+    gate = FORWARD_OPTIONS[1:]
+    options = (k, *gate, [], num_extra, True, 4, None, 0, None, len(weight), None, 1, False)
     if by_columns:
         weight = weight.t().contiguous().t()
-    options = (*FORWARD_OPTIONS, [], True, 4, None, 0, None, len(weight), None, 1, False)
     given = (hidden, weight, bias if wanted[2] else None, labels)
     if op == "linear_gated_ce_backward":
-        *_, gate, row_max, log_sum = ops.linear_gated_ce_forward(*given, *options)
+        *_, gate, row_max, log_sum, _ = ops.linear_gated_ce_forward(*given, *options)
         return gate * 2, gate, row_max, log_sum, wanted, *given, *options
     for tensor, wants in zip(given[:3], wanted, strict=True):
         if tensor is not None:
@@ -349,7 +397,17 @@ def test_opcheck_of_a_product(device: str, dtype: torch.dtype, op: str) -> None:
 
 @pytest.mark.operator("gated_ce_forward_with_grad")
 @pytest.mark.parametrize(
-    "inputs", [{"num_tokens": 0}, {"ignored": 1.1}, {"ignored": 0}, {"by_columns": True}], ids=str
+    "inputs",
+    [
+        {"num_tokens": 0},
+        {"ignored": 1.1},
+        {"ignored": 0},
+        {"by_columns": True},
+        {"k": 0, "num_extra": 2},
+        {"k": 0, "num_extra": 3},
+        {"num_extra": 3},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("wanted", [ALL_WANTED, [True, False, False], [False, True, False]])
 @pytest.mark.parametrize("op", LINEAR_OPERATORS)

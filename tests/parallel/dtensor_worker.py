@@ -38,6 +38,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "k_above_the_shard": {"k": 40, "normalizer": 3.0},
     "family": {"softcap": 5.0, "logit_scale": 0.5, "label_smoothing": 0.1, "z_loss": 1e-2},
     "token_weight": {"token_weight": torch.linspace(0, 2, N)},
+    "whole_entropy": {"k": None, "return_stats": "full", "z_loss": 1e-2},
+    "full_stats": {"return_stats": "full", "reduction": "none", "label_smoothing": 0.1},
 }
 LABELS = ("tensor", "dtensor", "local")
 
@@ -78,14 +80,14 @@ def run(shape: tuple[int, ...], placements: list[Any], kind: str, options: Any) 
         options = options | {"token_weight": placed(options["token_weight"])}
     # Not a leaf: it may be overwritten.
     with loss_parallel(), CommDebugMode() as forward:
-        loss, stats = eaft_ext.gated_ce(leaf * 1, labels, return_stats=True, **options)
+        loss, stats = eaft_ext.gated_ce(leaf * 1, labels, **({"return_stats": True} | options))
     scalar = loss if loss.dim() == 0 else loss.square().sum()
     with loss_parallel(), CommDebugMode() as backward:
         scalar.backward()
     assert leaf.grad.placements == leaf.placements
     return {
         "loss": full(loss),
-        "stats": [full(stat) for stat in stats],
+        "stats": list(stats.map(full)),
         "gradient": full(leaf.grad),
         "collectives": (forward.get_total_counts(), backward.get_total_counts()),
     }

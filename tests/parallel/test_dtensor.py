@@ -32,8 +32,8 @@ def test_is_the_loss_of_whole_rows(
     """Whatever the labels are: a tensor of all, a DTensor, or the process's own."""
     logits, labels = whole()
     logits.requires_grad_()
-    options = OPTIONS[option] | {"inplace_backward": False}
-    loss, stats = eaft_ext.gated_ce(logits, labels, return_stats=True, **options)
+    options = {"return_stats": True} | OPTIONS[option] | {"inplace_backward": False}
+    loss, stats = eaft_ext.gated_ce(logits, labels, **options)
     (loss if loss.dim() == 0 else loss.square().sum()).backward()
     for of_process in results[world_size]:
         for kind in LABELS:
@@ -61,7 +61,7 @@ def test_collectives(
     ("error", "sentence"),
     [
         ("partial", "ValueError: gated_ce: logits must be Shard or Replicate on every dimension"),
-        ("k", "ValueError: gated_ce: k must be from 2 to 128, got 1"),
+        ("k", "ValueError: gated_ce: k must be from 2 to 128, or None for all, got 1"),
         ("vocabulary divided twice", "ValueError: gated_ce: the vocabulary must be divided over"),
         ("another mesh", "ValueError: gated_ce: labels and logits are on different meshes"),
     ],

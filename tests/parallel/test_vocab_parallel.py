@@ -317,6 +317,7 @@ def _merge(**changed: Any) -> Any:
         "logits": torch.zeros(3, 9),
         "labels": torch.zeros(3, dtype=torch.int64),
         "partials": torch.zeros(2, 3, 7),
+        "k": 4,
         "gate": "none",
         "gate_parameters": [],
         "ignore_index": -100,
@@ -330,7 +331,7 @@ def _merge(**changed: Any) -> Any:
     ("changed", "error", "sentence"),
     [
         ({"partials": torch.zeros(0, 3, 7)}, ValueError, r"got \[0, 3, 7\] for labels \[3\]"),
-        ({"partials": torch.zeros(2, 3, 4)}, ValueError, r"k from 2 to 128, got \[2, 3, 4\]"),
+        ({"partials": torch.zeros(2, 3, 4)}, ValueError, r"k = 4, got \[2, 3, 4\]"),
         ({"partials": torch.zeros(2, 3, 132)}, ValueError, r"got \[2, 3, 132\]"),
         ({"partials": torch.zeros(2, 4, 7)}, ValueError, r"got \[2, 4, 7\] for labels \[3\]"),
         ({"partials": torch.zeros(3, 7)}, ValueError, r"got \[3, 7\] for labels \[3\]"),
@@ -356,8 +357,8 @@ def test_merge_checks_for_itself(
 @pytest.mark.parametrize(
     ("changed", "error", "sentence"),
     [
-        ({"k": 1}, ValueError, "k must be from 2 to 128, got 1"),
-        ({"k": 129}, ValueError, "k must be from 2 to 128, got 129"),
+        ({"k": 1}, ValueError, "k must be from 2 to 128, or 0 for all logits, got 1"),
+        ({"k": 129}, ValueError, "k must be from 2 to 128, or 0 for all logits, got 129"),
         ({"vocab_start": -1}, ValueError, "vocab_start must be at least 0, got -1"),
         ({"logits": torch.tensor(0.0)}, ValueError, r"got \[\]"),
         ({"logits": torch.zeros(3, 9).int()}, TypeError, "got Int"),

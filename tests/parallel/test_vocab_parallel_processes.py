@@ -25,7 +25,7 @@ from vocab_parallel_worker import (
 )
 from vocab_shards import assert_matches
 
-from eaft_ext import NoGate, gated_ce
+from eaft_ext import NoGate, TokenStats, gated_ce, reference
 
 WORLD_SIZES = [1, 2, 3, 4]
 TIMEOUT = 100
@@ -91,9 +91,9 @@ def _together(found: list[dict[str, Tensor]], words: int) -> Outcome:
     """One outcome of all processes, whose losses and stats are the same bits; padding is left."""
     first = found[0]
     for other in found[1:]:
-        for name in ("loss", "nll", "entropy", "gate"):
-            assert same_bits(other[name], first[name]), f"{name} differs between processes"
-        assert torch.equal(other["valid"], first["valid"])
+        for name in ("loss", *TokenStats._fields):
+            a, b = other[name], first[name]
+            assert a is b is None or same_bits(a, b), f"{name} differs between processes"
     gradient = torch.cat([values["gradient"] for values in found], -1)
     padding = gradient[..., words:]
     assert same_bits(padding, torch.zeros_like(padding))
@@ -106,8 +106,18 @@ def _assert_is(found: list[dict[str, Tensor]], case: Case, world_size: int) -> N
     logits, labels = case.inputs(world_size)
     unreduced = case.options.get("reduction") == "none"
     upstream = upstream_of(labels) if unreduced else torch.tensor(1.0)
-    options = {name: x for name, x in case.options.items() if name != "inplace_backward"}
+    left_out = ("inplace_backward", "return_stats")
+    options = {name: x for name, x in case.options.items() if name not in left_out}
     assert_matches(_together(found, case.words), logits, labels, upstream, **options)
+    options |= {"return_stats": case.options.get("return_stats", True)}
+    truth = reference.gated_ce(logits.double(), labels, **options)[1]
+    for name in ("correct", "lse", "z_loss", "vocab_entropy"):
+        stat, expected = found[0][name], getattr(truth, name)
+        assert (stat is None) == (expected is None), name
+        if stat is not None:
+            torch.testing.assert_close(
+                stat.to(expected), expected, rtol=1e-5, atol=1e-5, equal_nan=True, msg=name
+            )
 
 
 @pytest.mark.parametrize(
@@ -136,14 +146,19 @@ def _assert_default_losses(found: list[Tensor], world_size: int) -> None:
 def test_one_exchange_in_the_forward_and_none_in_the_backward(
     results: Results, world_size: int, name: str, way: str
 ) -> None:
-    """Of k + 3 numbers for each token, float32 whatever the logits are; alone, of none."""
-    k = CASES[name].options.get("k", 20)
+    """Of k + 3 numbers for each token, float32 whatever the logits are; alone, of none.
+
+    With the entropy of the whole vocabulary one more, of which alone there are 5.
+    """
+    options = CASES[name].options
+    k, full = options.get("k", 20), options.get("return_stats") == "full"
+    size = 5 if k is None else k + 3 + full + ("label_smoothing" in options)
     count = min(world_size - 1, 1)
     itemsize = 8 if name == "float64" else 4
     expected = {
         "debug_mode": count,
-        "profiler": [("gloo:all_gather", [[NUM_ROWS, k + 3]])] * count,
-        "dispatch": [NUM_ROWS * (k + 3) * itemsize] * count,
+        "profiler": [("gloo:all_gather", [[NUM_ROWS, size]])] * count,
+        "dispatch": [NUM_ROWS * size * itemsize] * count,
     }
     for found in results(world_size, "collectives"):
         forward, backward = found[f"{name} {way}"]
@@ -221,8 +236,9 @@ SENTENCES: dict[str, tuple[str, str]] = {
     "another_dtype": ("ValueError", "dtype of the logits: torch.float32 in .*torch.float64 in"),
     "an_unsupported_dtype": ("TypeError", "logits must be float32, .*got torch.int32"),
     "another_k": ("ValueError", "differ in k: 20 in process 0, 7 in process"),
-    "a_wrong_k": ("ValueError", "k must be from 2 to 128, got 999"),
-    "a_k_that_is_no_int": ("TypeError", r"k must be an int, got 20\.0"),
+    "no_k": ("ValueError", "differ in k: 20 in process 0, None in process"),
+    "a_wrong_k": ("ValueError", "k must be from 2 to 128, or None for all, got 999"),
+    "a_k_that_is_no_int": ("TypeError", r"k must be an int, or None for all, got 20\.0"),
     "another_gate": ("ValueError", r"differ in gate: EntropyGate\(.*NoGate\(\) in process"),
     "another_parameter_of_the_gate": ("ValueError", r"differ in gate: .*HardGate\(.*=0\.25\)"),
     "a_gate_that_is_none": ("TypeError", "gate must be a gate .*got 3"),
@@ -231,6 +247,8 @@ SENTENCES: dict[str, tuple[str, str]] = {
     "a_wrong_reduction": ("ValueError", "'mean', 'sum' or 'none', got 'avg'"),
     "another_ignore_index": ("ValueError", "differ in ignore_index: -100 in process 0, 3 in"),
     "another_vocab_size": ("ValueError", "differ in vocab_size: None in process 0, 239 in"),
+    "other_stats": ("ValueError", "differ in return_stats='full': False in .*, True in process"),
+    "wrong_stats": ("ValueError", "return_stats must be True, False or 'full', got 'all'"),
     "a_wrong_number_of_items": ("ValueError", "num_items_in_batch must be at least 0, got -1"),
     "no_group": ("TypeError", "group must be the ProcessGroup .*got None"),
     "a_group_that_is_none": ("TypeError", "group must be the ProcessGroup .*got 'tp'"),

@@ -135,14 +135,14 @@ def test_merge_gives_what_the_forward_of_all_gives(
     ]
     partials = torch.stack([partial for _, partial in parts])
     expected = ops.gated_ce_forward(logits, labels, 20, *gate, -100)
-    found = [ops.gated_ce_merge(x, labels, partials, *gate, -100, 0, None) for x, _ in parts]
+    found = [ops.gated_ce_merge(x, labels, partials, 20, *gate, -100, 0, None) for x, _ in parts]
     epsilon = torch.finfo(expected[0].dtype).eps
     for value, *others, wanted in zip(*found, expected, strict=True):
         torch.testing.assert_close(value, wanted, rtol=8 * epsilon, atol=8 * epsilon)
         assert all(same_bits(other, value) for other in others)
     assert same_bits(found[0][4], expected[4])
     spread = torch.stack([partials, partials], -1).transpose(0, 1).contiguous().transpose(0, 1)
-    again = ops.gated_ce_merge(logits, labels, spread[..., 1], *gate, -100, 0, None)
+    again = ops.gated_ce_merge(logits, labels, spread[..., 1], 20, *gate, -100, 0, None)
     assert all(same_bits(a, b) for a, b in zip(again, found[0], strict=True))
 
 
@@ -154,7 +154,7 @@ def test_backward_of_a_shard_is_a_part_of_the_whole_one(
 ) -> None:
     logits, labels = make(num_rows, 300, dtype, device=device, ignored=0.2)
     upstream = upstream_of(labels)
-    *_, row_max, log_sum = ops.gated_ce_forward(logits, labels, 20, "none", [], -100)
+    *_, row_max, log_sum, _ = ops.gated_ce_forward(logits, labels, 20, "none", [], -100)
     whole = ops.gated_ce_backward(upstream, logits, labels, row_max, log_sum, -100)
     saved = (labels, row_max, log_sum, -100)
     part = logits[:, start : start + width]
@@ -318,7 +318,7 @@ def test_what_no_process_can_know(device: str, dtype: torch.dtype, fault: str, g
     )
     row_max, nll = (reference.merge_partials(partials, labels)[i] for i in (2, 0))
     assert nll[2].isnan()
-    kernel = ops.gated_ce_merge(logits, labels, partials, "none", [], -100, 0, None)
+    kernel = ops.gated_ce_merge(logits, labels, partials, 20, "none", [], -100, 0, None)
     assert kernel[0][2].isnan() and kernel[1][2].isnan() and kernel[2][2].isnan()
     assert kernel[5][2].isnan(), "the gradient is made from the log-sum"
     assert same_bits(kernel[4], row_max)

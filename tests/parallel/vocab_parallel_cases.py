@@ -107,6 +107,21 @@ CASES: dict[str, Case] = {
     "family_uneven": Case({"softcap": 5.0, "z_loss": 1e-2}, words=247, uneven=True),
     "family_callable": Case({"logit_scale": 0.5, "z_loss": 1e-2, "gate": GATES["callable"]}),
     "family_in_place": Case({"softcap": 5.0, "z_loss": 1e-2, "inplace_backward": True}),
+    "whole_entropy": Case({"k": None} | NONE),
+    "whole_entropy_family": Case(
+        {"k": None, "softcap": 5.0, "label_smoothing": 0.1, "z_loss": 1e-2}, dtype=torch.bfloat16
+    ),
+    "whole_entropy_callable": Case({"k": None, "gate": GATES["callable"], "z_loss": 1e-2} | NONE),
+    "whole_entropy_uneven": Case(
+        {"k": None, "return_stats": "full"} | NONE, words=200, padding=23, uneven=True
+    ),
+    "whole_entropy_in_place": Case({"k": None, "inplace_backward": True}),
+    "full_stats": Case({"return_stats": "full"} | NONE),
+    "full_stats_smoothed": Case({"return_stats": "full", "label_smoothing": 0.1}),
+    "full_stats_callable": Case(
+        {"return_stats": "full", "gate": GATES["callable"], "z_loss": 1e-2} | NONE
+    ),
+    "full_stats_uneven": Case({"return_stats": "full", "z_loss": 1e-2}, words=247, uneven=True),
     "token_weight": Case({"token_weight": torch.linspace(0, 2, NUM_ROWS)}),
     "sum": Case({"reduction": "sum"}),
     "items": Case({"num_items_in_batch": 37}),
@@ -142,7 +157,15 @@ CASES: dict[str, Case] = {
     "in_place": Case({"inplace_backward": True}),
     "in_place_and_padded": Case({"inplace_backward": True} | NONE, words=233, padding=7),
 }
-SUFFICE_FOR_ONE = ("default", "gate_callable", "padded", "in_place", "all_ignored", "no_rows")
+SUFFICE_FOR_ONE = (
+    "default",
+    "gate_callable",
+    "padded",
+    "in_place",
+    "all_ignored",
+    "no_rows",
+    "whole_entropy_uneven",
+)
 """Cases of a group of one process, where there is little to go wrong."""
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from inputs import same_bits
-from parity import Outcome, error_weights, outcome
+from parity import Outcome, assert_same_stats, error_weights, outcome
 from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
 from torch import Tensor
 
@@ -45,13 +45,17 @@ def partial_of(logits: Tensor, labels: Tensor, of_token: TokenLoss, shard: Vocab
     k, ignore_index = of_token.k, of_token.ignore_index
     if _shard.takes_kernel("gated_ce_merge", logits):
         words_of_all = (shard.start, shard.vocab_size)
-        return ops.gated_ce_partial(
-            logits, labels, k, *words_of_all, ignore_index, of_token.family()
-        )
+        how = (ignore_index, of_token.family(), of_token.tells_entropy)
+        return ops.gated_ce_partial(logits, labels, k or 0, *words_of_all, *how)
     words = of_token.map_logits(logits[..., : num_words(logits.size(-1), shard)])
-    sums_logits = of_token.label_smoothing != 0
     return reference.shard_partial(
-        words, labels, k, shard.start, ignore_index, sums_logits=sums_logits
+        words,
+        labels,
+        1 if k is None else k,
+        shard.start,
+        ignore_index,
+        sums_entropy=k is None or of_token.tells_entropy,
+        sums_logits=of_token.label_smoothing != 0,
     )
 
 
@@ -71,15 +75,22 @@ def shards_at(
 def losses_of_shards(
     shards: list[tuple[Tensor, VocabShard]],
     labels: Tensor,
-    k: int = 20,
+    k: int | None = 20,
     *,
     gate: Any = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    return_stats: Any = True,
     **family: Any,
 ) -> list[Losses]:
     """Per-token losses and stats as the process of every shard gets them."""
-    of_token = TokenLoss(k, EntropyGate() if gate is None else gate, ignore_index, **family)
+    of_token = TokenLoss(
+        k,
+        EntropyGate() if gate is None else gate,
+        ignore_index,
+        return_stats=return_stats,
+        **family,
+    )
     partials = [partial_of(x, labels, of_token, shard) for x, shard in shards]
     found = []
     for own, (logits, shard) in zip(partials, shards, strict=True):
@@ -114,10 +125,9 @@ def outcome_of_shards(
     _, loss, stats = all_losses[0]
     for _, other_loss, other_stats in all_losses[1:]:
         assert same_bits(other_loss, loss)
-        for name, a, b in zip(stats._fields, other_stats, stats, strict=True):
-            assert torch.equal(a, b) if name == "valid" else same_bits(a, b), name
+        assert_same_stats(other_stats, stats)
     for value in stats:
-        assert value.shape == labels.shape and not value.requires_grad
+        assert value is None or (value.shape == labels.shape and not value.requires_grad)
     gradients = [
         torch.autograd.grad(loss, x, upstream.to(loss.dtype))[0] for x, loss, _ in all_losses
     ]
@@ -127,7 +137,11 @@ def outcome_of_shards(
 def assert_matches(
     found: Outcome, logits: Tensor, labels: Tensor, upstream: Tensor, **options: Any
 ) -> None:
-    """Hold a result to the truth, by the errors of the reference and of the undivided call."""
+    """Hold a result to the truth, by the errors of the reference and of the undivided call.
+
+    For k=None a shard tells its entropy, rounded, and the loss is proportional to it.
+    """
+    rounded = {"loss": 1} if options.get("k", 20) is None else {}
     whole = outcome(eaft_ext.gated_ce, logits, labels, upstream, **options)
     ref = outcome(reference.gated_ce, logits, labels, upstream, **options)
     gt = outcome(reference.gated_ce, logits.double(), labels, upstream.double(), **options)
@@ -136,7 +150,9 @@ def assert_matches(
         op, *others, truth = (value if value.dim() else value.unsqueeze(0) for value in values)
         factor = GRADIENT_FACTOR if name == "gradient" else LOSS_FACTOR
         for measure, other in zip(("reference", "whole row"), others, strict=True):
-            assert_within(f"{name}, by the {measure}", op, other, truth, factor, weights[name])
+            roundings = rounded.get(name, 0)
+            title = f"{name}, by the {measure}"
+            assert_within(title, op, other, truth, factor, weights[name], roundings)
 
 
 def assert_shards_match(

@@ -159,12 +159,13 @@ def upstream_of(labels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def bits(tensor: Tensor) -> Tensor:
     """The same memory as integers, so that equality is of bits, also of NaN and of signed zeros."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    integer = sizes[tensor.element_size()]
     return tensor.detach().contiguous().view(integer)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of floats agree in shape, dtype and every bit."""
+    """Whether two tensors of floats, or bools, agree in shape, dtype and every bit."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from inputs import upstream_of
+from inputs import same_bits, upstream_of
 from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
 from torch import Tensor
 
@@ -30,6 +30,13 @@ def outcome(
     loss, stats = function(logits, labels, return_stats=True, **options)
     (gradient,) = torch.autograd.grad(loss, logits, upstream.to(loss.dtype))
     return Outcome(loss.detach(), stats.nll, stats.entropy, stats.gate, gradient)
+
+
+def assert_same_stats(found: eaft_ext.TokenStats, expected: eaft_ext.TokenStats) -> None:
+    """All that there is of one is there of the other, in every bit."""
+    for name, a, b in zip(found._fields, found, expected, strict=True):
+        assert (a is None) == (b is None), name
+        assert a is None or same_bits(a, b), name
 
 
 def error_weights(gt: Outcome, upstream: Tensor, z_loss: float = 0.0) -> dict[str, Any]:

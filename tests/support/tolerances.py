@@ -34,12 +34,19 @@ FLOOR_IN_EPSILONS = 4.0
 
 
 def assert_within(
-    name: str, op: Tensor, ref: Tensor, gt: Tensor, factor: float, weight: Tensor | float = 1.0
+    name: str,
+    op: Tensor,
+    ref: Tensor,
+    gt: Tensor,
+    factor: float,
+    weight: Tensor | float = 1.0,
+    roundings: int = 0,
 ) -> None:
     """Hold ``op`` to both rules; the second one for every row of a matrix, or for a whole vector.
 
     NaN and infinities must be the truth's, in the same places. ``weight`` is what the result is a
-    product with.
+    product with. ``roundings``: of numbers on its way to which it is proportional, and which the
+    reference does not round.
     """
     assert op.shape == ref.shape == gt.shape, f"{name}: {op.shape}, {ref.shape}, {gt.shape}"
     assert op.dtype == ref.dtype, f"{name}: {op.dtype}, and the reference gives {ref.dtype}"
@@ -57,7 +64,7 @@ def assert_within(
     op_error = torch.where(finite, (op - gt).abs(), 0.0)
     ref_error = torch.where(finite, (ref - gt).abs(), 0.0)
 
-    excess = op_error - ref_error - atol
+    excess = op_error - ref_error - atol - roundings * epsilon * truth.abs()
     assert excess.max() <= 0, (
         f"{name}: off by {op_error.flatten()[excess.argmax()]:.3g} where the reference is off by "
         f"{ref_error.flatten()[excess.argmax()]:.3g}, and {atol} more are allowed"

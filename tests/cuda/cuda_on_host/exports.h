@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <string>
 
+#include "core/token_stats.h"
 #include "cuda/arguments.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default"))) void
@@ -39,17 +40,25 @@ inline RowLayout layout_from(const int64_t* numbers) {
   return layout;
 }
 
-// normalizer: 0 is ln k.
+// normalizer: 0 is ln k, or ln num_words for k = 0.
 // family: softcap (0: none), logit_scale, label_smoothing, z_loss. num_words is for the smoothing.
 inline TokenLoss token_loss_from(int k, int64_t ignore_index, int kind, double first, double second,
-                                 double normalizer, const double* family, int64_t num_words) {
+                                 double normalizer, const double* family, int64_t num_words,
+                                 bool tells_entropy = false) {
   Gate gate;
   gate.kind = static_cast<GateKind>(kind);
   gate.first = first;
   gate.second = second;
   gate.normalizer = normalizer;
   gate.normalizer_is_log_k = normalizer == 0;
-  return {k, for_k(gate, k), ignore_index, {family[1], family[0]}, family[2], family[3], num_words};
+  return {k,
+          for_k(gate, k == 0 ? num_words : k),
+          ignore_index,
+          {family[1], family[0]},
+          family[2],
+          family[3],
+          num_words,
+          tells_entropy};
 }
 
 inline void leave(const std::string& message, char* error, int64_t error_size) {
@@ -63,49 +72,52 @@ EXPORT forward_on_host(int type, const void* logits, const int64_t* logits_layou
                        int64_t vocab_size, const int64_t* labels, int64_t ignore_index, int k,
                        int gate_kind, double gate_first, double gate_second, double gate_normalizer,
                        const double* family, float* loss, float* nll, float* entropy, float* gate,
-                       float* row_max, float* log_sum, int num_spans, uint64_t seed, char* error,
-                       int64_t error_size) {
+                       float* row_max, float* log_sum, float* extra, int num_extra, int num_spans,
+                       uint64_t seed, char* error, int64_t error_size) {
   using namespace eaft_ext::cuda;
   ForwardArguments arguments{};
   arguments.logits = {logits, layout_from(logits_layout), num_rows, vocab_size};
   arguments.labels = labels;
-  arguments.loss = token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second,
-                                   gate_normalizer, family, vocab_size);
-  arguments.stats = {loss, nll, entropy, gate, row_max, log_sum};
+  arguments.loss =
+      token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second, gate_normalizer, family,
+                      vocab_size, num_extra == eaft_ext::kMaxExtra);
+  arguments.stats = {loss, nll, entropy, gate, row_max, log_sum, extra, num_extra, num_rows};
   leave(run_forward(static_cast<ElementType>(type), arguments, num_spans, seed), error, error_size);
 }
 
-// partials: (num_rows, k + 3). labels: [num_rows].
+// partials: (num_rows, partial_size). labels: [num_rows].
 EXPORT partial_on_host(int type, const void* logits, const int64_t* logits_layout, int64_t num_rows,
                        int64_t vocab_size, const int64_t* labels, int64_t ignore_index, int k,
-                       const double* family, int64_t vocab_start, float* partials, int num_spans,
-                       uint64_t seed, char* error, int64_t error_size) {
+                       const double* family, int tells_entropy, int64_t vocab_start,
+                       float* partials, int num_spans, uint64_t seed, char* error,
+                       int64_t error_size) {
   using namespace eaft_ext::cuda;
   const PartialArguments arguments{
       {logits, layout_from(logits_layout), num_rows, vocab_size},
       labels,
-      {k, {}, ignore_index, {family[1], family[0]}, family[2], family[3]},
+      token_loss_from(k, ignore_index, 0, 0, 0, 1, family, 1, tells_entropy != 0),
       vocab_start,
       partials};
   leave(run_partial(static_cast<ElementType>(type), arguments, num_spans, seed), error, error_size);
 }
 
-// partials: (num_shards, num_rows, k + 3). labels and the stats: [num_rows].
+// partials: (num_shards, num_rows, partial_size). labels and the stats: [num_rows].
 EXPORT merge_on_host(const float* partials, int num_shards, int64_t num_rows, const int64_t* labels,
                      int64_t ignore_index, int k, int gate_kind, double gate_first,
                      double gate_second, double gate_normalizer, const double* family,
                      int64_t num_words, float* loss, float* nll, float* entropy, float* gate,
-                     float* row_max, float* log_sum, uint64_t seed, char* error,
-                     int64_t error_size) {
+                     float* row_max, float* log_sum, float* extra, int num_extra, uint64_t seed,
+                     char* error, int64_t error_size) {
   using namespace eaft_ext::cuda;
   MergeArguments arguments{};
   arguments.partials = partials;
   arguments.num_shards = num_shards;
   arguments.num_rows = num_rows;
   arguments.labels = labels;
-  arguments.loss = token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second,
-                                   gate_normalizer, family, num_words);
-  arguments.stats = {loss, nll, entropy, gate, row_max, log_sum};
+  arguments.loss =
+      token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second, gate_normalizer, family,
+                      num_words, num_extra == eaft_ext::kMaxExtra);
+  arguments.stats = {loss, nll, entropy, gate, row_max, log_sum, extra, num_extra, num_rows};
   leave(run_merge(arguments, seed), error, error_size);
 }
 
@@ -138,16 +150,18 @@ EXPORT forward_with_grad_on_host(int type, const float* upstream, const void* lo
                                  const int64_t* labels, int64_t ignore_index, int k, int gate_kind,
                                  double gate_first, double gate_second, double gate_normalizer,
                                  const double* family, float* loss, float* nll, float* entropy,
-                                 float* gate, float* row_max, float* log_sum, int cluster_size,
-                                 uint64_t seed, char* error, int64_t error_size) {
+                                 float* gate, float* row_max, float* log_sum, float* extra,
+                                 int num_extra, int cluster_size, uint64_t seed, char* error,
+                                 int64_t error_size) {
   using namespace eaft_ext::cuda;
   ForwardWithGradArguments arguments{};
   ForwardArguments& forward = arguments.forward;
   forward.logits = {logits, layout_from(logits_layout), num_rows, vocab_size};
   forward.labels = labels;
-  forward.loss = token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second,
-                                 gate_normalizer, family, vocab_size);
-  forward.stats = {loss, nll, entropy, gate, row_max, log_sum};
+  forward.loss =
+      token_loss_from(k, ignore_index, gate_kind, gate_first, gate_second, gate_normalizer, family,
+                      vocab_size, num_extra == eaft_ext::kMaxExtra);
+  forward.stats = {loss, nll, entropy, gate, row_max, log_sum, extra, num_extra, num_rows};
   arguments.upstream = upstream;
   arguments.gradient = gradient;
   arguments.gradient_layout = layout_from(gradient_layout);

@@ -38,12 +38,27 @@ std::string for_element(ElementType type, const Function& function) {
   return "no element type";
 }
 
-// function(Element{}, PlainLoss or FamilyLoss), as dispatch_both().
+// function(Element{}, PlainLoss or FamilyLoss), as dispatch_backward().
 template <typename Function>
-std::string for_both(ElementType type, const TokenLoss& loss, const Function& function) {
+std::string for_backward(ElementType type, const TokenLoss& loss, const Function& function) {
   return for_element(type, [&](auto element) {
     return loss.is_plain() ? function(element, PlainLoss(loss))
                            : function(element, FamilyLoss(loss));
+  });
+}
+
+// function(Element{}, one of the three losses), as dispatch_forward().
+template <typename Function>
+std::string for_forward(ElementType type, const TokenLoss& loss, const Function& function) {
+  return for_element(type, [&](auto element) {
+    switch (compiled_loss(loss)) {
+      case CompiledLoss::kPlain:
+        return function(element, PlainLoss(loss));
+      case CompiledLoss::kExact:
+        return function(element, ExactLoss(loss));
+      default:
+        return function(element, FamilyLoss(loss));
+    }
   });
 }
 
@@ -104,7 +119,7 @@ std::string run_forward_rows(ElementType type, const Arguments& arguments, int n
                              uint64_t seed) {
   const int64_t num_rows = arguments.logits.num_rows;
   if (num_rows == 0) return {};
-  return for_both(type, arguments.loss, [&](auto element, auto loss) {
+  return for_forward(type, arguments.loss, [&](auto element, auto loss) {
     using Element = decltype(element);
     using Loss = decltype(loss);
     const Split<Element, uint32_t> split(arguments.logits, num_spans, arguments.loss.k, true);
@@ -139,7 +154,7 @@ std::string run_merge(const MergeArguments& arguments, uint64_t seed) {
 }
 
 std::string run_backward(ElementType type, const BackwardArguments& arguments, uint64_t seed) {
-  return for_both(type, arguments.loss, [&](auto element, auto loss) {
+  return for_backward(type, arguments.loss, [&](auto element, auto loss) {
     using Element = decltype(element);
     using Traits = BackwardTraits<Element>;
     const int64_t items =
@@ -154,7 +169,7 @@ std::string run_forward_with_grad(ElementType type, const ForwardWithGradArgumen
                                   int cluster_size, uint64_t seed) {
   const LogitsArguments& logits = arguments.forward.logits;
   if (logits.num_rows == 0) return {};
-  return for_both(type, arguments.forward.loss, [&](auto element, auto loss) {
+  return for_forward(type, arguments.forward.loss, [&](auto element, auto loss) {
     using Element = decltype(element);
     using Loss = decltype(loss);
     if (cluster_size == 0) {

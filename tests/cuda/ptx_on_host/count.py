@@ -66,6 +66,14 @@ def forward(logits: Tensor, labels: Tensor, num_spans: int = 1, family: Family =
     kernels_on_host.forward(logits, labels, 20, *GATE, num_spans=num_spans, family=family)
 
 
+def exact(logits: Tensor, labels: Tensor) -> None:
+    kernels_on_host.forward(logits, labels, 0, *GATE)
+
+
+def beside(logits: Tensor, labels: Tensor) -> None:
+    kernels_on_host.forward(logits, labels, 20, *GATE, num_extra=3)
+
+
 def backward(logits: Tensor, labels: Tensor, family: Family = ()) -> None:
     row_max = logits.float().amax(1)
     log_sum = (logits.float() - row_max[:, None]).exp().sum(1).log()
@@ -90,6 +98,8 @@ CASES: list[Case] = [
     ("forward, misaligned rows", misaligned, forward),
     ("forward, ascending rows: the list overflows", ascending, forward),
     ("forward, 1 row in 16 spans", lambda: rows(1), lambda x, y: forward(x, y, 16)),
+    ("forward, k = None", rows, exact),
+    ("forward, the entropy of all logits beside that of k", rows, beside),
     ("forward, a logit scale", rows, lambda x, y: forward(x, y, family=SCALED)),
     ("forward, a soft cap", rows, lambda x, y: forward(x, y, family=CAPPED)),
     ("forward, label smoothing", rows, lambda x, y: forward(x, y, family=SMOOTHED)),
