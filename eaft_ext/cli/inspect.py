@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 import eaft_ext
+from eaft_ext._conflicts import CONFLICT_ENTROPY, CONFLICT_PROBABILITY, confident_conflicts
 
 from .batches import Batch, batched, count_tokens, evaluation_rows
-from .conflicts import CONFLICT_ENTROPY, CONFLICT_PROBABILITY, confident_conflicts
 from .console import make_console
 from .demo.corpus import language_reference
 from .errors import CommandError

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from eaft_ext.cli import bench, info, inspect
+from eaft_ext.cli import bench, info, inspect, plugin
 from eaft_ext.cli.demo import command as demo
 from eaft_ext.cli.errors import FAILURE, INTERRUPTED, CommandError
 
@@ -20,6 +20,7 @@ COMMANDS: tuple[tuple[str, Any, str], ...] = (
         bench,
         "time, and on a GPU memory, of the loss on this machine, beside PyTorch's own",
     ),
+    ("plugin", plugin, "print the path of the file by which a training stack loads the loss"),
 )
 """Their names, modules with ``add_arguments`` and ``run``, and what they do."""
 

@@ -31,7 +31,7 @@ def vocab_parallel_cross_entropy(  # type: ignore[misc]  # label_smoothing has M
     target: Tensor,
     label_smoothing: float = 0.0,
     *,
-    k: int = 20,
+    k: int | None = 20,
     vocab_size: int | None = None,
     inplace_backward: bool = False,
     tp_group: ProcessGroup | None = None,
@@ -83,7 +83,7 @@ def vocab_parallel_cross_entropy(  # type: ignore[misc]  # label_smoothing has M
 @with_keywords
 def use_gated_ce(
     model: nn.Module | Iterable[nn.Module],
-    k: int = 20,
+    k: int | None = 20,
     *,
     vocab_size: int | None = None,
     inplace_backward: bool = False,
@@ -227,7 +227,7 @@ class _Method:
             return_stats=True,
             **self.owner.options,
         )
-        self.owner.stats = TokenStats(*(of_tokens.transpose(0, 1) for of_tokens in stats))
+        self.owner.stats = stats.map(lambda of_tokens: of_tokens.transpose(0, 1))
         return loss.transpose(0, 1).contiguous()
 
 

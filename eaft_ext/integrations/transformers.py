@@ -5,6 +5,9 @@ gated = use_linear_gated_ce(model)
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
@@ -12,13 +15,26 @@ from torch import Tensor, nn
 
 import eaft_ext
 from eaft_ext._checks import check_chunks
-from eaft_ext._options import LOSS_DEFAULTS, LossKeywords, token_loss, with_keywords
+from eaft_ext._options import (
+    LOSS_DEFAULTS,
+    LossKeywords,
+    token_loss,
+    with_keywords,
+)
 from eaft_ext.integrations import _output_layer
-from eaft_ext.integrations._absent_logits import AbsentLogits, LogitMap
+from eaft_ext.integrations._absent_logits import LogitMap
+from eaft_ext.integrations._call import LOSS, OP, Call
 from eaft_ext.integrations._causal_lm import causal_lm, expected_map
 from eaft_ext.integrations._output_layer import active
 from eaft_ext.integrations._patches import Patch, forward_slot, patch_of, restore
 from eaft_ext.integrations._training_steps import TrainingSteps, calling_function, defined_as
+from eaft_ext.integrations._trl import (
+    FUSED,
+    fused_forward,
+    fused_output,
+    hook_chunks,
+    is_chunked,
+)
 from eaft_ext.reference import TokenStats
 
 if TYPE_CHECKING:
@@ -26,17 +42,15 @@ if TYPE_CHECKING:
 
 __all__ = ["LinearGatedLoss", "use_linear_gated_ce"]
 
-_OP = "use_linear_gated_ce"
-_LOSS = "_loss_function"  # where the setter of transformers' loss_function puts one
 _REPLICATE = "_replicate_for_data_parallel"
 # accelerate moves what is in _old_forward to forward when it takes its hooks off.
-_SLOTS = ("forward", "_old_forward", _LOSS, _REPLICATE)
+_SLOTS = ("forward", "_old_forward", LOSS, _REPLICATE)
 
 
 @with_keywords
 def use_linear_gated_ce(
     model: nn.Module,
-    k: int = 20,
+    k: int | None = 20,
     *,
     chunk_size: int | None = None,
     accumulate_in_float32: bool | None = None,
@@ -61,7 +75,8 @@ def use_linear_gated_ce(
     A scale or a soft cap that the model puts on its logits is put on them by the loss.
 
     A trainer has to take the loss from the model: ``Trainer`` does, unless it has a
-    ``label_smoothing_factor`` or a ``compute_loss_func``; TRL's ``SFTTrainer`` computes its own.
+    ``label_smoothing_factor`` or a ``compute_loss_func``; TRL's ``SFTTrainer`` computes its own,
+    and takes :class:`eaft_ext.integrations.trainer.EAFTCallback` instead of this.
     Where an optimizer of torch makes a step of the model and its loss was never asked for, that
     raises, before a weight is changed (with a closure, after it). A compiled step is not seen.
 
@@ -96,23 +111,52 @@ def use_linear_gated_ce(
 
     ``torch.compile`` traces through it, before or after this call.
     """
-    token_loss(_OP, k, **options)
-    check_chunks(_OP, chunk_size, accumulate_in_float32)
+    return _install(
+        model,
+        None,
+        k=k,
+        chunk_size=chunk_size,
+        accumulate_in_float32=accumulate_in_float32,
+        logits_in_evaluation=logits_in_evaluation,
+        watch_steps=watch_steps,
+        **options,
+    )
+
+
+def for_trainer(model: nn.Module, arguments: Any, **options: Any) -> LinearGatedLoss:
+    """:func:`use_linear_gated_ce` for a trainer with these arguments, TRL's ``SFTTrainer`` too."""
+    return _install(model, arguments, **options)
+
+
+def _install(
+    model: nn.Module,
+    arguments: Any,
+    *,
+    k: int | None,
+    chunk_size: int | None = None,
+    accumulate_in_float32: bool | None = None,
+    logits_in_evaluation: bool = True,
+    watch_steps: bool = True,
+    **options: Any,
+) -> LinearGatedLoss:
+    token_loss(OP, k, **options)
+    check_chunks(OP, chunk_size, accumulate_in_float32)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{_OP}: model must be a module, got {type(model).__name__}")
+        raise TypeError(f"{OP}: model must be a module, got {type(model).__name__}")
     for name, value in (
         ("logits_in_evaluation", logits_in_evaluation),
         ("watch_steps", watch_steps),
     ):
         if not isinstance(value, bool):
-            raise TypeError(f"{_OP}: {name} must be True or False, got {value!r}")
-    causal = causal_lm(_OP, model)
+            raise TypeError(f"{OP}: {name} must be True or False, got {value!r}")
+    causal = causal_lm(OP, model)
     for layer in _output_layer.layers_of(causal):
-        _output_layer.check(_OP, layer, type(causal).__name__)
+        _output_layer.check(OP, layer, type(causal).__name__)
     return LinearGatedLoss(
         causal,
         logits_in_evaluation,
         watch_steps,
+        fused_forward(OP, causal, arguments),
         k=k,
         chunk_size=chunk_size,
         accumulate_in_float32=accumulate_in_float32,
@@ -133,10 +177,18 @@ class LinearGatedLoss:
     """
 
     def __init__(
-        self, causal: nn.Module, logits_in_evaluation: bool, watch_steps: bool, **options: Any
+        self,
+        causal: nn.Module,
+        logits_in_evaluation: bool,
+        watch_steps: bool,
+        trl_forward: Callable[..., Any] | None,
+        **options: Any,
     ) -> None:
         self.stats = None
         self.options = options
+        self.trl_forward = trl_forward
+        if trl_forward is not None and is_chunked(trl_forward):
+            hook_chunks(trl_forward)
         self.logits_in_evaluation = logits_in_evaluation
         self.is_removed = False
         self._causal: nn.Module | None = causal
@@ -149,7 +201,7 @@ class LinearGatedLoss:
                 latest = earlier.owner.steps.latest
                 earlier.owner.remove()
         restore(causal, _SLOTS)  # a copy, whose original keeps what it has
-        _Loss(self, causal, _LOSS)
+        _Loss(self, causal, LOSS)
         _Forward(self, causal, forward_slot(causal))
         _Replicate(self, causal, _REPLICATE)
         for layer in _output_layer.layers_of(causal):
@@ -158,6 +210,13 @@ class LinearGatedLoss:
         self.steps.latest = latest
         if not watch_steps:
             self.steps.stop()
+
+    @property
+    def num_logits(self) -> int:
+        """How many logits the entropy of the gate is taken over."""
+        assert self._causal is not None, "there is a model until remove()"
+        weight = cast("Tensor", _output_layer.layers_of(self._causal)[0].weight)
+        return min(self.options["k"] or weight.size(0), weight.size(0))
 
     def remove(self) -> None:
         """Give the model its own loss again, unless a later call has taken the place of this."""
@@ -186,7 +245,7 @@ class LinearGatedLoss:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def of_logits(self, call: _Call, logits: Tensor) -> Tensor:
+    def of_logits(self, call: Call, logits: Tensor) -> Tensor:
         """The loss where there are logits."""
         # They are what the model has made of them already.
         if self.given_map != LogitMap():
@@ -203,7 +262,7 @@ class LinearGatedLoss:
             return
         given = self.given_map
         raise TypeError(
-            f"{_OP}: {name} caps or scales its logits itself (softcap={model_map.softcap}, "
+            f"{OP}: {name} caps or scales its logits itself (softcap={model_map.softcap}, "
             f"logit_scale={model_map.logit_scale}), and softcap={given.softcap}, "
             f"logit_scale={given.logit_scale} were given"
         )
@@ -216,13 +275,18 @@ class LinearGatedLoss:
         caller = self.steps.caller_without_labels
         if caller is None and not isinstance(patch_of(self._causal, slot), _Forward):
             by_whom = f"{defined_as(replaced)}, which has replaced its forward"
+            if by_whom.startswith("trl."):
+                by_whom += (
+                    " (an SFTTrainer takes eaft_ext.integrations.trainer.EAFTCallback among its "
+                    "callbacks)"
+                )
         else:
             # A compiled call is not seen; the step, at least, is made by somebody.
             by_whom = f"{caller or calling_function()}, which gave it no labels"
             if by_whom.startswith("transformers.trainer."):
                 by_whom += ", as with label_smoothing_factor or compute_loss_func"
         raise RuntimeError(
-            f"{_OP}: this step trains {type(self._causal).__name__} on another loss than its gated "
+            f"{OP}: this step trains {type(self._causal).__name__} on another loss than its gated "
             f"one, which was not asked for: that of {by_whom}; take the loss from the model, or "
             "end this with remove()"
         )
@@ -234,178 +298,6 @@ def _removed() -> LinearGatedLoss:
     return handle
 
 
-class _Call:
-    """A forward with labels: its loss is computed where its logits would be."""
-
-    def __init__(
-        self,
-        owner: LinearGatedLoss,
-        model: nn.Module,
-        labels: Any,
-        given: dict[str, Any],
-        keeps_logits: bool = False,
-    ) -> None:
-        self.owner = owner
-        self.model = model
-        self.name = type(model).__name__
-        self.labels = labels
-        self.given = given
-        self.keeps_logits = keeps_logits
-        self.layers: list[nn.Module] = []
-        self.loss: Tensor | None = None
-        self.map = owner.model_map if owner.given_map == LogitMap() else owner.given_map
-        self.product: tuple[Tensor, nn.Linear] | None = None
-        self.stats: TokenStats | None = None
-        self.version: int | None = None
-        self.is_taken = False
-
-    def look_up_layers(self) -> None:
-        """Find the output layer that the model has now."""
-        self.layers = _output_layer.layers_of(self.model)
-        # A compiler has guards on what it looks at here, and traces anew when that has changed.
-        is_ready = all(_output_layer.is_ready(layer) for layer in self.layers)
-        if not (torch.compiler.is_compiling() and is_ready):
-            self._check_layers()
-
-    @torch.compiler.disable(reason=f"{_OP} has to look at an output layer that was replaced")
-    def _check_layers(self) -> None:
-        for layer in self.layers:
-            _output_layer.check(_OP, layer, self.name)
-            _output_layer.install(layer, self.owner)
-
-    def options_and_labels(self, like: Tensor) -> tuple[dict[str, Any], Tensor]:
-        """What the losses take, for a hidden state or logits: labels (...) for (..., H or V)."""
-        options = dict(self.owner.options)
-        if self.given.get("ignore_index") is not None:
-            options["ignore_index"] = self.given["ignore_index"]
-        num_items = self.given.get("num_items_in_batch")
-        if isinstance(num_items, Tensor) and num_items.device.type != "cpu":
-            num_items = num_items.to(like.device)
-        options["num_items_in_batch"] = num_items
-        labels = self.given.get("shift_labels")
-        if labels is None:
-            # Not the hidden state: it would have to be copied to lose a position.
-            labels = nn.functional.pad(self.labels, (0, 1), value=options["ignore_index"])[..., 1:]
-        if labels.numel() != like.shape[:-1].numel():
-            has_less = self.given.get("logits_to_keep") is not None
-            hint = "; logits_to_keep does not go with labels" if has_less else ""
-            raise ValueError(
-                f"{_OP}: labels must be one for each position, got {tuple(labels.shape)} where the "
-                f"output layer has {tuple(like.shape[:-1])}{hint}"
-            )
-        return options, labels.to(like.device).reshape(like.shape[:-1])
-
-    def is_for(self, layer: nn.Module) -> bool:
-        """Whether the loss is computed in the call of this layer."""
-        return not (self.is_taken or self.keeps_logits) and any(layer is one for one in self.layers)
-
-    def absent_logits(self, layer: nn.Linear, input: Tensor) -> AbsentLogits:
-        """Compute the loss, for the hidden state that the output layer was given."""
-        hidden = input
-        if hasattr(layer.weight, "device_mesh"):
-            raise TypeError(
-                f"{_OP}: the output layer of {self.name} is divided by tensor parallelism; give "
-                "eaft_ext.gated_ce the logits, which it takes divided as they are"
-            )
-        if self.loss is not None:
-            self.refuse("a second call of its output layer")
-        self.version = _version_of(self.labels)
-        self.product = (hidden, layer)
-        self.loss = self.compute()
-        shape = torch.Size((*hidden.shape[:-1], layer.weight.size(0)))
-        return AbsentLogits(self.loss, shape, layer.weight.dtype, self.refuse)
-
-    def compute(self) -> Tensor:
-        """The loss, of logits of which the model makes what is in ``map``."""
-        assert self.product is not None, "the output layer was called"
-        hidden, layer = self.product
-        options, labels = self.options_and_labels(hidden)
-        options |= self.map._asdict()
-        loss, self.stats = eaft_ext.linear_gated_ce(
-            hidden, layer.weight, labels, layer.bias, return_stats=True, **options
-        )
-        return loss
-
-    def take(self, logits: Any, labels: Tensor | None, given: dict[str, Any]) -> Tensor:
-        """The loss, for what the model gives its loss function."""
-        if self.is_taken:
-            self.refuse("a second call of its loss function")
-        self.is_taken = True
-        is_moved = isinstance(labels, Tensor) and labels.device != self.labels.device
-        is_shifted = given.get("shift_labels") is self.given.get("shift_labels")
-        is_same = labels is self.labels and self.version in (None, _version_of(self.labels))
-        if not is_shifted or not (is_same or is_moved):
-            raise TypeError(f"{_OP}: {self.name} changes the labels before its loss")
-        for name in ("ignore_index", "num_items_in_batch"):
-            value, own = given.get(name), self.given.get(name)
-            if value is not own and (isinstance(value, Tensor) or value not in (None, own)):
-                raise TypeError(
-                    f"{_OP}: {self.name} gives its loss function {name}={value}, and its forward "
-                    f"was given {own}"
-                )
-        if self.keeps_logits:
-            return self.owner.of_logits(self, logits)
-        if self.loss is None or not isinstance(logits, AbsentLogits):
-            raise TypeError(f"{_OP}: {self.name} does not call its output layer for its logits")
-        if self.owner.given_map != LogitMap():
-            self.owner.check_given(self.name, logits.map)
-        elif not self.map.is_close(logits.map):
-            # It does what its configuration did not tell; from the next call on it is expected.
-            logits.loss = self.loss.new_empty(0)  # the gradients that it holds are free again
-            self.map = self.owner.model_map = logits.map
-            self.loss = self.compute()
-        self.owner.stats = self.stats
-        self.owner.steps.asked()
-        # Not what the logits have in its place: FSDP2 may have rounded that to an output dtype.
-        return self.loss
-
-    def refuse(self, use: str) -> NoReturn:
-        """For a use of the logits that are not there, such as "mul"."""
-        raise TypeError(
-            f"{_OP}: {self.name} changes its logits, or uses them, outside of its loss function "
-            f"({use}){self._replaced()}; give eaft_ext.gated_ce the logits that it returns "
-            "without labels"
-        )
-
-    def _replaced(self) -> str:
-        """What of the model has come from elsewhere, for a sentence that says what it does."""
-        parts = ""
-        forward = patch_of(self.model, forward_slot(self.model))
-        below = None if forward is None else getattr(forward.replaced, "__func__", forward.replaced)
-        if below not in (None, type(self.model).forward):
-            parts += f"; its forward is {defined_as(below)}"
-        if not isinstance(patch_of(self.model, _LOSS), _Loss):
-            parts += f"; its loss function is {defined_as(cast('Any', self.model).loss_function)}"
-        return parts
-
-    def without_logits(self, outputs: Any) -> Any:
-        """What the forward gives, a dict with attributes or a tuple, less what were the logits."""
-        if not self.is_taken:
-            raise TypeError(
-                f"{_OP}: {self.name} did not call its loss_function with the logits of its output "
-                f"layer, as models of transformers do{self._replaced()}"
-            )
-        if self.keeps_logits:
-            return outputs
-        if isinstance(outputs, tuple):
-            return tuple(output for output in outputs if not isinstance(output, AbsentLogits))
-        # A new one: to set an entry to None would leave what it was under its name.
-        return type(outputs)(
-            **{
-                name: output
-                for name, output in outputs.items()
-                if not isinstance(output, AbsentLogits)
-            }
-        )
-
-
-def _version_of(labels: Any) -> int | None:
-    """How often they were written to, where this is counted."""
-    if torch.compiler.is_compiling() or not isinstance(labels, Tensor) or labels.is_inference():
-        return None
-    return labels._version
-
-
 class _Forward(Patch):
     """The model's forward."""
 
@@ -413,7 +305,20 @@ class _Forward(Patch):
         original = self.original(module)
         if self.owner.is_removed:
             return original(*args, **kwargs)
+        trl_forward = self.owner.trl_forward
+        chunks = is_chunked(trl_forward)
+        if not (chunks or kwargs.get(FUSED)):
+            trl_forward = None
+        if trl_forward is not None and not chunks:
+            # Of the sum: TRL divides it, and adds what else the model's loss has.
+            kwargs = {name: value for name, value in kwargs.items() if name != FUSED}
+            kwargs["num_items_in_batch"] = 1
         labels = self._argument("labels", args, kwargs)
+        if labels is None and trl_forward is not None and not chunks:
+            raise TypeError(
+                f"{OP}: TRL gave {type(module).__name__} shift_labels alone, as under context or "
+                "sequence parallelism, which is not supported with it"
+            )
         earlier = active.call
         if labels is None:
             self._note_caller(module)
@@ -425,14 +330,27 @@ class _Forward(Patch):
             given = {name: self._argument(name, args, kwargs) for name in names}
             is_evaluation = not (module.training or torch.is_grad_enabled())
             keeps_logits = is_evaluation and self.owner.logits_in_evaluation
-            call = _Call(self.owner, module, labels, given, keeps_logits)
+            if trl_forward is None:
+                call = Call(self.owner, module, labels, given, keeps_logits)
+            else:
+                call = Call(self.owner, module, labels, given, return_stats="full")
             call.look_up_layers()
         active.call = call
         try:
             outputs = original(*args, **kwargs)
         finally:
             active.call = earlier
-        return outputs if call is None else call.without_logits(outputs)
+        if call is None:
+            return outputs
+        if chunks:
+            if not call.is_taken:
+                raise TypeError(f"{OP}: TRL did not ask for the loss of {type(module).__name__}")
+            return outputs
+        outputs = call.without_logits(outputs)
+        if trl_forward is None:
+            return outputs
+        assert call.loss is not None and call.stats is not None, "the loss was taken"
+        return fused_output(trl_forward, call.loss, call.stats, getattr(outputs, "aux_loss", None))
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in kwargs:
@@ -456,6 +374,12 @@ class _Loss(Patch):
     def named(self, module: nn.Module, slot: str, function: Any) -> Any:
         # Pickle takes a method by its name; the property of this name has the model's own loss.
         function.__name__ = "loss_function"
+        # Trainers look whether it takes num_items_in_batch.
+        with suppress(TypeError, ValueError):  # of what has no signature
+            signature = inspect.signature(self.own)
+            own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+            parameters = [own, *signature.parameters.values()]
+            function.__signature__ = signature.replace(parameters=parameters)
         return function
 
     def call(
@@ -466,12 +390,12 @@ class _Loss(Patch):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        call = cast("_Call | None", active.call)
+        call = cast("Call | None", active.call)
         loss: Tensor
         if self.owner.is_removed:
             loss = self.own(logits, labels, *args, **kwargs)
         elif call is None or call.owner is not self.owner:
-            loss = self.owner.of_logits(_Call(self.owner, module, labels, kwargs), logits)
+            loss = self.owner.of_logits(Call(self.owner, module, labels, kwargs), logits)
         else:
             loss = call.take(logits, labels, kwargs)
         return loss
@@ -482,7 +406,7 @@ class _Replicate(Patch):
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
-            f"{_OP}: nn.DataParallel is not supported: its replicas of {type(module).__name__} "
+            f"{OP}: nn.DataParallel is not supported: its replicas of {type(module).__name__} "
             "would compute with the weights of the original; use DistributedDataParallel, or one "
             "GPU"
         )

@@ -137,6 +137,23 @@ def _gated(model: Any) -> Any:
     return use_gated_ce(model)
 
 
+def _sft(folder: Path) -> dict[str, Any]:
+    trl = pytest.importorskip("trl", reason=MISSING)
+    datasets = pytest.importorskip("datasets", reason=MISSING)
+    from small_model import tokenizer_of
+
+    tokens = _logits()["input_ids"]
+    rows = [{"input_ids": row.tolist()} for row in (*tokens, *tokens)]
+    arguments = trl.SFTConfig(
+        str(folder), max_steps=2, report_to=[], save_strategy="no", use_cpu=True, bf16=False
+    )
+    return {
+        "arguments": arguments,
+        "dataset": datasets.Dataset.from_list(rows),
+        "tokenizer": tokenizer_of(int(tokens.max()) + 1),
+    }
+
+
 # What a block uses that it does not make, and who makes it.
 STUBS = {
     "model": _model,
@@ -146,7 +163,10 @@ STUBS = {
     "get_batch": _megatron,
 }
 # Pages whose blocks are about other things by the same names.
-STUBS_OF_PAGE = {"megatron.md": {"model": _megatron, "logits_shard": _shard}}
+STUBS_OF_PAGE = {
+    "megatron.md": {"model": _megatron, "logits_shard": _shard},
+    "trl.md": {"model": _model, "tokenizer": _sft},
+}
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ BOTTOM = {
     "_checks",
     "_options",
     "_dispatch",
+    "_conflicts",
 }
 IMPORTS = {
     "reference": set[str](),
@@ -68,13 +69,15 @@ IMPORTS = {
     "_checks": {"_dispatch"},
     "_options": {"_checks", "_library", "gates", "reference"},
     "_dispatch": {"_library"},
+    "_conflicts": set[str](),
     "parallel": BOTTOM,
     "functional": BOTTOM | {"parallel"},
     "linear": BOTTOM | {"parallel"},
     "nn": {"_options", "reference", "functional"},
     "": BOTTOM | {"functional", "linear", "parallel", "nn"},
-    "integrations": {"", "_checks", "_options", "reference"},
-    "cli": {"", "reference", "gates", "_library", "integrations"},
+    "integrations": {"", "_checks", "_conflicts", "_options", "reference"},
+    "plugins": {"", "integrations"},
+    "cli": {"", "reference", "gates", "_conflicts", "_library", "integrations"},
 }
 
 

@@ -84,8 +84,8 @@ def test_the_log_has_the_means_over_all_tokens(results: Results) -> None:
         for step, means in enumerate(found["averages"]):
             both = slice(2 * step, 2 * step + 2)
             mask = torch.stack(found["masks"][both])
-            nll, entropy, gate, _ = (
-                torch.stack(x) for x in zip(*found["stats"][both], strict=True)
+            nll, entropy, gate = (
+                torch.stack(x) for x in zip(*(s[:3] for s in found["stats"][both]), strict=True)
             )
             expected = {
                 "lm loss": found["losses"][both],
@@ -195,7 +195,7 @@ def test_the_group_is_the_models_or_else_megatrons(results: Results, source: str
 def test_ignored_labels_count_for_nothing(results: Results) -> None:
     for _, of_rank in processes_of(results):
         found = of_rank["ignored"]
-        nll, _, _, valid = found["stats"]
+        nll, _, _, valid, *_ = found["stats"]
         assert not valid[0, :5].any() and valid.sum() == 3 * 16 - 5
         assert not found["losses"][0, :5].any() and found["losses"][valid].all()
         # Whatever they are, if negative: Megatron-Core masks them afterwards.
@@ -254,7 +254,7 @@ class Model(nn.Module):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"k": 1}, ValueError, "k must be from 2 to 128, got 1"),
+        ({"k": 1}, ValueError, "k must be from 2 to 128, or None for all, got 1"),
         ({"alpha": -1.0}, ValueError, "alpha must be at least 0"),
         ({"alpha": 2.0, "gate": eaft_ext.NoGate()}, TypeError, "cannot go with gate"),
         ({"vocab_size": 0}, ValueError, "vocab_size must be from 1 to the model's 100, got 0"),

@@ -28,6 +28,7 @@ from transformers_models import (
 )
 
 from eaft_ext import NoGate
+from eaft_ext.integrations import _call as calls_of
 from eaft_ext.integrations import transformers as integration
 from eaft_ext.integrations.transformers import use_linear_gated_ce
 
@@ -54,9 +55,9 @@ def test_loss_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = unfused(model, tokens, labels)
     its_gradients = gradients(model, expected)
     calls: list[Any] = []
-    compute = integration._Call.compute
+    compute = calls_of.Call.compute
     monkeypatch.setattr(
-        integration._Call, "compute", lambda call: (calls.append(call), compute(call))[1]
+        calls_of.Call, "compute", lambda call: (calls.append(call), compute(call))[1]
     )
     use_linear_gated_ce(model, chunk_size=4)
     loss = model(tokens, labels=labels).loss

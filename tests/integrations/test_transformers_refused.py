@@ -249,7 +249,7 @@ def test_output_layers_that_are_no_plain_linear() -> None:
 
 def test_options_are_checked_at_once() -> None:
     model = build("llama")
-    refused(model, "k must be an int, got 2.0", k=2.0)
+    refused(model, "k must be an int, or None for all, got 2.0", k=2.0)
     refused(model, "alpha and normalizer are shorthand", alpha=2.0, gate=eaft_ext.NoGate())
     refused(model, "ignore_index must be an int, got None", ignore_index=None)
     refused(model, "chunk_size must be an int, got '4'", chunk_size="4")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import eaft_ext
+from eaft_ext._conflicts import confident_conflicts
 from eaft_ext.cli.batches import IGNORE_INDEX, Batch
-from eaft_ext.cli.conflicts import confident_conflicts
 from eaft_ext.cli.model import forward
 
 ROWS_AT_ONCE = 128

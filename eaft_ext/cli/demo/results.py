@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from eaft_ext.cli.conflicts import CONFLICT_ENTROPY, CONFLICT_PROBABILITY
+from eaft_ext._conflicts import CONFLICT_ENTROPY, CONFLICT_PROBABILITY
 
 from .evaluation import Evaluation
 from .memory import DEFINITIONS, LossMemory, NotMeasured

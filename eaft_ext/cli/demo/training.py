@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import eaft_ext
+from eaft_ext._conflicts import confident_conflicts
 from eaft_ext.cli.batches import Batch
-from eaft_ext.cli.conflicts import confident_conflicts
 from eaft_ext.cli.errors import CommandError
 
 from .evaluation import Evaluation, Evaluator

@@ -1,0 +1,234 @@
+"""The ``Trainer`` of transformers, and TRL's ``SFTTrainer``: the gated loss while they train.
+
+Trainer(model, arguments, train_dataset=dataset, callbacks=[EAFTCallback()])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed, nn
+from transformers import Trainer, TrainerCallback
+
+import eaft_ext
+from eaft_ext._conflicts import confident_conflicts
+from eaft_ext._options import LossKeywords, token_loss, with_keywords
+from eaft_ext.integrations._call import next_token_labels
+from eaft_ext.integrations.transformers import LinearGatedLoss, for_trainer
+from eaft_ext.reference import TokenStats
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["EAFTCallback", "gated_loss_func"]
+
+LossFunction = Callable[..., Tensor]
+PREFIX = "eaft_"
+_NAMES = ("gate", "entropy", "nll", "token_accuracy", "confident_conflicts")
+
+
+@with_keywords
+def gated_loss_func(k: int | None = 20, **options: Unpack[LossKeywords]) -> LossFunction:
+    """The gated loss as ``Trainer``'s ``compute_loss_func``, of logits that the model returns.
+
+    For a model that :class:`EAFTCallback` refuses; the logits are in memory. A loss that the model
+    adds to its own, such as a router's, is not in it: ``Trainer`` takes what the function returns::
+
+        loss = sum_t g_t * -ln softmax(x_t)_{y_(t+1)}  /  num_items_in_batch
+
+    Args:
+        k, options: those of :func:`eaft_ext.gated_ce`.
+
+    Returns:
+        A function of ``(outputs, labels, num_items_in_batch=None)``. Labels [b, s] are those of the
+        data set, and are shifted here; without ``num_items_in_batch`` the sum is divided by the
+        number of tokens that are not ignored.
+
+    Raises:
+        TypeError, ValueError: as :func:`eaft_ext.gated_ce` does.
+    """
+    ignore_index = token_loss("gated_loss_func", k, **options).ignore_index
+
+    def loss_func(
+        outputs: Any, labels: Tensor, num_items_in_batch: float | Tensor | None = None
+    ) -> Tensor:
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        labels = next_token_labels(labels, ignore_index).to(logits.device)
+        if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.device.type != "cpu":
+            num_items_in_batch = num_items_in_batch.to(logits.device)
+        loss: Tensor = eaft_ext.gated_ce(
+            logits, labels, k, num_items_in_batch=num_items_in_batch, **options
+        )
+        return loss
+
+    return loss_func
+
+
+class EAFTCallback(TrainerCallback):
+    """The gated loss of a ``Trainer`` or an ``SFTTrainer`` (TRL from 1.15), while it trains.
+
+    At the start of training the model is given the loss of
+    :func:`eaft_ext.integrations.transformers.use_linear_gated_ce`, and at the end its own again::
+
+        Trainer(model, arguments, train_dataset=dataset, callbacks=[EAFTCallback()])
+        SFTTrainer(model, train_dataset=dataset, callbacks=[EAFTCallback(k=20)])
+        trainer.add_callback(EAFTCallback())
+
+    The trainer logs, beside its loss, means over the tokens that were not ignored since the last
+    log, and of evaluations while it trains: ``eaft_gate``; ``eaft_entropy``, that of the gate, and
+    ``eaft_nll``, the plain cross-entropy, both in nats; ``eaft_token_accuracy``; and
+    ``eaft_confident_conflicts``, the share of tokens with p(y) < 0.1 and H < 0.3 ln k. They are of
+    all processes, and cost one read of the host for each log. TRL's own metrics keep its meaning.
+
+    Args:
+        k, options: those of :func:`eaft_ext.integrations.transformers.use_linear_gated_ce`.
+        logs: False: nothing is added to what the trainer logs.
+
+    Raises:
+        TypeError, ValueError: as ``use_linear_gated_ce`` does, at the start of training: also for
+            ``label_smoothing_factor``, with which the trainer computes a loss of its own, for
+            another ``loss_type`` of TRL than "nll", and for its other trainers.
+        RuntimeError: in the first step, if the trainer computes another loss all the same, such as
+            that of a ``compute_loss_func``.
+
+    An evaluation before or after the training is of the model's own loss. Where training ends by an
+    exception, the model keeps the gated loss until :meth:`remove`.
+    """
+
+    @with_keywords
+    def __init__(
+        self,
+        k: int | None = 20,
+        *,
+        logs: bool = True,
+        chunk_size: int | None = None,
+        accumulate_in_float32: bool | None = None,
+        logits_in_evaluation: bool = True,
+        watch_steps: bool = True,
+        **options: Unpack[LossKeywords],
+    ) -> None:
+        if not isinstance(logs, bool):
+            raise TypeError(f"EAFTCallback: logs must be True or False, got {logs!r}")
+        token_loss("EAFTCallback", k, **options)
+        self.logs = logs
+        self.options: dict[str, Any] = {
+            "k": k,
+            "chunk_size": chunk_size,
+            "accumulate_in_float32": accumulate_in_float32,
+            "logits_in_evaluation": logits_in_evaluation,
+            "watch_steps": watch_steps,
+            **options,
+        }
+        self.gated: LinearGatedLoss | None = None
+        """What undoes it and has the stats of the last call; None while nothing is trained."""
+        self._sums: dict[bool, Tensor | None] = {}
+        self._counted: TokenStats | None = None
+        _extend_logs()
+
+    def remove(self) -> None:
+        """Give the model its own loss again."""
+        if self.gated is not None:
+            self.gated.remove()
+        self.gated = None
+
+    @contextmanager
+    def installed(self, model: nn.Module, arguments: Any) -> Iterator[LinearGatedLoss]:
+        """The same for a block, as an evaluation outside of a training."""
+        self._install(model, arguments)
+        assert self.gated is not None, "it was installed"
+        try:
+            yield self.gated
+        finally:
+            self.remove()
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any
+    ) -> None:
+        """Install the loss."""
+        if model is None:
+            raise TypeError("EAFTCallback: the trainer has no model")
+        self._install(model, args)
+
+    def _install(self, model: nn.Module, args: Any) -> None:
+        smoothing = getattr(args, "label_smoothing_factor", 0)
+        if smoothing:
+            raise ValueError(
+                f"EAFTCallback: with label_smoothing_factor={smoothing} the trainer computes a "
+                f"loss of its own, from logits; leave it 0 and write "
+                f"EAFTCallback(label_smoothing={smoothing})"
+            )
+        self.gated = for_trainer(model, args, **self.options)
+        self._sums = {}
+        self._counted = None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Give the model its own loss again."""
+        self.remove()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count the tokens of a micro-batch."""
+        self._count(is_evaluation=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count those of the last one of a step."""
+        self._count(is_evaluation=False)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count those of an evaluation."""
+        self._count(is_evaluation=True)
+
+    def _count(self, is_evaluation: bool) -> None:
+        stats = None if self.gated is None else self.gated.stats
+        if not self.logs or stats is None or stats is self._counted:
+            return
+        self._counted = stats
+        assert self.gated is not None and stats.correct is not None, "they were asked for"
+        k = self.gated.num_logits
+        conflicts = confident_conflicts(stats.nll, stats.entropy, k)
+        of_token = (stats.valid, stats.gate, stats.entropy, stats.nll, stats.correct, conflicts)
+        dtype = torch.float32 if stats.nll.device.type == "mps" else torch.float64
+        # Stats are 0 where ignored; those of a conflict are not.
+        sums = torch.stack([torch.where(stats.valid, s, 0).sum(dtype=dtype) for s in of_token])
+        before = self._sums.get(is_evaluation)
+        self._sums[is_evaluation] = sums if before is None else before + sums
+
+    def take_means(self, is_evaluation: bool) -> dict[str, float]:
+        """The means since the last call, of all processes, which have to call this together."""
+        sums = self._sums.pop(is_evaluation, None)
+        if sums is None:
+            return {}
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(sums)
+        count, *totals = sums.tolist()
+        return {
+            PREFIX + name: total / (count or 1) for name, total in zip(_NAMES, totals, strict=True)
+        }
+
+
+@cache
+def _extend_logs() -> None:
+    """Once: a callback sees what is logged after TensorBoard and others have, and too late."""
+    log = Trainer.log
+
+    @wraps(log)
+    def extended(self: Trainer, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EAFTCallback):
+                _add_means(callback, logs)
+        log(self, logs, *args, **kwargs)
+
+    Trainer.log = extended  # type: ignore[method-assign]
+
+
+def _add_means(callback: EAFTCallback, logs: dict[str, float]) -> None:
+    if "loss" in logs:
+        logs.update(callback.take_means(is_evaluation=False))
+        return
+    prefix = next((name[: -len("loss")] for name in logs if name.endswith("_loss")), "train_")
+    if prefix != "train_":  # the summary at the end of training
+        means = callback.take_means(is_evaluation=True)
+        logs.update({prefix + name: mean for name, mean in means.items()})

@@ -1,0 +1,103 @@
+"""axolotl's own trainer, with its own EAFT and with our plugin."""
+
+# ruff: noqa: E402, without axolotl there is nothing to import for.
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+MISSING = "needs axolotl, in an environment of its own: pip install axolotl"
+pytest.importorskip("axolotl", reason=MISSING)
+
+import yaml
+from axolotl.cli.config import load_cfg
+from axolotl.common.datasets import load_datasets
+from axolotl.train import train
+from small_model import V, save_model
+
+PLUGIN = "eaft_ext.integrations.axolotl.EAFTPlugin"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small model, its tokenizer, and a data set."""
+    save_model(tmp_path / "model")
+    generator = torch.Generator().manual_seed(1)
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for length in torch.randint(3, 14, (16,), generator=generator).tolist():
+            tokens = torch.randint(3, V, (length + 4,), generator=generator).tolist()
+            text = [f"w{token}" for token in tokens]
+            parts = [
+                {"label": False, "text": " ".join(text[:4])},
+                {"label": True, "text": " " + " ".join(text[4:])},
+            ]
+            file.write(json.dumps({"segments": parts}) + "\n")
+    return tmp_path
+
+
+def run(folder: Path, name: str, **changes: Any) -> tuple[list[float], dict[str, Any]]:
+    """Losses of three steps, and the weights after them."""
+    output = folder / name
+    options: dict[str, Any] = {
+        "base_model": str(folder / "model"),
+        "datasets": [
+            {"path": str(folder / "rows.jsonl"), "type": "input_output", "ds_type": "json"}
+        ],
+        "dataset_prepared_path": str(folder / "prepared"),
+        "output_dir": str(output),
+        "sequence_len": 64,
+        "max_steps": 3,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.1,
+        "lr_scheduler": "constant",
+        "optimizer": "sgd",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "saves_per_epoch": 0,
+        "val_set_size": 0,
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+        "flash_attention": False,
+        "use_cpu": True,
+        "shuffle_merged_datasets": False,
+        "curriculum_sampling": True,
+        "seed": 0,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(options | changes))
+    cfg = load_cfg(str(path))
+    model, _, trainer = train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, {name: weight.detach() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"eaft_alpha": 2.0, "eaft_k": 10}, {"sample_packing": False}], ids=str
+)
+def test_as_its_own(changes: dict[str, Any], folder: Path) -> None:
+    expected, its_weights = run(folder, "own", use_eaft=True, **changes)
+    found, weights = run(folder, "ours", use_eaft=True, plugins=[PLUGIN], **changes)
+    assert len(found) == 3 and found == pytest.approx(expected, rel=1e-4)
+    for name, weight in its_weights.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_another_normalizer(folder: Path) -> None:
+    of_axolotl, _ = run(folder, "one", use_eaft=True, plugins=[PLUGIN])
+    of_paper, _ = run(folder, "paper", use_eaft=True, plugins=[PLUGIN], eaft_normalizer="ln k")
+    ratio = of_axolotl[0] / of_paper[0]
+    assert ratio == pytest.approx(torch.tensor(20.0).log().item(), rel=1e-4)
+
+
+def test_what_would_not_take_it(folder: Path) -> None:
+    with pytest.raises(ValueError, match="EAFTPlugin: use_eaft is not set"):
+        run(folder, "none", plugins=[PLUGIN])
+    with pytest.raises(ValueError, match="EAFTPlugin: use_eaft is not set"):
+        run(folder, "off", plugins=[PLUGIN], use_eaft=False)

@@ -1,0 +1,117 @@
+"""LLaMA-Factory's own trainer, with its own EAFT and DFT and with ours."""
+
+# ruff: noqa: E402, without LLaMA-Factory there is nothing to import for.
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+MISSING = "needs LLaMA-Factory, in an environment of its own: pip install llamafactory"
+pytest.importorskip("llamafactory", reason=MISSING)
+
+import transformers
+from llamafactory.train.tuner import run_exp
+from small_model import V, save_model
+
+from eaft_ext.integrations.llamafactory import train
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small model, its tokenizer, and a data set."""
+    save_model(tmp_path / "model")
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in torch.randint(3, 14, (16,), generator=generator).tolist():
+        tokens = torch.randint(3, V, (length + 4,), generator=generator).tolist()
+        text = [f"w{token}" for token in tokens]
+        rows.append(
+            {"instruction": " ".join(text[:4]), "input": "", "output": " " + " ".join(text[4:])}
+        )
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    info = {"rows": {"file_name": "rows.json"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    return tmp_path
+
+
+def run(how: Any, folder: Path, name: str, **changes: Any) -> tuple[list[float], Any, float]:
+    """Losses of three steps, the weights, and the loss of an evaluation after them."""
+    output = folder / name
+    options: dict[str, Any] = {
+        "stage": "sft",
+        "do_train": True,
+        "do_eval": True,
+        "finetuning_type": "full",
+        "model_name_or_path": str(folder / "model"),
+        "dataset_dir": str(folder),
+        "dataset": "rows",
+        "eval_dataset": "rows",
+        "template": "empty",
+        "cutoff_len": 64,
+        "output_dir": str(output),
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_shuffling": True,
+        "use_cpu": True,
+        "overwrite_cache": True,
+    }
+    how(options | changes)
+    state = json.loads((output / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    found = json.loads((output / "all_results.json").read_text())
+    if changes.get("finetuning_type") == "lora":
+        return losses, {}, found["eval_loss"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(output)
+    return losses, dict(model.named_parameters()), found["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_eaft_loss": True},
+        {"use_eaft_loss": True, "eaft_alpha": 2.0},
+        {"use_dft_loss": True},
+        {"use_eaft_loss": True, "finetuning_type": "lora", "lora_rank": 4},
+    ],
+    ids=str,
+)
+def test_as_its_own(changes: dict[str, Any], folder: Path) -> None:
+    expected, its_weights, evaluated = run(run_exp, folder, "own", **changes)
+    found, weights, ours_evaluated = run(train, folder, "ours", **changes)
+    assert len(found) == 3 and found == pytest.approx(expected, rel=1e-4)
+    assert ours_evaluated == pytest.approx(evaluated, rel=1e-4)
+    for name, weight in its_weights.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, "neither use_eaft_loss nor use_dft_loss is set"),
+        ({"use_eaft_loss": True, "stage": "pt"}, "the loss is for stage sft, got pt"),
+    ],
+    ids=str,
+)
+def test_what_would_not_take_it(changes: dict[str, Any], sentence: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        run(train, folder, "ours", **changes)
+
+
+@pytest.mark.parametrize("variable", ["USE_RAY", "USE_MCA", "USE_V1"])
+def test_other_trainers(variable: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(ValueError, match=f"with {variable} it is another trainer"):
+        run(train, folder, "ours", use_eaft_loss=True)
