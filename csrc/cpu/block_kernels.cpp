@@ -32,15 +32,16 @@ EAFT_ALWAYS_INLINE void prefetch(Ahead& ahead) {
 
 // exp(x) for x <= 0, within 1 ulp; 0 below -87.3, where the result leaves the normal range.
 // exp(x) = 2^n exp(r) with n = round(x / ln 2), |r| <= ln 2 / 2, exp(r) by a polynomial.
+constexpr float kLowestExponent = -87.33654f;
+
 EAFT_ALWAYS_INLINE float exp_nonpositive(float x) {
-  constexpr float kLowest = -87.33654f;
   constexpr float kLog2E = 1.44269504f;
   // ln 2 in two parts; the first has few bits, so that n times it is exact.
   constexpr float kLn2High = 0.693359375f;
   constexpr float kLn2Low = -2.12194440e-4f;
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
   constexpr float kRound = 12582912.0f;
-  const float clamped = x < kLowest ? kLowest : x;  // NaN passes
+  const float clamped = x < kLowestExponent ? kLowestExponent : x;  // NaN passes
   const float shifted = clamped * kLog2E + kRound;
   const float n = shifted - kRound;
   const float r = (clamped - n * kLn2High) - n * kLn2Low;
@@ -52,17 +53,14 @@ EAFT_ALWAYS_INLINE float exp_nonpositive(float x) {
   p = p * r + 5.0000001201e-1f;
   p = (p * r) * r + r + 1.0f;
   const float power = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
-  return x < kLowest ? 0.0f : p * power;
+  return x < kLowestExponent ? 0.0f : p * power;
 }
 
 EAFT_ALWAYS_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
-// -inf as the lowest number, by which its exponential, 0, may be multiplied; NaN passes.
-template <typename Real>
-EAFT_ALWAYS_INLINE Real finite(Real x) {
-  constexpr Real kLowest = std::numeric_limits<Real>::lowest();
-  return x < kLowest ? kLowest : x;
-}
+// A number in the place of -inf, by which its exponential, 0, may be multiplied; NaN passes.
+EAFT_ALWAYS_INLINE float finite(float x) { return x < kLowestExponent ? kLowestExponent : x; }
+EAFT_ALWAYS_INLINE double finite(double x) { return x < -1e300 ? -1e300 : x; }
 
 // Written so that NaN in x is passed over.
 template <typename Real>
@@ -179,17 +177,30 @@ EAFT_ALWAYS_INLINE double exp_sum_loop(const Real* x, Real max, int count, Ahead
   return sum_of_lanes(total);
 }
 
-// The largest are counted apart from what the others add.
+// What the elements below the maximum add, however little beside its 1.
+template <typename Real>
+EAFT_ALWAYS_INLINE double sum_below_loop(const Real* x, Real max, int count) {
+  double total[kLanes] = {};
+  for (const Real* const end = x + count; x != end;) {
+    Real group[kLanes] = {};
+    for (int i = 0; i < kGroupSize / kLanes; ++i, x += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const Real shifted = x[lane] - max;
+        group[lane] += exp_nonpositive(shifted) - (shifted == 0 ? Real(1) : Real(0));
+      }
+    }
+    for (int lane = 0; lane < kLanes; ++lane) total[lane] += group[lane];
+  }
+  return sum_of_lanes(total);
+}
+
 template <typename Real>
 EAFT_ALWAYS_INLINE SumAndExact sum_and_exact_loop(const Real* x, Real max, int count, Ahead ahead) {
   double total[kLanes] = {};
-  double total_below[kLanes] = {};
-  double total_ones[kLanes] = {};
   double total_weighted[kLanes] = {};
+  const Real* const begin = x;
   for (const Real* const end = x + count; x != end;) {
     Real group[kLanes] = {};
-    Real below[kLanes] = {};
-    Real ones[kLanes] = {};
     Real weighted[kLanes] = {};
     for (int i = 0; i < kGroupSize / kLanes; ++i, x += kLanes) {
       prefetch(ahead);
@@ -197,19 +208,22 @@ EAFT_ALWAYS_INLINE SumAndExact sum_and_exact_loop(const Real* x, Real max, int c
         const Real shifted = x[lane] - max;
         const Real e = exp_nonpositive(shifted);
         group[lane] += e;
-        below[lane] += shifted == 0 ? Real(0) : e;
-        ones[lane] += shifted == 0 ? Real(1) : Real(0);
         weighted[lane] += e * finite(shifted);
       }
     }
-    for (int lane = 0; lane < kLanes; ++lane) total[lane] += group[lane];
-    for (int lane = 0; lane < kLanes; ++lane) total_below[lane] += below[lane];
-    for (int lane = 0; lane < kLanes; ++lane) total_ones[lane] += ones[lane];
-    for (int lane = 0; lane < kLanes; ++lane) total_weighted[lane] += weighted[lane];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      total[lane] += group[lane];
+      total_weighted[lane] += weighted[lane];
+    }
   }
   SumAndExact result;
   result.sum = sum_of_lanes(total);
-  result.exact.rest = (sum_of_lanes(total_ones) - 1) + sum_of_lanes(total_below);
+  result.exact.rest = result.sum - 1;
+  // Few blocks have a maximum that all others are so small beside.
+  constexpr double kSmall = 1.0 / 64;
+  if (result.exact.rest < kSmall && result.sum > 0) {
+    result.exact.rest = sum_below_loop(begin, max, count);
+  }
   result.exact.weighted = sum_of_lanes(total_weighted);
   return result;
 }

@@ -30,6 +30,7 @@ def test_whole_entropy(dtype: torch.dtype, vocab_size: int) -> None:
     assert_right(logits, labels, FEW_WAYS, k=None, gate=SigmoidGate())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trap", TRAPS)
 def test_traps(trap: str) -> None:
     logits, labels = make(3, 1003, torch.bfloat16, trap=trap, ignored=0.2)
@@ -79,7 +80,9 @@ def extra_of(
 
 @each_dtype
 @pytest.mark.parametrize("k", [20, None])
-@pytest.mark.parametrize("num_extra", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "num_extra", [0, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))]
+)
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "label_smoothing": 0.1}], ids=str)
 def test_extra(
     dtype: torch.dtype, k: int | None, num_extra: int, options: dict[str, float]

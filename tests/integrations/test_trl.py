@@ -119,7 +119,10 @@ def test_a_training(options: dict[str, Any], tmp_path: Path) -> None:
     assert_same(weights(model), weights(expected_model), **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["llama", "smollm2", "gemma2", "mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in ("smollm2", "gemma2"))],
+)
 @pytest.mark.parametrize("is_added", [False, True], ids=["given", "added"])
 def test_without_a_gate_it_is_the_trainers_own(name: str, is_added: bool, tmp_path: Path) -> None:
     """With its metrics, and a router's loss."""
@@ -138,6 +141,7 @@ def test_without_a_gate_it_is_the_trainers_own(name: str, is_added: bool, tmp_pa
     assert_same(weights(model), weights(expected_model), **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -84,6 +84,7 @@ def test_divisions(device: str, dtype: torch.dtype, widths: list[int]) -> None:
     assert_shards_match(logits, labels, upstream_of(labels), widths, k=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_shards", [1, 3, 4])
 @pytest.mark.parametrize("trap", TRAPS)
 def test_traps(device: str, dtype: torch.dtype, trap: str, num_shards: int) -> None:
@@ -306,6 +307,7 @@ def test_a_partial_by_hand(device: str, dtype: torch.dtype) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [0, 1, 130, 4097])
 @pytest.mark.parametrize("trap", TRAPS)
 def test_kernel_and_reference_tell_the_same(
