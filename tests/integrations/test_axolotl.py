@@ -18,6 +18,7 @@ import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.train import train
+from peak_memory import measure, measured
 from small_model import V, save_model
 
 PLUGIN = "eaft_ext.integrations.axolotl.EAFTPlugin"
@@ -25,11 +26,15 @@ PLUGIN = "eaft_ext.integrations.axolotl.EAFTPlugin"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small model, its tokenizer, and a data set."""
-    save_model(tmp_path / "model")
+    return fill(tmp_path)
+
+
+def fill(folder: Path, lengths: tuple[int, int] = (3, 14), **changes: Any) -> Path:
+    """A small model, its tokenizer, and a data set of answers of lengths between these."""
+    save_model(folder / "model", **changes)
     generator = torch.Generator().manual_seed(1)
-    with (tmp_path / "rows.jsonl").open("w") as file:
-        for length in torch.randint(3, 14, (16,), generator=generator).tolist():
+    with (folder / "rows.jsonl").open("w") as file:
+        for length in torch.randint(*lengths, (16,), generator=generator).tolist():
             tokens = torch.randint(3, V, (length + 4,), generator=generator).tolist()
             text = [f"w{token}" for token in tokens]
             parts = [
@@ -37,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
                 {"label": True, "text": " " + " ".join(text[4:])},
             ]
             file.write(json.dumps({"segments": parts}) + "\n")
-    return tmp_path
+    return folder
 
 
 def run(folder: Path, name: str, **changes: Any) -> tuple[list[float], dict[str, Any]]:
@@ -101,3 +106,28 @@ def test_what_would_not_take_it(folder: Path) -> None:
         run(folder, "none", plugins=[PLUGIN])
     with pytest.raises(ValueError, match="EAFTPlugin: use_eaft is not set"):
         run(folder, "off", plugins=[PLUGIN], use_eaft=False)
+
+
+LARGE: dict[str, Any] = {"vocab_size": 50_304, "max_position_embeddings": 600}
+
+
+def measure_training(how: str, folder: str) -> None:
+    """Of a vocabulary of 50,304, two rows of 512 tokens a step."""
+    plugins = {"plugins": [PLUGIN]} if how == "ours" else {}
+    options = {"use_eaft": True, "sequence_len": 512, "gradient_accumulation_steps": 1}
+    measure(lambda: run(Path(folder), how, **options, **plugins))
+
+
+def test_memory(tmp_path: Path, record_property: Any) -> None:
+    """axolotl holds copies of all logits; here a chunk of them is held."""
+    fill(tmp_path, (506, 507), **LARGE)
+    found = {
+        how: measured(__file__, f"measure_training({how!r}, {str(tmp_path)!r})")
+        for how in ("own", "ours")
+    }
+    logits = 4 * 2 * 512 * LARGE["vocab_size"]
+    for how, of_training in found.items():
+        record_property(how, of_training)
+        print(how, {name: round(value, 2) for name, value in of_training.items()})
+    assert found["own"]["bytes"] > 2.5 * logits
+    assert found["ours"]["bytes"] < 0.5 * found["own"]["bytes"]

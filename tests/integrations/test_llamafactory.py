@@ -16,6 +16,7 @@ pytest.importorskip("llamafactory", reason=MISSING)
 
 import transformers
 from llamafactory.train.tuner import run_exp
+from peak_memory import measure, measured
 from small_model import V, save_model
 
 from eaft_ext.integrations.llamafactory import train
@@ -23,20 +24,23 @@ from eaft_ext.integrations.llamafactory import train
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small model, its tokenizer, and a data set."""
-    save_model(tmp_path / "model")
+    return fill(tmp_path)
+
+
+def fill(folder: Path, lengths: tuple[int, int] = (3, 14), **changes: Any) -> Path:
+    """A small model, its tokenizer, and a data set of answers of lengths between these."""
+    save_model(folder / "model", **changes)
     generator = torch.Generator().manual_seed(1)
     rows = []
-    for length in torch.randint(3, 14, (16,), generator=generator).tolist():
+    for length in torch.randint(*lengths, (16,), generator=generator).tolist():
         tokens = torch.randint(3, V, (length + 4,), generator=generator).tolist()
         text = [f"w{token}" for token in tokens]
-        rows.append(
-            {"instruction": " ".join(text[:4]), "input": "", "output": " " + " ".join(text[4:])}
-        )
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+        answer = " " + " ".join(text[4:])
+        rows.append({"instruction": " ".join(text[:4]), "input": "", "output": answer})
+    (folder / "rows.json").write_text(json.dumps(rows))
     info = {"rows": {"file_name": "rows.json"}}
-    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
-    return tmp_path
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
 
 
 def run(how: Any, folder: Path, name: str, **changes: Any) -> tuple[list[float], Any, float]:
@@ -72,8 +76,8 @@ def run(how: Any, folder: Path, name: str, **changes: Any) -> tuple[list[float],
     state = json.loads((output / "trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     found = json.loads((output / "all_results.json").read_text())
-    if changes.get("finetuning_type") == "lora":
-        return losses, {}, found["eval_loss"]
+    if changes.get("finetuning_type") == "lora" or "eval_loss" not in found:
+        return losses, {}, found.get("eval_loss", 0.0)
     model = transformers.AutoModelForCausalLM.from_pretrained(output)
     return losses, dict(model.named_parameters()), found["eval_loss"]
 
@@ -115,3 +119,30 @@ def test_other_trainers(variable: str, folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(variable, "1")
     with pytest.raises(ValueError, match=f"with {variable} it is another trainer"):
         run(train, folder, "ours", use_eaft_loss=True)
+
+
+LARGE: dict[str, Any] = {"vocab_size": 50_304, "max_position_embeddings": 600}
+
+
+def measure_training(how: str, folder: str) -> None:
+    """Of a vocabulary of 50,304, two rows of 512 tokens a step."""
+    options = {"cutoff_len": 512, "do_eval": False, "eval_dataset": None}
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    function = {"own": run_exp, "ours": train}[how]
+    whole = {"use_eaft_loss": True, "save_strategy": "no", **options}
+    measure(lambda: run(function, Path(folder), how, **whole))
+
+
+def test_memory(tmp_path: Path, record_property: Any) -> None:
+    """LLaMA-Factory holds float32 copies of all logits; here a chunk of them is held."""
+    fill(tmp_path, (508, 509), **LARGE)
+    found = {
+        how: measured(__file__, f"measure_training({how!r}, {str(tmp_path)!r})")
+        for how in ("own", "ours")
+    }
+    logits = 4 * 2 * 512 * LARGE["vocab_size"]
+    for how, of_training in found.items():
+        record_property(how, of_training)
+        print(how, {name: round(value, 2) for name, value in of_training.items()})
+    assert found["own"]["bytes"] > 2.5 * logits
+    assert found["ours"]["bytes"] < 0.5 * found["own"]["bytes"]
