@@ -42,7 +42,7 @@ struct ThreadSum {
   float error = 0;
   // If the loss sums the entropy: how many equal the maximum, the terms of those below it, and the
   // sum of the terms times their exponents.
-  int ones = 0;
+  float ones = 0;
   float below = 0;
   float weighted = 0;
   double logits = 0;  // their sum, if the loss smooths labels
@@ -66,7 +66,7 @@ struct ThreadSum {
     max = fmaxf(max, tile_max);
     const float reference = reference_of(loss.logit(max));
     float tile = 0;
-    int tile_ones = 0;
+    float tile_ones = 0;
     float tile_below = 0;
     float tile_weighted = 0;
     float tile_logits = 0;
@@ -83,7 +83,7 @@ struct ThreadSum {
         if (kSumsEntropy) {
           const bool is_largest = x == reference;
           if (!is_largest) tile_below += term;
-          tile_ones += is_largest;
+          if (is_largest) tile_ones += 1.0f;
           // -inf as the lowest number, by which its term, 0, may be multiplied.
           tile_weighted += term * fmaxf(x - reference, kLowest);
         }
@@ -94,9 +94,9 @@ struct ThreadSum {
     const float scale = exp_relative(old_reference, reference);
     if (kSumsEntropy) {
       const bool rises = reference != old_reference;
-      const float before = rises ? below + static_cast<float>(ones) : below;
+      const float before = rises ? below + ones : below;
       const float moved = weighted + (old_reference - reference) * before;
-      ones = (rises ? 0 : ones) + tile_ones;
+      ones = (rises ? 0.0f : ones) + tile_ones;
       below = before * scale + tile_below;
       // Where the scale is 0, the references may be infinitely far apart.
       weighted = (scale == 0 ? 0.0f : scale * moved) + tile_weighted;
@@ -115,7 +115,7 @@ struct ThreadSum {
     result.max = loss.logit(max);
     result.sum = static_cast<double>(sum) + static_cast<double>(error);
     if constexpr (Loss::kSumsEntropy) {
-      result.rest = (ones - 1) + static_cast<double>(below);
+      result.rest = static_cast<double>(ones - 1) + static_cast<double>(below);
       result.weighted = weighted;
     }
     if constexpr (!Loss::kIsPlain) result.logits = logits;

@@ -109,6 +109,7 @@ class Call:
         hidden, layer = self.product
         options, labels = self.options_and_labels(hidden)
         options |= self.map._asdict()
+        self.owner.note_vocab(layer.weight.size(0))
         loss, self.stats = eaft_ext.linear_gated_ce(
             hidden, layer.weight, labels, layer.bias, return_stats=self.return_stats, **options
         )
@@ -129,6 +130,7 @@ class Call:
         options, labels = self.options_and_labels(hidden)
         if self.owner.given_map == LogitMap():
             options |= model_map._asdict()
+        self.owner.note_vocab(weight.size(0))
         loss, stats = eaft_ext.linear_gated_ce(
             hidden, weight, labels, bias, return_stats="full", **options
         )

@@ -53,6 +53,17 @@ class EAFTPlugin(BasePlugin):  # type: ignore[misc]
         if cfg.rl or cfg.reward_model or cfg.process_reward_model:
             kind = cfg.rl or "a reward model"
             raise ValueError(f"EAFTPlugin: the loss is that of fine-tuning, and not of {kind}")
+        if (cfg.context_parallel_size or 1) > 1:
+            raise ValueError(
+                "EAFTPlugin: with context_parallel_size axolotl divides the labels before they are "
+                "shifted; it is not supported"
+            )
+        metrics = cfg.eval_causal_lm_metrics
+        if cfg.do_causal_lm_eval and (metrics is None or "perplexity" in metrics):
+            raise ValueError(
+                "EAFTPlugin: do_causal_lm_eval computes the perplexity from the model's loss, "
+                "which is gated; leave perplexity out of eval_causal_lm_metrics"
+            )
         normalizer = NORMALIZER if cfg.eaft_normalizer is None else cfg.eaft_normalizer
         callback = EAFTCallback(
             k=20 if cfg.eaft_k is None else cfg.eaft_k,

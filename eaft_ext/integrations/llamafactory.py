@@ -70,6 +70,8 @@ def _checked(arguments: Any) -> Any:
             f"{_NAME}: neither use_eaft_loss nor use_dft_loss is set; llamafactory-cli trains "
             "without them"
         )
+    if finetuning.use_asft_loss:
+        raise ValueError(f"{_NAME}: use_asft_loss is another loss; take one")
     if finetuning.stage != "sft":
         raise ValueError(f"{_NAME}: the loss is for stage sft, got {finetuning.stage}")
     if getattr(finetuning, "use_hyper_parallel", False):
@@ -104,10 +106,18 @@ def _is_launched() -> bool:
 def main() -> None:
     """Train; on several GPUs, or with FORCE_TORCHRUN, in a process for each."""
     count = get_device_count()
-    if _is_launched() or not (is_env_enabled("FORCE_TORCHRUN") or count > 1):
+    several = count > 1 and not is_env_enabled("USE_KT")
+    if _is_launched() or not (is_env_enabled("FORCE_TORCHRUN") or several):
         train()
         return
     environment = os.environ
+    if "RDZV_ID" in environment or (
+        int(environment.get("NNODES", "1")) > 1 and "MASTER_ADDR" not in environment
+    ):
+        raise ValueError(
+            f"{_NAME}: several nodes need MASTER_ADDR and MASTER_PORT, or your own torchrun "
+            f"-m {_NAME} config.yaml, which knows RDZV_ID, too"
+        )
     launch = [
         *("--nnodes", environment.get("NNODES", "1")),
         *("--node-rank", environment.get("NODE_RANK", "0")),
@@ -120,7 +130,11 @@ def main() -> None:
         launch += ["--standalone"]
     module = ["-m", "eaft_ext.integrations.llamafactory", *sys.argv[1:]]
     command = [sys.executable, "-m", "torch.distributed.run", *launch, *module]
-    sys.exit(subprocess.run(command).returncode)
+    optimised = {}
+    if is_env_enabled("OPTIM_TORCH", "1"):  # as LLaMA-Factory has it
+        optimised["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        optimised["TORCH_NCCL_AVOID_RECORD_STREAMS"] = "1"
+    sys.exit(subprocess.run(command, env={**environment, **optimised}).returncode)
 
 
 if __name__ == "__main__":

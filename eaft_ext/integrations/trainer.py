@@ -28,6 +28,7 @@ __all__ = ["EAFTCallback", "gated_loss_func"]
 
 LossFunction = Callable[..., Tensor]
 PREFIX = "eaft_"
+IGNORED = -100
 _NAMES = ("gate", "entropy", "nll", "token_accuracy", "confident_conflicts")
 
 
@@ -35,8 +36,10 @@ _NAMES = ("gate", "entropy", "nll", "token_accuracy", "confident_conflicts")
 def gated_loss_func(k: int | None = 20, **options: Unpack[LossKeywords]) -> LossFunction:
     """The gated loss as ``Trainer``'s ``compute_loss_func``, of logits that the model returns.
 
-    For a model that :class:`EAFTCallback` refuses; the logits are in memory. A loss that the model
-    adds to its own, such as a router's, is not in it: ``Trainer`` takes what the function returns::
+    For a causal language model that :class:`EAFTCallback` refuses; the logits are in memory. A loss
+    that the model adds to its own, such as a router's, is not in it: ``Trainer`` takes what the
+    function returns. Not for models whose labels are not shifted, as those of an encoder and a
+    decoder or of masked words::
 
         loss = sum_t g_t * -ln softmax(x_t)_{y_(t+1)}  /  num_items_in_batch
 
@@ -49,23 +52,50 @@ def gated_loss_func(k: int | None = 20, **options: Unpack[LossKeywords]) -> Loss
         number of tokens that are not ignored.
 
     Raises:
-        TypeError, ValueError: as :func:`eaft_ext.gated_ce` does.
+        TypeError, ValueError: as :func:`eaft_ext.gated_ce` does; for an ``ignore_index`` that is
+            not the trainers', -100; in a call, for the outputs of an encoder and a decoder, and for
+            labels that are not one for each position.
     """
-    ignore_index = token_loss("gated_loss_func", k, **options).ignore_index
+    op = "gated_loss_func"
+    _check_ignore_index(op, token_loss(op, k, **options).ignore_index)
 
     def loss_func(
         outputs: Any, labels: Tensor, num_items_in_batch: float | Tensor | None = None
     ) -> Tensor:
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        labels = next_token_labels(labels, ignore_index).to(logits.device)
-        if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.device.type != "cpu":
-            num_items_in_batch = num_items_in_batch.to(logits.device)
+        is_dict = isinstance(outputs, dict)
+        if is_dict and "encoder_last_hidden_state" in outputs:
+            raise TypeError(
+                f"{op}: the model has an encoder; labels of its decoder are not shifted"
+            )
+        logits = outputs["logits"] if is_dict else outputs[0]
+        if logits.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"{op}: labels must be one for each position, got {tuple(labels.shape)} for logits "
+                f"{tuple(logits.shape)}"
+            )
+        labels = next_token_labels(labels, IGNORED).to(logits.device)
+        if isinstance(num_items_in_batch, Tensor):
+            if num_items_in_batch.numel() > 1:
+                raise ValueError(
+                    f"{op}: nn.DataParallel is not supported; launch with torchrun, or show it one "
+                    "GPU"
+                )
+            if num_items_in_batch.device.type != "cpu":
+                num_items_in_batch = num_items_in_batch.to(logits.device)
         loss: Tensor = eaft_ext.gated_ce(
             logits, labels, k, num_items_in_batch=num_items_in_batch, **options
         )
         return loss
 
     return loss_func
+
+
+def _check_ignore_index(op: str, ignore_index: int) -> None:
+    if ignore_index != IGNORED:
+        raise ValueError(
+            f"{op}: ignore_index must be {IGNORED}, by which trainers pad and count, got "
+            f"{ignore_index}"
+        )
 
 
 class EAFTCallback(TrainerCallback):
@@ -113,7 +143,7 @@ class EAFTCallback(TrainerCallback):
     ) -> None:
         if not isinstance(logs, bool):
             raise TypeError(f"EAFTCallback: logs must be True or False, got {logs!r}")
-        token_loss("EAFTCallback", k, **options)
+        _check_ignore_index("EAFTCallback", token_loss("EAFTCallback", k, **options).ignore_index)
         self.logs = logs
         self.options: dict[str, Any] = {
             "k": k,
@@ -134,6 +164,8 @@ class EAFTCallback(TrainerCallback):
         if self.gated is not None:
             self.gated.remove()
         self.gated = None
+        self._sums = {}
+        self._counted = None
 
     @contextmanager
     def installed(self, model: nn.Module, arguments: Any) -> Iterator[LinearGatedLoss]:
@@ -161,7 +193,10 @@ class EAFTCallback(TrainerCallback):
                 f"loss of its own, from logits; leave it 0 and write "
                 f"EAFTCallback(label_smoothing={smoothing})"
             )
+        earlier = self.gated
         self.gated = for_trainer(model, args, **self.options)
+        if earlier is not None:  # of another model, whose training ended by an exception
+            earlier.remove()
         self._sums = {}
         self._counted = None
 
@@ -180,6 +215,10 @@ class EAFTCallback(TrainerCallback):
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Count those of an evaluation."""
         self._count(is_evaluation=True)
+
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
+        """A prediction is not logged: its tokens are those of no evaluation."""
+        self._sums.pop(True, None)
 
     def _count(self, is_evaluation: bool) -> None:
         stats = None if self.gated is None else self.gated.stats
@@ -204,9 +243,9 @@ class EAFTCallback(TrainerCallback):
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(sums)
         count, *totals = sums.tolist()
-        return {
-            PREFIX + name: total / (count or 1) for name, total in zip(_NAMES, totals, strict=True)
-        }
+        if count == 0:
+            return {}
+        return {PREFIX + name: total / count for name, total in zip(_NAMES, totals, strict=True)}
 
 
 @cache
@@ -225,10 +264,11 @@ def _extend_logs() -> None:
 
 
 def _add_means(callback: EAFTCallback, logs: dict[str, float]) -> None:
-    if "loss" in logs:
+    """To the trainer's own logs, which all processes make: of some steps, and of an evaluation."""
+    if "loss" in logs and "learning_rate" in logs:
         logs.update(callback.take_means(is_evaluation=False))
         return
-    prefix = next((name[: -len("loss")] for name in logs if name.endswith("_loss")), "train_")
-    if prefix != "train_":  # the summary at the end of training
+    runtime = next((name for name in logs if name.endswith("_runtime")), None)
+    if runtime is not None and "total_flos" not in logs:  # which the summary of a training has
         means = callback.take_means(is_evaluation=True)
-        logs.update({prefix + name: mean for name, mean in means.items()})
+        logs.update({runtime.removesuffix("runtime") + name: mean for name, mean in means.items()})

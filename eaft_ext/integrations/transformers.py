@@ -175,6 +175,8 @@ class LinearGatedLoss:
 
     Each is [b, s], for the position whose next token is predicted.
     """
+    num_logits: int
+    """How many logits the entropy of the gate was taken over in that call."""
 
     def __init__(
         self,
@@ -185,6 +187,7 @@ class LinearGatedLoss:
         **options: Any,
     ) -> None:
         self.stats = None
+        self.num_logits = 0
         self.options = options
         self.trl_forward = trl_forward
         if trl_forward is not None and is_chunked(trl_forward):
@@ -210,13 +213,6 @@ class LinearGatedLoss:
         self.steps.latest = latest
         if not watch_steps:
             self.steps.stop()
-
-    @property
-    def num_logits(self) -> int:
-        """How many logits the entropy of the gate is taken over."""
-        assert self._causal is not None, "there is a model until remove()"
-        weight = cast("Tensor", _output_layer.layers_of(self._causal)[0].weight)
-        return min(self.options["k"] or weight.size(0), weight.size(0))
 
     def remove(self) -> None:
         """Give the model its own loss again, unless a later call has taken the place of this."""
@@ -252,9 +248,14 @@ class LinearGatedLoss:
             self.check_given(call.name, self.model_map)
         options, labels = call.options_and_labels(logits)
         del options["chunk_size"], options["accumulate_in_float32"]
+        self.note_vocab(logits.size(-1))
         loss, self.stats = eaft_ext.gated_ce(logits, labels, return_stats=True, **options)
         self.steps.asked()
         return loss
+
+    def note_vocab(self, vocab_size: int) -> None:
+        """Say how many words there are: outside of its call the weight may be sharded, or empty."""
+        self.num_logits = min(self.options["k"] or vocab_size, vocab_size)
 
     def check_given(self, name: str, model_map: LogitMap) -> None:
         """Options for logits that the model leaves as they are, and does it?"""
@@ -314,9 +315,10 @@ class _Forward(Patch):
             kwargs = {name: value for name, value in kwargs.items() if name != FUSED}
             kwargs["num_items_in_batch"] = 1
         labels = self._argument("labels", args, kwargs)
-        if labels is None and trl_forward is not None and not chunks:
+        is_shifted = labels is None or self._argument("shift_labels", args, kwargs) is not None
+        if is_shifted and trl_forward is not None and not chunks:
             raise TypeError(
-                f"{OP}: TRL gave {type(module).__name__} shift_labels alone, as under context or "
+                f"{OP}: TRL gave {type(module).__name__} shift_labels, as under context or "
                 "sequence parallelism, which is not supported with it"
             )
         earlier = active.call

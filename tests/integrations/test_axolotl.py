@@ -106,6 +106,9 @@ def test_what_would_not_take_it(folder: Path) -> None:
         run(folder, "none", plugins=[PLUGIN])
     with pytest.raises(ValueError, match="EAFTPlugin: use_eaft is not set"):
         run(folder, "off", plugins=[PLUGIN], use_eaft=False)
+    with pytest.raises(ValueError, match="leave perplexity out of eval_causal_lm_metrics"):
+        metrics = {"do_causal_lm_eval": True, "eval_causal_lm_metrics": ["perplexity"]}
+        run(folder, "perplexity", plugins=[PLUGIN], use_eaft=True, **metrics)
 
 
 LARGE: dict[str, Any] = {"vocab_size": 50_304, "max_position_embeddings": 600}

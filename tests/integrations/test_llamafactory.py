@@ -105,6 +105,7 @@ def test_as_its_own(changes: dict[str, Any], folder: Path) -> None:
     ("changes", "sentence"),
     [
         ({}, "neither use_eaft_loss nor use_dft_loss is set"),
+        ({"use_eaft_loss": True, "use_asft_loss": True}, "use_asft_loss is another loss"),
         ({"use_eaft_loss": True, "stage": "pt"}, "the loss is for stage sft, got pt"),
     ],
     ids=str,

@@ -230,6 +230,9 @@ def test_options_that_are_refused() -> None:
         EAFTCallback(logs=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gated_loss_func: k must be"):
         gated_loss_func(k=500)
+    for make in (EAFTCallback, gated_loss_func):
+        with pytest.raises(ValueError, match="ignore_index must be -100, by which trainers pad"):
+            make(ignore_index=-7)
 
 
 def test_an_unknown_option(tmp_path: Path) -> None:
@@ -246,3 +249,70 @@ def test_the_loss_function_shows_its_arguments() -> None:
     with use_linear_gated_ce(model):
         assert inspect.signature(model.loss_function) == own
     assert "num_items_in_batch" in own.parameters
+
+
+def test_outputs_that_a_function_refuses() -> None:
+    model = build("llama")
+    tokens = torch.stack([row["input_ids"] for row in examples()[:2]])
+    logits = model(tokens).logits
+    func = gated_loss_func()
+    with pytest.raises(TypeError, match="the model has an encoder"):
+        func({"logits": logits, "encoder_last_hidden_state": logits}, tokens)
+    with pytest.raises(ValueError, match=r"one for each position, got \(2, 9\) for logits \(2, 3"):
+        func({"logits": logits[:, -3:]}, tokens)
+    with pytest.raises(ValueError, match=r"nn\.DataParallel is not supported"):
+        func({"logits": logits}, tokens, num_items_in_batch=torch.ones(2, 1))
+
+
+def test_predictions_are_no_evaluation(tmp_path: Path) -> None:
+    """What they find is in no log; an evaluation of any name has its own means."""
+
+    class Predicting(transformers.TrainerCallback):
+        trainer: Any = None
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.trainer.predict(examples()[6:8])
+            self.trainer.evaluate(examples()[4:6], metric_key_prefix="train")
+
+    found = []
+    for others in ([], [Predicting()]):
+        callbacks = [EAFTCallback(), *others]
+        trainer = InOrder(
+            build("llama"),
+            arguments(tmp_path, eval_strategy="steps", eval_steps=1, max_steps=2),
+            train_dataset=examples(),
+            eval_dataset=examples()[:6],
+            callbacks=callbacks,
+        )
+        for callback in others:
+            callback.trainer = trainer
+        trainer.train()
+        found.append(logged(trainer, "eval_eaft_nll") + logged(trainer, "eaft_nll"))
+        assert len(logged(trainer, "train_eaft_nll")) == 2 * len(others)
+    assert found[0] == pytest.approx(found[1]) and len(found[0]) >= 3
+
+
+def test_after_an_exception(tmp_path: Path) -> None:
+    """The model of a training that failed has its own loss when the callback is used again."""
+
+    class Failing(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            raise KeyError("a mishap")
+
+    first, callback = build("llama"), EAFTCallback()
+    with pytest.raises(KeyError, match="a mishap"):
+        run(first, tmp_path, callback, Failing())
+    rows = torch.stack([row["input_ids"] for row in examples()[:2]])
+    assert first(rows, labels=rows).logits is None
+    run(build("llama"), tmp_path, callback)
+    assert first(rows, labels=rows).logits is not None
+
+
+def test_weights_that_are_gathered_for_a_call_alone(tmp_path: Path) -> None:
+    """As FSDP's and DeepSpeed's are: beside it there may be no word."""
+    model = build("llama")
+    with use_linear_gated_ce(model, k=None) as gated:
+        rows = torch.stack([row["input_ids"] for row in examples()[:2]])
+        model(rows, labels=rows)
+        model.lm_head.weight.data = torch.empty(0)
+        assert gated.num_logits == model.config.vocab_size

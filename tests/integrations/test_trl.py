@@ -243,3 +243,16 @@ def test_metrics_of_logits(tmp_path: Path) -> None:
     run = trainer(build("llama"), tmp_path, EAFTCallback(), loss_type="nll")
     with pytest.raises(ValueError, match=r"write loss_type='chunked_nll'"):
         run.train()
+
+
+@pytest.mark.skipif(not IS_FUSED, reason="of TRL from 1.15 on: pip install 'trl>=1.15'")
+def test_labels_that_are_shifted(tmp_path: Path) -> None:
+    """As sequence and context parallelism have them."""
+    run = trainer(build("llama"), tmp_path)
+    tokens, labels, _ = padded(rows()[:2])
+    with EAFTCallback().installed(run.model, run.args):
+        shifted_labels = shifted(labels)
+        with pytest.raises(TypeError, match="under context or sequence parallelism"):
+            run.model(
+                tokens, labels=shifted_labels, shift_labels=shifted_labels, fused_lm_head=True
+            )

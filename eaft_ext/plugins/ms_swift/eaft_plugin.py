@@ -50,6 +50,8 @@ class EAFTLoss(BaseLoss):  # type: ignore[misc]
                 f"loss_type {NAME!r} does not smooth labels; leave label_smoothing_factor 0"
             )
         k = _number("EAFT_K", 20, "all")
+        if k is not None and k != int(k):
+            raise ValueError(f"EAFT_K must be a whole number or 'all', got {k}")
         self.options: dict[str, Any] = {
             "k": None if k is None else int(k),
             "alpha": _number("EAFT_ALPHA", 1.0),
