@@ -51,7 +51,9 @@ def by_reference(**options: Any) -> Any:
     return loss_of
 
 
-@pytest.mark.parametrize("name", ["llama", "smollm2", "gemma2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", pytest.param("smollm2", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "options", [{}, {"k": None}, {"gate": SigmoidGate(), "z_loss": 1e-3}], ids=str
 )

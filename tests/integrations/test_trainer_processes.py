@@ -20,6 +20,8 @@ from transformers_models import assert_same, build, shifted
 
 from eaft_ext import reference
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("trainer_worker.py")
 ROOMS = [WORKER.parent]
 

@@ -102,7 +102,11 @@ def padded(some: list[dict[str, list[int]]]) -> tuple[torch.Tensor, torch.Tensor
     return tokens, fill("labels", -100), torch.arange(longest) < lengths[:, None]
 
 
-@pytest.mark.parametrize("options", [{}, {"k": None}, {"k": 8, "alpha": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, *(pytest.param(o, marks=pytest.mark.slow) for o in ({"k": None}, {"k": 8, "alpha": 2.0}))],
+    ids=str,
+)
 def test_a_training(options: dict[str, Any], tmp_path: Path) -> None:
     expected_model, model = build("llama"), build("llama")
     run = trainer(model, tmp_path, EAFTCallback(**options))
@@ -123,7 +127,9 @@ def test_a_training(options: dict[str, Any], tmp_path: Path) -> None:
     "name",
     ["llama", "mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in ("smollm2", "gemma2"))],
 )
-@pytest.mark.parametrize("is_added", [False, True], ids=["given", "added"])
+@pytest.mark.parametrize(
+    "is_added", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["given", "added"]
+)
 def test_without_a_gate_it_is_the_trainers_own(name: str, is_added: bool, tmp_path: Path) -> None:
     """With its metrics, and a router's loss."""
     expected_model, model = build(name), build(name)
