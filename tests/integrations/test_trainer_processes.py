@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason=MISSING)
 pytest.importorskip("accelerate", reason=MISSING)
 
 from trainer_runs import examples, written_out
-from transformers_models import assert_same, build, shifted
+from transformers_models import assert_same, batch, build, shifted
 
 from eaft_ext import reference
 
@@ -55,3 +55,11 @@ def test_logs_are_of_all_processes(results: list[dict[str, Any]]) -> None:
         assert found["gates"][0] == pytest.approx(stats.gate[stats.valid].mean().item(), rel=1e-4)
         accuracy = stats.correct[stats.valid].float().mean().item()
         assert found["accuracies"][0] == pytest.approx(accuracy, abs=1e-6)
+
+
+def test_logs_of_fsdp1(results: list[dict[str, Any]]) -> None:
+    tokens, labels = batch()
+    _, stats = reference.gated_ce(build("llama")(tokens).logits, shifted(labels), return_stats=True)
+    for of_process in results:
+        nll = stats.nll[stats.valid].mean().item()
+        assert of_process["fsdp1"]["eaft_nll"] == pytest.approx(nll, rel=1e-4)

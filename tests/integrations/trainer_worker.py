@@ -12,9 +12,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from spawned import work
+from torch.distributed.fsdp import FullyShardedDataParallel
 from trainer_runs import InOrder, arguments, examples, logged
-from transformers_models import build
+from transformers_models import batch, build
 
 from eaft_ext.integrations.trainer import EAFTCallback, gated_loss_func
 
@@ -46,8 +48,22 @@ def trained(rank: int, way: str) -> dict[str, Any]:
     }
 
 
+def sharded() -> dict[str, float]:
+    """What is logged of a step of FSDP1: beside their call its weights are parts of a vector."""
+    model = FullyShardedDataParallel(
+        build("llama"), device_id=torch.device("cpu"), use_orig_params=True
+    )
+    tokens, labels = batch()
+    callback = EAFTCallback()
+    with callback.installed(model, None):
+        model.train()
+        model(input_ids=tokens, labels=labels).loss.backward()
+        callback.on_step_end(None, None, None)
+        return callback.take_means(is_evaluation=False)
+
+
 def function(rank: int, world_size: int) -> dict[str, Any]:
-    return {way: trained(rank, way) for way in ("callback", "function")}
+    return {way: trained(rank, way) for way in ("callback", "function")} | {"fsdp1": sharded()}
 
 
 if __name__ == "__main__":
