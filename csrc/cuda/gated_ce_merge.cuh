@@ -61,18 +61,19 @@ __device__ inline int warp_merge_lists(DescendingList list, int k, float* taken)
   return k;
 }
 
-// The entropy of all logits from what the shards tell of their own. row_max: of all. Not inlined:
-// beside it the kernel would spill.
-__device__ __noinline__ double warp_merge_entropies(const MergeArguments& arguments, int64_t row,
-                                                    float row_max) {
+// The entropy of all logits from what the shards tell of their own. partials: of the row, by the
+// first shard; stride: from a shard to the next; entropy_at: its place in a partial; row_max: of
+// all shards. Not inlined: beside it the kernel would spill.
+__device__ __noinline__ double warp_merge_entropies(const float* partials, int64_t stride,
+                                                    int num_shards, int entropy_at, float row_max) {
   const auto mass = [&](int shard) -> double {
-    const MaxSum<double> of_shard = max_sum_of_partial(partial_of(arguments, shard, row));
+    const MaxSum<double> of_shard = max_sum_of_partial(partials + shard * stride);
     return of_shard.sum * exp(of_shard.max - row_max);
   };
   // The first is a large one: that of the lane with the largest.
   double largest = -1;
   int first = -1;
-  for (int shard = lane_index(); shard < arguments.num_shards; shard += kWarpSize) {
+  for (int shard = lane_index(); shard < num_shards; shard += kWarpSize) {
     if (mass(shard) <= largest) continue;
     largest = mass(shard);
     first = shard;
@@ -83,8 +84,8 @@ __device__ __noinline__ double warp_merge_entropies(const MergeArguments& argume
   largest = __shfl_sync(kAllLanes, largest, holder);
   first = __shfl_sync(kAllLanes, first, holder);
   EntropyOfParts<double> entropy;
-  for (int shard = lane_index(); shard < arguments.num_shards; shard += kWarpSize) {
-    const double of_shard = partial_of(arguments, shard, row)[partial_entropy(arguments.loss)];
+  for (int shard = lane_index(); shard < num_shards; shard += kWarpSize) {
+    const double of_shard = partials[shard * stride + entropy_at];
     if (shard == first) {
       entropy.add_first(of_shard);
     } else {
@@ -134,7 +135,9 @@ __global__ void __launch_bounds__(kRowsPerMergeBlock* kWarpSize)
   });
   Entropies<double> entropy{};
   if (arguments.loss.sums_entropy()) {
-    entropy.of_all = warp_merge_entropies(arguments, row, sum.max);
+    const int64_t stride = arguments.num_rows * partial_size(arguments.loss);
+    entropy.of_all = warp_merge_entropies(partial_of(arguments, 0, row), stride, num_shards,
+                                          partial_entropy(arguments.loss), sum.max);
     entropy.of_gate = entropy.of_all;
   }
 
