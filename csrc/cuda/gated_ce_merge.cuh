@@ -63,9 +63,9 @@ __device__ inline int warp_merge_lists(DescendingList list, int k, float* taken)
 
 // The entropy of all logits from what the shards tell of their own. partials: of the row, by the
 // first shard; stride: from a shard to the next; entropy_at: its place in a partial; row_max: of
-// all shards. Not inlined: beside it the kernel would spill.
-__device__ __noinline__ double warp_merge_entropies(const float* partials, int64_t stride,
-                                                    int num_shards, int entropy_at, float row_max) {
+// all shards. By value, and before the top k: otherwise the kernel spills on some architecture.
+__device__ inline double warp_merge_entropies(const float* partials, int64_t stride, int num_shards,
+                                              int entropy_at, float row_max) {
   const auto mass = [&](int shard) -> double {
     const MaxSum<double> of_shard = max_sum_of_partial(partials + shard * stride);
     return of_shard.sum * exp(of_shard.max - row_max);
@@ -112,6 +112,18 @@ __global__ void __launch_bounds__(kRowsPerMergeBlock* kWarpSize)
   const int k = arguments.loss.k;
   const int num_shards = arguments.num_shards;
 
+  const SoftmaxSum sum = warp_merge(num_shards, [&](int shard) {
+    const MaxSum<double> of_shard = max_sum_of_partial(partial_of(arguments, shard, row));
+    return SoftmaxSum{static_cast<float>(of_shard.max), of_shard.sum};
+  });
+  Entropies<double> entropy{};
+  if (arguments.loss.sums_entropy()) {
+    const int64_t stride = arguments.num_rows * partial_size(arguments.loss);
+    entropy.of_all = warp_merge_entropies(partial_of(arguments, 0, row), stride, num_shards,
+                                          partial_entropy(arguments.loss), sum.max);
+    entropy.of_gate = entropy.of_all;
+  }
+
   float* taken = storage.top[warp_index()][0];
   float* before = storage.top[warp_index()][1];
   int count = 0;
@@ -127,18 +139,6 @@ __global__ void __launch_bounds__(kRowsPerMergeBlock* kWarpSize)
     before = taken;
     taken = free;
     first += kWarpSize - goes_on;
-  }
-
-  const SoftmaxSum sum = warp_merge(num_shards, [&](int shard) {
-    const MaxSum<double> of_shard = max_sum_of_partial(partial_of(arguments, shard, row));
-    return SoftmaxSum{static_cast<float>(of_shard.max), of_shard.sum};
-  });
-  Entropies<double> entropy{};
-  if (arguments.loss.sums_entropy()) {
-    const int64_t stride = arguments.num_rows * partial_size(arguments.loss);
-    entropy.of_all = warp_merge_entropies(partial_of(arguments, 0, row), stride, num_shards,
-                                          partial_entropy(arguments.loss), sum.max);
-    entropy.of_gate = entropy.of_all;
   }
 
   TargetOfShards<float> target{static_cast<float>(label)};
