@@ -18,14 +18,15 @@ int main() {
   const auto [values, indices] = topk.call(logits, 20);
   CHECK_EQUAL(torch::equal(values, std::get<0>(logits.topk(20))), true);
 
-  using Six = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+  using T = at::Tensor;
+  using Seven = std::tuple<T, T, T, T, T, T, T>;
   const auto forward =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("eaft_ext::gated_ce_forward", "")
-          .typed<Six(const at::Tensor&, const at::Tensor&, int64_t, std::string_view,
-                     c10::ArrayRef<double>, int64_t, bool, c10::ArrayRef<double>)>();
+          .typed<Seven(const at::Tensor&, const at::Tensor&, int64_t, std::string_view,
+                       c10::ArrayRef<double>, int64_t, bool, c10::ArrayRef<double>, int64_t)>();
   const std::vector<double> none;
-  const auto result = forward.call(logits, labels, 20, "none", none, -100, false, none);
+  const auto result = forward.call(logits, labels, 20, "none", none, -100, false, none, 0);
   const auto expected = torch::nn::functional::cross_entropy(
       logits, labels, torch::nn::functional::CrossEntropyFuncOptions().reduction(torch::kNone));
   CHECK_EQUAL(torch::allclose(std::get<0>(result), expected, 1e-5, 1e-5), true);
