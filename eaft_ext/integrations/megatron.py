@@ -1,6 +1,7 @@
 """Megatron-Core: the gated loss of its GPT models, under tensor and sequence parallelism.
 
-gated = use_gated_ce(model)
+gated = use_gated_ce(model)         # of its logits
+gated = use_linear_gated_ce(model)  # of its hidden states: the logits are never all in memory
 """
 
 from __future__ import annotations
@@ -13,14 +14,22 @@ import torch
 from torch import Tensor, nn
 
 import eaft_ext
+from eaft_ext._checks import check_chunks
 from eaft_ext._options import LOSS_DEFAULTS, LossKeywords, token_loss, with_keywords
+from eaft_ext.integrations._megatron_linear import (
+    OP,
+    NoLogits,
+    OutputLayer,
+    check_output_layer,
+    whole_sequence,
+)
 from eaft_ext.reference import TokenStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
-__all__ = ["GatedLoss", "use_gated_ce", "vocab_parallel_cross_entropy"]
+__all__ = ["GatedLoss", "use_gated_ce", "use_linear_gated_ce", "vocab_parallel_cross_entropy"]
 
 _METHOD = "compute_language_model_loss"
 
@@ -121,15 +130,9 @@ def use_gated_ce(
             logits that were gathered.
     """
     token_loss("use_gated_ce", k, **options)
-    chunks = [model] if isinstance(model, nn.Module) else list(model)
-    modules = [module for chunk in chunks for module in chunk.modules() if _has_loss(module)]
-    if not modules:
-        names = ", ".join(type(chunk).__name__ for chunk in chunks) or "an empty list"
-        raise TypeError(f"use_gated_ce: nothing in {names} has {_METHOD}, as GPTModel has")
-    for module in modules:
-        _check_model(module, vocab_size)
+    modules = _modules_of("use_gated_ce", model, vocab_size)
     return GatedLoss(
-        modules,
+        [_Method(module) for module in modules],
         k=k,
         vocab_size=vocab_size,
         inplace_backward=inplace_backward,
@@ -137,19 +140,81 @@ def use_gated_ce(
     )
 
 
-class GatedLoss:
-    """What :func:`use_gated_ce` did to a model. As a context manager it ends with the block.
+@with_keywords
+def use_linear_gated_ce(
+    model: nn.Module | Iterable[nn.Module],
+    k: int | None = 20,
+    *,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    accumulate_in_float32: bool | None = None,
+    **options: Unpack[LossKeywords],
+) -> GatedLoss:
+    r"""The same of hidden states: output layer and loss in one, a chunk of tokens at a time.
 
-    It keeps the model alive until :meth:`remove`.
+    The losses of :func:`use_gated_ce` by :func:`eaft_ext.vocab_parallel_linear_gated_ce`, for the
+    next token and for those of multi-token prediction; the logits are never all in memory. Under
+    sequence parallelism the hidden states of the whole sequence are gathered, as the output layer
+    does itself, and their gradient is scattered. Calls without labels have their logits. Losses are
+    for each token, so that the backward computes the logits of each chunk a second time.
+
+    Args:
+        model, vocab_size: as for :func:`use_gated_ce`.
+        chunk_size, accumulate_in_float32: as for :func:`eaft_ext.linear_gated_ce`. The weight's
+            gradient arrives in ``weight.grad``, from where Megatron-Core adds it to ``main_grad``,
+            also with ``gradient_accumulation_fusion``, which this layer then does without.
+
+    Other arguments, and what is returned, are as for :func:`use_gated_ce`.
+
+    Raises:
+        TypeError, ValueError: as :func:`use_gated_ce` does; for an output layer that is no
+            ``ColumnParallelLinear``, or has ``defer_embedding_wgrad_compute``; in the forward, for
+            a model that uses its logits otherwise.
+    """
+    token_loss(OP, k, **options)
+    check_chunks(OP, chunk_size, accumulate_in_float32)
+    modules = _modules_of(OP, model, vocab_size)
+    for module in modules:
+        check_output_layer(module)
+    return GatedLoss(
+        [_LinearMethod(module) for module in modules],
+        k=k,
+        vocab_size=vocab_size,
+        chunk_size=chunk_size,
+        accumulate_in_float32=accumulate_in_float32,
+        **(LOSS_DEFAULTS | dict(options)),
+    )
+
+
+def _modules_of(
+    op: str, model: nn.Module | Iterable[nn.Module], vocab_size: int | None
+) -> list[nn.Module]:
+    """The modules of a model, or of chunks of one, that have a loss."""
+    chunks = [model] if isinstance(model, nn.Module) else list(model)
+    modules = [module for chunk in chunks for module in chunk.modules() if _has_loss(module)]
+    if not modules:
+        names = ", ".join(type(chunk).__name__ for chunk in chunks) or "an empty list"
+        raise TypeError(f"{op}: nothing in {names} has {_METHOD}, as GPTModel has")
+    for module in modules:
+        _check_model(op, module, vocab_size)
+    return modules
+
+
+class GatedLoss:
+    """What :func:`use_gated_ce` or :func:`use_linear_gated_ce` did to a model.
+
+    As a context manager it ends with the block. It keeps the model alive until :meth:`remove`.
     """
 
     stats: TokenStats | None
     """nll, entropy, gate and valid, each [b, s], of the last micro-batch; None before the first."""
 
-    def __init__(self, modules: Iterable[nn.Module], **options: Any) -> None:
+    def __init__(self, methods: list[_Method], **options: Any) -> None:
         self.stats = None
         self.options = options
-        self._methods = [_Method(self, module) for module in modules]
+        self._methods = methods
+        for method in methods:
+            method.owner = self
 
     def remove(self) -> None:
         """Give the model its own loss again, unless a later call has taken the place of this."""
@@ -197,11 +262,12 @@ class GatedLoss:
 class _Method:
     """Stands in for ``compute_language_model_loss`` of one module."""
 
-    def __init__(self, owner: GatedLoss, module: nn.Module) -> None:
+    owner: GatedLoss
+
+    def __init__(self, module: nn.Module) -> None:
         earlier = vars(module).get(_METHOD)
         if isinstance(earlier, _Method):
             earlier.uninstall()
-        self.owner = owner
         self.module = module
         # An instance has none as a rule; then the method of its class is what remains.
         self.replaced = vars(module).get(_METHOD)
@@ -220,15 +286,54 @@ class _Method:
         _check_not_gathered(self.module, logits, group)
         # [s, b] throughout: the gradient then has the layout that the output layer works with.
         loss, stats = eaft_ext.vocab_parallel_gated_ce(
-            logits,
-            _ignoring_negative(labels, self.owner.options["ignore_index"]).transpose(0, 1),
-            group=group,
-            reduction="none",
-            return_stats=True,
-            **self.owner.options,
+            logits, self._targets(labels), group=group, **self._options()
         )
+        return self._result(loss, stats)
+
+    def _targets(self, labels: Tensor) -> Tensor:
+        """[s, b] of labels [b, s]."""
+        return _ignoring_negative(labels, self.owner.options["ignore_index"]).transpose(0, 1)
+
+    def _options(self) -> dict[str, Any]:
+        return {"reduction": "none", "return_stats": True, **self.owner.options}
+
+    def _result(self, loss: Tensor, stats: TokenStats) -> Tensor:
         self.owner.stats = stats.map(lambda of_tokens: of_tokens.transpose(0, 1))
         return loss.transpose(0, 1).contiguous()
+
+
+class _LinearMethod(_Method):
+    """The same, for what the output layer was given."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        # A pipeline stage without one computes no loss.
+        has_layer = getattr(module, "output_layer", None) is not None
+        self.layer = OutputLayer(module) if has_layer else None
+
+    def uninstall(self) -> None:
+        super().uninstall()
+        if self.layer is not None:
+            self.layer.uninstall()
+
+    def __call__(self, labels: Tensor, logits: Tensor | NoLogits) -> Tensor:
+        if not isinstance(logits, NoLogits):
+            raise TypeError(
+                f"{OP}: {type(self.module).__name__} gave its loss other logits than those of its "
+                "output layer in a forward with labels; take use_gated_ce"
+            )
+        group = _group_of(self.module)
+        hidden, reduces = whole_sequence(self.module.output_layer, logits.hidden, group)
+        loss, stats = eaft_ext.vocab_parallel_linear_gated_ce(
+            hidden,
+            logits.weight,
+            self._targets(labels),
+            logits.bias,
+            group=group,
+            reduce_hidden_gradient=reduces,
+            **self._options(),
+        )
+        return self._result(loss, stats)
 
 
 def _ignoring_negative(labels: Tensor, ignore_index: int) -> Tensor:
@@ -241,20 +346,20 @@ def _has_loss(module: nn.Module) -> bool:
     return hasattr(type(module), _METHOD)
 
 
-def _check_model(module: nn.Module, vocab_size: int | None) -> None:
+def _check_model(op: str, module: nn.Module, vocab_size: int | None) -> None:
     if getattr(module, "fuse_linear_cross_entropy", False):
         raise ValueError(
-            f"use_gated_ce: {type(module).__name__} computes its loss without logits; it needs "
+            f"{op}: {type(module).__name__} computes its loss without logits; it needs "
             "another cross_entropy_fusion_impl than 'linear', or cross_entropy_loss_fusion=False"
         )
     if vocab_size is None:
         return
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"use_gated_ce: vocab_size must be an int, got {vocab_size!r}")
+        raise TypeError(f"{op}: vocab_size must be an int, got {vocab_size!r}")
     columns = getattr(module, "vocab_size", vocab_size)
     if not 1 <= vocab_size <= columns:
         raise ValueError(
-            f"use_gated_ce: vocab_size must be from 1 to the model's {columns}, got {vocab_size}"
+            f"{op}: vocab_size must be from 1 to the model's {columns}, got {vocab_size}"
         )
 
 
