@@ -140,6 +140,7 @@ def measure_step(how: str) -> None:
     leave()
 
 
+@pytest.mark.slow
 def test_memory(record_property: Any) -> None:
     """The logits of a chunk of tokens are held, not those of all tokens and their gradient."""
     found = {how: measured(__file__, f"measure_step({how!r})") for how in ("logits", "hidden")}
