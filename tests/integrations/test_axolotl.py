@@ -18,7 +18,7 @@ import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.train import train
-from peak_memory import measure, measured
+from peak_memory import all_measured, measure
 from small_model import V, save_model
 
 PLUGIN = "eaft_ext.integrations.axolotl.EAFTPlugin"
@@ -124,13 +124,8 @@ def measure_training(how: str, folder: str) -> None:
 def test_memory(tmp_path: Path, record_property: Any) -> None:
     """axolotl holds copies of all logits; here a chunk of them is held."""
     fill(tmp_path, (506, 507), **LARGE)
-    found = {
-        how: measured(__file__, f"measure_training({how!r}, {str(tmp_path)!r})")
-        for how in ("own", "ours")
-    }
+    calls = {how: f"measure_training({how!r}, {str(tmp_path)!r})" for how in ("own", "ours")}
+    found = all_measured(__file__, calls, record_property)
     logits = 4 * 2 * 512 * LARGE["vocab_size"]
-    for how, of_training in found.items():
-        record_property(how, of_training)
-        print(how, {name: round(value, 2) for name, value in of_training.items()})
     assert found["own"]["bytes"] > 2.5 * logits
     assert found["ours"]["bytes"] < 0.5 * found["own"]["bytes"]

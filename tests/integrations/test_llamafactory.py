@@ -16,7 +16,7 @@ pytest.importorskip("llamafactory", reason=MISSING)
 
 import transformers
 from llamafactory.train.tuner import run_exp
-from peak_memory import measure, measured
+from peak_memory import all_measured, measure
 from small_model import V, save_model
 
 from eaft_ext.integrations.llamafactory import train
@@ -137,13 +137,8 @@ def measure_training(how: str, folder: str) -> None:
 def test_memory(tmp_path: Path, record_property: Any) -> None:
     """LLaMA-Factory holds float32 copies of all logits; here a chunk of them is held."""
     fill(tmp_path, (508, 509), **LARGE)
-    found = {
-        how: measured(__file__, f"measure_training({how!r}, {str(tmp_path)!r})")
-        for how in ("own", "ours")
-    }
+    calls = {how: f"measure_training({how!r}, {str(tmp_path)!r})" for how in ("own", "ours")}
+    found = all_measured(__file__, calls, record_property)
     logits = 4 * 2 * 512 * LARGE["vocab_size"]
-    for how, of_training in found.items():
-        record_property(how, of_training)
-        print(how, {name: round(value, 2) for name, value in of_training.items()})
     assert found["own"]["bytes"] > 2.5 * logits
     assert found["ours"]["bytes"] < 0.5 * found["own"]["bytes"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peak_memory import measure, measured
+from peak_memory import all_measured, measure
 from spawned import leave, run_processes
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -143,10 +143,8 @@ def measure_step(how: str) -> None:
 @pytest.mark.slow
 def test_memory(record_property: Any) -> None:
     """The logits of a chunk of tokens are held, not those of all tokens and their gradient."""
-    found = {how: measured(__file__, f"measure_step({how!r})") for how in ("logits", "hidden")}
-    for how, of_step in found.items():
-        record_property(how, of_step)
-        print(how, {name: round(value, 2) for name, value in of_step.items()})
+    calls = {how: f"measure_step({how!r})" for how in ("logits", "hidden")}
+    found = all_measured(__file__, calls, record_property)
     logits = 4 * TOKENS * VOCAB_SIZE
     assert found["logits"]["bytes"] > 2 * logits
     assert found["hidden"]["bytes"] < 0.5 * found["logits"]["bytes"]

@@ -40,3 +40,14 @@ def measured(test_file: str, call: str) -> dict[str, float]:
     assert lines, done.stdout + done.stderr
     found: dict[str, float] = json.loads(lines[-1].removeprefix(MARK))
     return found
+
+
+def all_measured(
+    test_file: str, calls: dict[str, str], record_property: Callable[[str, object], None]
+) -> dict[str, dict[str, float]]:
+    """What each of several calls measured, by their names, which is printed and recorded."""
+    found = {how: measured(test_file, call) for how, call in calls.items()}
+    for how, of_training in found.items():
+        record_property(how, of_training)
+        print(how, {name: round(value, 2) for name, value in of_training.items()})
+    return found
