@@ -1,4 +1,4 @@
-"""Which tokens are confident conflicts."""
+"""Which tokens are confident conflicts, and of which a model is sure."""
 
 from __future__ import annotations
 
@@ -13,4 +13,9 @@ CONFLICT_ENTROPY = 0.3
 
 def confident_conflicts(nll: torch.Tensor, entropy: torch.Tensor, k: int) -> torch.Tensor:
     """Return which tokens the model finds improbable while it is sure of something else."""
-    return (nll > -math.log(CONFLICT_PROBABILITY)) & (entropy < CONFLICT_ENTROPY * math.log(k))
+    return (nll > -math.log(CONFLICT_PROBABILITY)) & sure(entropy, k)
+
+
+def sure(entropy: torch.Tensor, k: int) -> torch.Tensor:
+    """Return for which tokens the model's entropy, in nats, is that of being sure."""
+    return entropy < CONFLICT_ENTROPY * math.log(k)

@@ -1,0 +1,1 @@
+"""The claims of the EAFT paper, measured: ``python benchmarks/paper COMMAND --help``."""

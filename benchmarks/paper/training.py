@@ -1,0 +1,78 @@
+"""One fine-tuning of a study: no clipping, no decay, and a learning rate that stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import eaft_ext
+from eaft_ext.cli.batches import Batch
+
+from .measurements import Measured, Ruler, logits_of
+from .study import Preset, Run
+from .texts import K
+from .weights import LOSSES, Tokens
+
+
+def train(
+    model: Any,
+    batches: list[Batch],
+    ruler: Ruler,
+    preset: Preset,
+    run: Run,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> tuple[list[Measured], dict[str, list[float]]]:
+    """Tune the model; return the measurements, and nll and weight of each step's tokens."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), run.rate, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / preset.warmup)
+    )
+    weigh = weigher(run, len(batches))
+    measured = [ruler.base]
+    steps: dict[str, list[float]] = {"nll": [], "weight": []}
+    for number, batch in enumerate(batches, start=1):
+        logits, labels = logits_of(model, batch, run.precision)
+        loss, stats = weigh(logits, labels, number)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        steps["nll"].append(float(stats.nll.mean()))
+        steps["weight"].append(float(stats.gate.mean()))
+        if number in preset.measured_at:
+            measured.append(ruler.measure(model, number))
+        on_step(number)
+    return measured, steps
+
+
+def weigher(run: Run, steps: int) -> Callable[..., tuple[torch.Tensor, eaft_ext.TokenStats]]:
+    """The loss of a run as a function of logits, labels and the number of the step."""
+    weight = LOSSES[run.loss].weight
+    generator = torch.Generator().manual_seed(run.seed)
+    memory: dict[str, torch.Tensor] = {}
+
+    def of_gate(logits: torch.Tensor, labels: torch.Tensor, step: int) -> Any:
+        return eaft_ext.gated_ce(logits, labels, K, gate=weight, return_stats=True)
+
+    def of_function(logits: torch.Tensor, labels: torch.Tensor, step: int) -> Any:
+        with torch.no_grad():
+            _, stats = eaft_ext.gated_ce(
+                logits, labels, K, gate=eaft_ext.NoGate(), return_stats=True
+            )
+        assert not isinstance(weight, eaft_ext.Gate)
+        tokens = Tokens(stats.nll, stats.entropy, labels, K, (step - 1) / steps, generator, memory)
+        given = weight(tokens)
+        loss, stats = eaft_ext.gated_ce(
+            logits,
+            labels,
+            K,
+            gate=eaft_ext.NoGate(),
+            token_weight=given,
+            return_stats=True,
+        )
+        return loss, stats._replace(gate=given)
+
+    return of_gate if isinstance(weight, eaft_ext.Gate) else of_function
