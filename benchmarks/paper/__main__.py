@@ -6,9 +6,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paper import frontiers  # noqa: E402, found by the line above
+from paper import fidelity, frontiers, regions
 
-COMMANDS = {"frontiers": frontiers}
+COMMANDS = {"fidelity": fidelity, "frontiers": frontiers, "regions": regions}
 
 
 def main() -> int:

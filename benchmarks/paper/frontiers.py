@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.device import open_device
-from harness.machine import FOLDER, describe
+from harness.machine import FOLDER
 
-from eaft_ext.cli.model import load
+from eaft_ext.cli.model import load, shown_name
 
 from . import texts
+from .files import opened, write
 from .measurements import REGIONS, Ruler
 from .study import PRESETS, Preset, Run, runs_of
 from .training import train
@@ -49,8 +47,14 @@ def run(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     preset = PRESETS[arguments.preset]
     file = arguments.output / FILE
-    results = _opened(file, arguments)
-    missing = [one for one in runs_of(preset) if one.name not in results["runs"]]
+    settings = {
+        "preset": arguments.preset,
+        "settings": asdict(preset),
+        "model": shown_name(arguments.model),
+    }
+    results = opened(file, settings)
+    runs = results.setdefault("runs", {})
+    missing = [one for one in runs_of(preset) if one.name not in runs]
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read when a process begins
     print(f"{len(missing)} of {len(runs_of(preset))} runs to do, {arguments.jobs} at a time")
@@ -66,40 +70,17 @@ def run(arguments: argparse.Namespace) -> int:
                 finished = next(as_completed(under_way))
                 under_way.remove(finished)
                 name, found, counts = finished.result()
-                results["runs"][name] = found
+                runs[name] = found
                 results["counts"] = counts
-                _write(results, file)
+                write(results, file)
                 done += 1
                 elapsed = time.monotonic() - began
                 left = (len(missing) - done) * elapsed / done
                 print(f"{name}: {_told(found, counts)}; {left / 60:.0f} min left", flush=True)
                 if elapsed < arguments.minutes * 60:
                     under_way |= {pool.submit(_run, one) for one in islice(waiting, 1)}
-    print(f"{file}: {len(results['runs'])} runs")
+    print(f"{file}: {len(runs)} runs")
     return 0
-
-
-def _opened(file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was done before, of the same preset, or nothing yet."""
-    given = {
-        "preset": arguments.preset,
-        "settings": json.loads(json.dumps(asdict(PRESETS[arguments.preset]))),
-        "model": arguments.model or "SmolLM2-135M-Instruct",
-    }
-    if not file.exists():
-        return {"machine": describe(open_device("cpu")), **given, "counts": {}, "runs": {}}
-    results: dict[str, Any] = json.loads(file.read_text())
-    for name, value in given.items():
-        if results[name] != value:
-            sys.exit(f"{file} is of {name} {results[name]}, not {value}: choose another --output")
-    return results
-
-
-def _write(results: dict[str, Any], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(results, indent=1) + "\n")
-    unfinished.replace(file)
 
 
 def _told(found: dict[str, Any], counts: dict[str, Any]) -> str:
@@ -139,28 +120,22 @@ def _run(run: Run) -> tuple[str, dict[str, Any], dict[str, Any]]:
         here.rulers[run.precision] = Ruler(here.base, here.texts, run.precision, file)
     ruler = here.rulers[run.precision]
     began = time.perf_counter()
-    labels, count = None, 0
-    if run.arm == "planted":
-        labels, count = texts.planted(here.texts.train, here.candidates, run.seed)
-    torch.manual_seed(run.seed)
-    batches = texts.steps_of(here.texts.train, labels, here.preset, run.seed)
-    measured, steps = train(copy.deepcopy(here.base), batches, ruler, here.preset, run)
+    batches, wrong = texts.steps_of(
+        here.texts.train, here.candidates, here.preset, run.arm, run.seed
+    )
+    model = copy.deepcopy(here.base)
+    measured = [ruler.base]
+
+    def after_step(step: int) -> None:
+        if step in here.preset.measured_at:
+            measured.append(ruler.measure(model, step))
+
+    steps = train(model, batches, here.preset, run, after_step)
     found = {
         **asdict(run),
-        "planted": count,
+        "planted": wrong,
         "seconds": round(time.perf_counter() - began, 1),
-        "measured": [_rounded(asdict(one)) for one in measured],
-        "steps": _rounded(steps),
+        "measured": [asdict(one) for one in measured],
+        "steps": steps,
     }
     return run.name, found, asdict(ruler.counts)
-
-
-def _rounded(value: Any) -> Any:
-    """Six digits of each number."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, list):
-        return [_rounded(one) for one in value]
-    if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
-    return value

@@ -15,7 +15,7 @@ from eaft_ext.cli.batches import IGNORE_INDEX, Batch
 from .texts import K, Texts
 
 REGIONS = ("sure", "conflict", "unsure")
-"""Of a held-out token, by the base model: sure and not in conflict, in conflict with it, the rest."""
+"""Of held-out tokens, by the base model: sure and not in conflict, in conflict, the rest."""
 
 
 @dataclass

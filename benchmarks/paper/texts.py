@@ -39,7 +39,7 @@ class Texts:
 
 
 def read(folder: Path, tokenizer: Any, preset: Preset) -> Texts:
-    """Read the data sets of a folder; rows that are too long are left out, the first others kept."""
+    """Read the data sets of a folder: of the rows that are not too long, the first."""
 
     def rows(file: str, count: int) -> list[Example]:
         found = []
@@ -76,18 +76,22 @@ def planted(
     labels = [collate([row]).labels[0] for row in rows]
     words = torch.cat(labels)
     words = words[words != IGNORE_INDEX]
-    wrong = [
+    changed = [
         plant(of_row, mask, words, PLANTED_SHARE, generator)
         for of_row, mask in zip(labels, candidates, strict=True)
     ]
-    count = sum(int((a != b).sum()) for a, b in zip(labels, wrong, strict=True))
-    return wrong, count
+    count = sum(int((a != b).sum()) for a, b in zip(labels, changed, strict=True))
+    return changed, count
 
 
 def steps_of(
-    rows: list[Example], labels: list[torch.Tensor] | None, preset: Preset, seed: int
-) -> list[Batch]:
-    """A batch for each step: all rows in random order, then all of them again."""
+    rows: list[Example], candidates: list[torch.Tensor], preset: Preset, arm: str, seed: int
+) -> tuple[list[Batch], int]:
+    """A batch for each step: all rows in random order, then all again; how many labels are wrong.
+
+    They are in the planted arm, among the candidates of :func:`plantable`.
+    """
+    labels, wrong = (None, 0) if arm == "natural" else planted(rows, candidates, seed)
     order = random.Random(seed)
     indices: list[int] = []
     count = preset.measured_at[-1] * preset.rows_a_step
@@ -101,4 +105,4 @@ def steps_of(
             if labels is not None:
                 batch.labels[place, : len(labels[index])] = labels[index]
         found.append(batch)
-    return found
+    return found, wrong

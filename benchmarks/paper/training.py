@@ -10,28 +10,22 @@ import torch
 import eaft_ext
 from eaft_ext.cli.batches import Batch
 
-from .measurements import Measured, Ruler, logits_of
+from .measurements import logits_of
 from .study import Preset, Run
 from .texts import K
 from .weights import LOSSES, Tokens
 
 
 def train(
-    model: Any,
-    batches: list[Batch],
-    ruler: Ruler,
-    preset: Preset,
-    run: Run,
-    on_step: Callable[[int], None] = lambda step: None,
-) -> tuple[list[Measured], dict[str, list[float]]]:
-    """Tune the model; return the measurements, and nll and weight of each step's tokens."""
+    model: Any, batches: list[Batch], preset: Preset, run: Run, after_step: Callable[[int], None]
+) -> dict[str, list[float]]:
+    """Tune the model; return the mean nll and weight of each step's tokens."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), run.rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / preset.warmup)
     )
     weigh = weigher(run, len(batches))
-    measured = [ruler.base]
     steps: dict[str, list[float]] = {"nll": [], "weight": []}
     for number, batch in enumerate(batches, start=1):
         logits, labels = logits_of(model, batch, run.precision)
@@ -42,10 +36,8 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         steps["nll"].append(float(stats.nll.mean()))
         steps["weight"].append(float(stats.gate.mean()))
-        if number in preset.measured_at:
-            measured.append(ruler.measure(model, number))
-        on_step(number)
-    return measured, steps
+        after_step(number)
+    return steps
 
 
 def weigher(run: Run, steps: int) -> Callable[..., tuple[torch.Tensor, eaft_ext.TokenStats]]:
