@@ -24,8 +24,57 @@ class LogitMap(NamedTuple):
         return math.isclose(*caps) and math.isclose(self.logit_scale, other.logit_scale)
 
 
+class Absent:
+    """Stands in for a tensor that is not there: ``refuse`` is called with the name of any use."""
+
+    refuse: Callable[[str], NoReturn]
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Python asks for protocols, and takes no for an answer; a copy is not filled at first.
+        if name.startswith("__") or name == "refuse":
+            raise AttributeError(name)
+        self.refuse(name)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        for argument in _pytree.tree_leaves((args, kwargs), is_leaf=_is_absent):
+            if _is_absent(argument):
+                argument.refuse(getattr(function, "__name__", str(function)))
+        raise TypeError(f"{function} takes nothing that is absent")
+
+
+def _is_absent(value: Any) -> bool:
+    return isinstance(value, Absent)
+
+
+def _refusing(name: str) -> Callable[..., NoReturn]:
+    def operator(self: Absent, *_: Any) -> NoReturn:
+        self.refuse(name.strip("_"))
+
+    return operator
+
+
+_BINARY = (
+    *("mul", "truediv", "divmod", "add", "sub", "floordiv", "mod", "pow", "matmul"),
+    *("and", "or", "xor"),
+)
+_OTHERS = (
+    *("neg", "pos", "abs", "round", "invert", "eq", "ne", "lt", "le", "gt", "ge", "contains"),
+    *("getitem", "setitem", "len", "iter", "bool", "float", "int", "complex", "index", "array"),
+)
+# Python looks for operators in the class.
+for _name in (*_OTHERS, *_BINARY, *(f"r{_binary}" for _binary in _BINARY)):
+    setattr(Absent, f"__{_name}__", _refusing(_name))
+
+
 @dataclass(eq=False, repr=False)
-class AbsentLogits:
+class AbsentLogits(Absent):
     """Stands in for logits [..., V] on their way to the loss function, which knows it.
 
     Where these would be, what they are, and what leaves them as they are has an answer; so have
@@ -109,12 +158,6 @@ class AbsentLogits:
     def __repr__(self) -> str:
         return f"AbsentLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
 
-    def __getattr__(self, name: str) -> NoReturn:
-        # Python asks for protocols, and takes no for an answer; a copy is not filled at first.
-        if name.startswith("__") or name == "refuse":
-            raise AttributeError(name)
-        self.refuse(name)
-
     @classmethod
     def __torch_function__(
         cls,
@@ -122,46 +165,10 @@ class AbsentLogits:
         types: Sequence[type],
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> AbsentLogits:
+    ) -> Any:
         if function is torch.tanh and len(args) == 1 and _is_absent(args[0]) and not kwargs:
-            absent: AbsentLogits = args[0]
-            return absent.tanh()
-        for argument in _pytree.tree_leaves((args, kwargs), is_leaf=_is_absent):
-            if _is_absent(argument):
-                argument.refuse(getattr(function, "__name__", str(function)))
-        raise TypeError(f"{function} takes no logits that are absent")
-
-
-def _is_absent(value: Any) -> bool:
-    return isinstance(value, AbsentLogits)
-
-
-def _refusing(name: str) -> Callable[..., NoReturn]:
-    def operator(self: AbsentLogits, *_: Any) -> NoReturn:
-        self.refuse(name.strip("_"))
-
-    return operator
-
-
-_BINARY = (
-    "divmod",
-    "add",
-    "sub",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and",
-    "or",
-    "xor",
-)
-_OTHERS = (
-    *("neg", "pos", "abs", "round", "invert", "eq", "ne", "lt", "le", "gt", "ge", "contains"),
-    *("getitem", "setitem", "len", "iter", "bool", "float", "int", "complex", "index", "array"),
-)
-# Python looks for operators in the class.
-for _name in (*_OTHERS, *_BINARY, *(f"r{_binary}" for _binary in _BINARY), "rtruediv"):
-    setattr(AbsentLogits, f"__{_name}__", _refusing(_name))
+            return args[0].tanh()
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 def _flatten(absent: AbsentLogits) -> tuple[list[Tensor], AbsentLogits]:

@@ -20,8 +20,7 @@ from eaft_ext.integrations._megatron_linear import (
     OP,
     NoLogits,
     OutputLayer,
-    check_output_layer,
-    whole_sequence,
+    check_model,
 )
 from eaft_ext.reference import TokenStats
 
@@ -154,9 +153,9 @@ def use_linear_gated_ce(
 
     The losses of :func:`use_gated_ce` by :func:`eaft_ext.vocab_parallel_linear_gated_ce`, for the
     next token and for those of multi-token prediction; the logits are never all in memory. Under
-    sequence parallelism the hidden states of the whole sequence are gathered, as the output layer
-    does itself, and their gradient is scattered. Calls without labels have their logits. Losses are
-    for each token, so that the backward computes the logits of each chunk a second time.
+    sequence parallelism the hidden states of the whole sequence are gathered, and stay until the
+    backward, which scatters their gradient. Calls without labels have their logits. Losses are for
+    each token, so that the backward computes the logits of each chunk a second time.
 
     Args:
         model, vocab_size: as for :func:`use_gated_ce`.
@@ -167,21 +166,20 @@ def use_linear_gated_ce(
     Other arguments, and what is returned, are as for :func:`use_gated_ce`.
 
     Raises:
-        TypeError, ValueError: as :func:`use_gated_ce` does; for an output layer that is no
-            ``ColumnParallelLinear``, or has ``defer_embedding_wgrad_compute``; in the forward, for
-            a model that uses its logits otherwise.
+        TypeError, ValueError: as :func:`use_gated_ce` does; for an output layer that is more than a
+            ``ColumnParallelLinear``, or has ``defer_embedding_wgrad_compute``; for a model whose
+            forward has no ``labels``; in the forward, for one that uses its logits otherwise, or
+            has a loss without them.
     """
     token_loss(OP, k, **options)
     check_chunks(OP, chunk_size, accumulate_in_float32)
     modules = _modules_of(OP, model, vocab_size)
     for module in modules:
-        check_output_layer(module)
+        check_model(module)
     return GatedLoss(
-        [_LinearMethod(module) for module in modules],
+        [_LinearMethod(module, chunk_size, accumulate_in_float32) for module in modules],
         k=k,
         vocab_size=vocab_size,
-        chunk_size=chunk_size,
-        accumulate_in_float32=accumulate_in_float32,
         **(LOSS_DEFAULTS | dict(options)),
     )
 
@@ -305,8 +303,11 @@ class _Method:
 class _LinearMethod(_Method):
     """The same, for what the output layer was given."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(
+        self, module: nn.Module, chunk_size: int | None, accumulate_in_float32: bool | None
+    ) -> None:
         super().__init__(module)
+        self.chunk_size, self.accumulate_in_float32 = chunk_size, accumulate_in_float32
         # A pipeline stage without one computes no loss.
         has_layer = getattr(module, "output_layer", None) is not None
         self.layer = OutputLayer(module) if has_layer else None
@@ -318,19 +319,24 @@ class _LinearMethod(_Method):
 
     def __call__(self, labels: Tensor, logits: Tensor | NoLogits) -> Tensor:
         if not isinstance(logits, NoLogits):
+            # Called without labels, multi-token prediction has a loss of labels of its own.
+            if self.layer is not None and self.layer.has_labels is False:
+                return super().__call__(labels, logits)
             raise TypeError(
                 f"{OP}: {type(self.module).__name__} gave its loss other logits than those of its "
                 "output layer in a forward with labels; take use_gated_ce"
             )
         group = _group_of(self.module)
-        hidden, reduces = whole_sequence(self.module.output_layer, logits.hidden, group)
+        hidden, reduces = logits.whole_sequence(group)
         loss, stats = eaft_ext.vocab_parallel_linear_gated_ce(
             hidden,
             logits.weight,
             self._targets(labels),
-            logits.bias,
+            logits.layer.bias,
             group=group,
             reduce_hidden_gradient=reduces,
+            chunk_size=self.chunk_size,
+            accumulate_in_float32=self.accumulate_in_float32,
             **self._options(),
         )
         return self._result(loss, stats)

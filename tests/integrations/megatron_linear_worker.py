@@ -6,6 +6,7 @@ All processes share the vocabulary. Every case saves what it found; the tests ju
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import BytesIO
 from typing import Any
 
 import megatron_pretrain as example
@@ -14,6 +15,8 @@ from megatron_on_cpu import LayerNorm, plain_torch_block_spec, run_megatron_on_c
 from megatron_worker import Result, message_of, random_batches, run
 from spawned import work
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from eaft_ext.integrations.megatron import use_gated_ce, use_linear_gated_ce
 
@@ -21,9 +24,12 @@ from eaft_ext.integrations.megatron import use_gated_ce, use_linear_gated_ce
 # isort: split
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
-from megatron.core.transformer import TransformerConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig, multi_token_prediction
 from megatron.core.transformer.module import Float16Module
 
 USES = {"logits": use_gated_ce, "hidden": use_linear_gated_ce}
@@ -101,6 +107,15 @@ def case_step(
             "output": seen,
         }
     return found
+
+
+def case_mtp(**options: Any) -> Result:
+    """As above; from 0.19 on Megatron-Core takes the words predicted from the logits."""
+    if not hasattr(multi_token_prediction, "_compute_mtp_acceptance_counts"):
+        return case_step(**options)
+    model = build_model(**options)
+    use_linear_gated_ce(model)
+    return {"refused": message_of(run, model, next(random_batches()))}
 
 
 def case_half() -> Result:
@@ -185,6 +200,105 @@ def case_stages() -> Result:
     }
 
 
+class Capped(ColumnParallelLinear):
+    """An output layer with a soft cap, as Megatron-Bridge makes that of Gemma 2."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        logits, bias = super().forward(*args, **kwargs)
+        return torch.tanh(logits), bias
+
+
+def case_wrapped() -> Result:
+    """Removed below somebody else's forwards, after which it does nothing."""
+    batch = next(random_batches())
+    model = build_model()
+    model.output_layer.gradient_accumulation_fusion = True
+    with torch.no_grad():
+        found: Result = {"megatron": run(model, batch)}
+        gated = use_linear_gated_ce(model, 5)
+        for module in (model, model.output_layer):
+            inner = module.forward
+            module.forward = lambda *args, inner=inner, **kwargs: inner(*args, **kwargs)
+        found["5"] = run(model, batch)
+        gated.remove()
+        found["removed"] = run(model, batch)
+    found["fusion"] = model.output_layer.gradient_accumulation_fusion
+    return found
+
+
+class Predicting(GPTModel):
+    """Without labels it has a loss of labels of its own, as MTP has in Megatron-Core 0.17."""
+
+    def forward(self, input_ids: torch.Tensor, *args: Any, labels: Any = None, **kw: Any) -> Any:
+        output = super().forward(input_ids, *args, labels=labels, **kw)
+        if labels is not None:
+            return output
+        return self.compute_language_model_loss(input_ids, output.transpose(0, 1).contiguous())
+
+
+def case_own_labels() -> Result:
+    """The loss that a model has in a call without labels is gated, too."""
+    batch = next(random_batches())
+    found: Result = {}
+    for name, use in USES.items():
+        model = build_model()
+        model.__class__ = Predicting
+        use(model, 5)
+        found[name] = run(model, batch, with_labels=False)
+    return found
+
+
+def case_logits_used() -> Result:
+    """What a model may do with its logits, or in their place."""
+    batch = next(random_batches())
+
+    def hooked(use: Callable[[Any], Any]) -> str:
+        model = build_model()
+        model.output_layer.register_forward_hook(lambda _, __, out: (use(out[0]), out[1]))
+        use_linear_gated_ce(model)
+        return message_of(run, model, batch)
+
+    def changed(change: Callable[[GPTModel], Any], when: str) -> str:
+        model = build_model()
+        if when == "later":
+            use_linear_gated_ce(model)
+        change(model)
+        if when == "later":
+            return message_of(run, model, batch)
+        return message_of(use_linear_gated_ce, model)
+
+    def cap(model: GPTModel) -> None:
+        model.output_layer.__class__ = Capped
+
+    def shard(model: GPTModel) -> None:
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        fully_shard(model.output_layer, mesh=mesh)
+
+    def replace(model: GPTModel) -> None:
+        plain = model.output_layer.forward
+        model.output_layer.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+
+    fused = build_model()
+    fused.forward = lambda *_, **__: torch.zeros(3, 16)
+    use_linear_gated_ce(fused)
+    bert = BertModel(
+        build_model().config, 0, bert_layer_local_spec, 384, 512, add_binary_head=False
+    )
+    return {
+        "scaled": hooked(lambda logits: logits * 2),
+        "cut": hooked(lambda logits: logits[..., :5]),
+        "capped in a hook": hooked(torch.tanh),
+        "kept": hooked(lambda logits: torch.save(logits, BytesIO())),
+        "capped": changed(cap, "earlier"),
+        "capped later": changed(cap, "later"),
+        "sharded": changed(shard, "earlier"),
+        "sharded later": changed(shard, "later"),
+        "replaced": changed(replace, "earlier"),
+        "own loss": message_of(run, fused, batch),
+        "bert": message_of(use_linear_gated_ce, bert),
+    }
+
+
 def case_errors() -> Result:
     """Messages."""
     batch = next(random_batches())
@@ -225,20 +339,23 @@ def function(rank: int, world_size: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "plain": case_step(),
         "tied": case_step(tied=True),
-        "mtp": case_step(predicted=2),
-        "mtp, tied": case_step(predicted=1, tied=True),
+        "mtp": case_mtp(predicted=2),
+        "mtp, tied": case_mtp(predicted=1, tied=True),
         "half": case_half(),
         "main_grad": case_main_grad(),
         "main_grad, tied": case_main_grad(tied=True),
         "removal": case_removal(),
         "stages": case_stages(),
+        "wrapped": case_wrapped(),
+        "own labels": case_own_labels(),
+        "logits used": case_logits_used(),
         "errors": case_errors(),
     }
     if world_size > 1:
         parts = {"sequence_parallel": True}
         found["sequence parallel"] = case_step(**parts)
         found["sequence parallel, tied"] = case_step(tied=True, **parts)
-        found["sequence parallel, mtp"] = case_step(predicted=2, **parts)
+        found["sequence parallel, mtp"] = case_mtp(predicted=2, **parts)
         found["sequence parallel, main_grad"] = case_main_grad(**parts)
     return found
 

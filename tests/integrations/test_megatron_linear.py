@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ def of_case(results: Results, case: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", [*STEPS, *PARTS, "half"])
 def test_losses_and_gradients_are_those_of_the_logits(results: Results, case: str) -> None:
     for found in of_case(results, case):
+        if "refused" in found:
+            assert re.match(r"TypeError: use_linear_gated_ce: .* uses its logits", found["refused"])
+            continue
         logits, hidden = found["logits"], found["hidden"]
         assert set(logits["output"]) == {"Tensor"} and set(hidden["output"]) == {"NoLogits"}
         assert len(hidden["output"]) == len(logits["output"]) == NUM_LOSSES.get(case, 1)
@@ -111,6 +115,42 @@ def test_errors(results: Results) -> None:
         }
         for name, beginning in beginnings.items():
             assert found[name].startswith(beginning), found[name]
+
+
+def test_what_would_be_another_loss_is_refused(results: Results) -> None:
+    op = "use_linear_gated_ce: "
+    layer = f"TypeError: {op}the output layer of GPTModel "
+    used = f"TypeError: {op}the model uses its logits "
+    beginnings = {
+        "scaled": f"{used}(mul) before its loss",
+        "cut": f"{used}(getitem) before its loss",
+        "capped in a hook": f"{used}(tanh) before its loss",
+        "kept": f"{used}(pickle) before its loss",
+        "capped": f"{layer}has another forward than ColumnParallelLinear",
+        "capped later": f"{layer}has another forward than ColumnParallelLinear",
+        "sharded": f"{layer}is sharded by FSDP2",
+        "sharded later": f"{layer}is sharded by FSDP2",
+        "replaced": f"{layer}has another forward than its class",
+        "own loss": f"TypeError: {op}GPTModel was called with labels, and did not call its output "
+        "layer",
+        "bert": f"TypeError: {op}the forward of BertModel has no argument of the name labels",
+    }
+    for found in of_case(results, "logits used"):
+        assert found.keys() == beginnings.keys()
+        for name, beginning in beginnings.items():
+            assert found[name].startswith(beginning), (name, found[name])
+
+
+def test_a_loss_in_a_call_without_labels(results: Results) -> None:
+    for found in of_case(results, "own labels"):
+        assert found["logits"].shape == (3, 16)
+        assert torch.equal(found["hidden"], found["logits"])
+
+
+def test_removal_below_other_forwards(results: Results) -> None:
+    for found in of_case(results, "wrapped"):
+        assert torch.equal(found["removed"], found["megatron"]) and found["fusion"]
+        assert not torch.allclose(found["5"], found["megatron"])
 
 
 VOCAB_SIZE, TOKENS = 150_016, 512
