@@ -46,19 +46,30 @@ def load(name: str | None) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def forward(model: Any, batch: Batch) -> torch.Tensor:
-    """Return the logits [b, s, V] of a batch, without a graph."""
-    with mixed_precision(batch.input_ids.device):
+def forward(model: Any, batch: Batch, also_on_cpu: bool = False) -> torch.Tensor:
+    """Return the logits [b, s, V] of a batch, without a graph, in :func:`mixed_precision`."""
+    with mixed_precision(batch.input_ids.device, also_on_cpu):
         logits: torch.Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
     return logits
 
 
 @contextlib.contextmanager
-def mixed_precision(device: torch.device) -> Iterator[None]:
-    """Run the model in bfloat16 where a CUDA device has it; the weights stay in float32."""
-    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported()
+def mixed_precision(device: torch.device, also_on_cpu: bool = False) -> Iterator[None]:
+    """Run the model in bfloat16 where a device multiplies in it; the weights stay in float32."""
+    if device.type == "cuda":
+        enabled = torch.cuda.is_bf16_supported()
+    else:
+        enabled = also_on_cpu and cpu_multiplies_bfloat16()
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
         yield
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Return whether this CPU has instructions for it; as far as this torch can tell."""
+    found = (
+        getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")
+    )
+    return any(has() for has in found if has is not None)
 
 
 def check_length(length: int, model: Any) -> None:

@@ -259,7 +259,9 @@ class TestEqualLoss:
     def run(name: str, *points: tuple[float, float]) -> training.Run:
         return training.Run(
             name,
-            evaluations=[Evaluation(i, loss, None, 0.0, kl) for i, (loss, kl) in enumerate(points)],
+            evaluations=[
+                Evaluation(i, loss, None, None, 0.0, kl) for i, (loss, kl) in enumerate(points)
+            ],
         )
 
     def test_drift_is_interpolated_at_the_lowest_common_loss(self) -> None:

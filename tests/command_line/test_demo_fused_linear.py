@@ -47,8 +47,9 @@ class TestFusedLinear:
             assert 2 * losses.CHUNK_TOKENS < run["steps"][0]["tokens"] < 8 * 31
             for part in ("steps", "evaluations"):
                 for found, expected in zip(run[part], unfused["runs"][name][part], strict=True):
-                    # The tiny model is never confident, so that there is no conflict_loss.
-                    for number in found.keys() - {"seconds", "difference", "conflict_loss"}:
+                    # The tiny model is never sure, so that there are no such losses.
+                    none = {"conflict_loss", "sure_loss"}
+                    for number in found.keys() - {"seconds", "difference"} - none:
                         assert found[number] == pytest.approx(expected[number], rel=1e-4), number
 
     def test_memory_is_told(self, demo: Demo, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import eaft_ext
-from eaft_ext.cli.batches import Batch, evaluation_batches, training_batches
+from eaft_ext.cli.batches import IGNORE_INDEX, Batch, evaluation_batches, training_batches
 from eaft_ext.cli.console import make_console
 from eaft_ext.cli.errors import FAILURE, INTERRUPTED, SUCCESS, CommandError
 from eaft_ext.cli.model import check_length, load, shown_name
@@ -33,6 +33,8 @@ from . import corpus
 from .evaluation import Evaluator
 from .losses import check_output_layer, of_hidden, of_logits
 from .memory import measure
+from .planted import PLANTED_SHARE, plant, sure_and_right
+from .precision import forward
 from .progress import Progress
 from .results import Results, explanation, table, write_csv, write_json
 from .settings import Settings
@@ -71,6 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1e-4,
         metavar="RATE",
         help="of AdamW, after a warm-up" + default,
+    )
+    add(
+        "--natural",
+        action="store_true",
+        help="train on the labels as they are: by default some are wrong, where the model is sure",
     )
     add(
         "--fused-linear",
@@ -117,10 +124,15 @@ def _run(settings: Settings) -> int:
         length=settings.sequence_length,
         seed=settings.seed,
     )
+    words = "the labels as they are"
+    if not settings.natural:
+        with console.status("planting wrong labels"):
+            batches, words = _planted(model, batches, settings)
     target_batches, drift_batches = measured_on(tuning.held_out), measured_on(drift)
     texts = {
         "model": shown_name(settings.model),
         "target": tuning.name,
+        "labels": words,
         "training": _described(tuning.name, batches),
         "held-out": _described(f"held-out part of {tuning.name}", target_batches),
         "drift": _described(
@@ -130,7 +142,7 @@ def _run(settings: Settings) -> int:
     }
     console.print(
         f"{texts['model']} on {settings.device}; {settings.steps} steps of each loss over "
-        f"{texts['training']}",
+        f"{texts['training']}, {texts['labels']}",
         highlight=False,
     )
     memory = None
@@ -219,6 +231,24 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"cannot make --output {folder}: {error.strerror}") from None
+
+
+def _planted(model: Any, batches: list[Batch], settings: Settings) -> tuple[list[Batch], str]:
+    """Return the batches with wrong labels where the model is sure and right, and how many."""
+    words = torch.cat([batch.labels[batch.labels != IGNORE_INDEX] for batch in batches])
+    generator = torch.Generator().manual_seed(settings.seed)
+    found, count, candidates = [], 0, 0
+    for batch in batches:
+        logits = forward(model, batch.to(settings.device))
+        known = sure_and_right(logits, batch.labels.to(settings.device), settings.k).cpu()
+        labels = plant(batch.labels, known, words, PLANTED_SHARE, generator)
+        found.append(Batch(batch.input_ids, labels))
+        count += int((labels != batch.labels).sum())
+        candidates += int(known.sum())
+    return found, (
+        f"wrong labels on {count} of the {candidates} tokens that the base model is sure of and "
+        f"right about, of {len(words)}"
+    )
 
 
 def _described(name: str, batches: list[Batch]) -> str:

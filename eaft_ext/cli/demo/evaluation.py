@@ -11,7 +11,9 @@ import torch
 import eaft_ext
 from eaft_ext._conflicts import confident_conflicts
 from eaft_ext.cli.batches import IGNORE_INDEX, Batch
-from eaft_ext.cli.model import forward
+
+from .planted import sure_and_right
+from .precision import forward
 
 ROWS_AT_ONCE = 128
 """Rows of logits whose float32 log-probabilities are held at the same time."""
@@ -22,12 +24,13 @@ class Evaluation:
     """Measurements after ``step`` steps, in nats per token.
 
     ``conflict_loss`` is the loss on those held-out tokens that are confident conflicts of the base
-    model; None if there are none.
+    model, ``sure_loss`` on those that it is sure of and right about; None if there are none.
     """
 
     step: int
     target_loss: float
     conflict_loss: float | None
+    sure_loss: float | None
     drift_loss: float
     drift_kl: float
 
@@ -43,11 +46,15 @@ class Evaluator:
         self._target = target
         self._drift = drift
         self._conflicts: list[torch.Tensor] = []
+        self._sure: list[torch.Tensor] = []
         self._base_log_probs: list[torch.Tensor] = []
         target_nll, drift_nll = [], []
         for batch in target:
-            nll, entropy = _token_stats(forward(base, batch), batch, k)
+            logits = forward(base, batch)
+            nll, entropy = _token_stats(logits, batch, k)
             target_nll.append(nll)
+            valid = batch.labels != IGNORE_INDEX
+            self._sure.append(sure_and_right(logits, batch.labels, k)[valid])
             self._conflicts.append(confident_conflicts(nll, entropy, k))
         for batch in drift:
             logits = forward(base, batch)
@@ -83,11 +90,11 @@ class Evaluator:
         drift_nll: list[torch.Tensor],
         drift_kl: float,
     ) -> Evaluation:
-        conflicts = [nll[mask] for nll, mask in zip(target_nll, self._conflicts, strict=True)]
         return Evaluation(
             step,
             target_loss=_mean(target_nll),
-            conflict_loss=_mean(conflicts) if sum(map(len, conflicts)) else None,
+            conflict_loss=_mean_where(target_nll, self._conflicts),
+            sure_loss=_mean_where(target_nll, self._sure),
             drift_loss=_mean(drift_nll),
             drift_kl=drift_kl,
         )
@@ -113,6 +120,11 @@ def _log_probs(logits: torch.Tensor, batch: Batch) -> Iterator[torch.Tensor]:
 def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     divergence = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True)
     return divergence.sum(-1)
+
+
+def _mean_where(values: list[torch.Tensor], masks: list[torch.Tensor]) -> float | None:
+    chosen = [of_batch[mask] for of_batch, mask in zip(values, masks, strict=True)]
+    return _mean(chosen) if sum(map(len, chosen)) else None
 
 
 def _mean(values: list[torch.Tensor]) -> float:

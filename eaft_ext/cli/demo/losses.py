@@ -13,9 +13,10 @@ import eaft_ext
 import eaft_ext.reference
 from eaft_ext.cli.batches import IGNORE_INDEX, Batch
 from eaft_ext.cli.errors import CommandError
-from eaft_ext.cli.model import mixed_precision
 from eaft_ext.integrations._absent_logits import LogitMap
 from eaft_ext.integrations._causal_lm import expected_map
+
+from .precision import mixed_precision
 
 CHUNK_TOKENS = 64
 """Tokens whose logits ``--fused-linear`` holds at a time.

@@ -14,9 +14,9 @@ import torch
 
 import eaft_ext
 from eaft_ext.cli.batches import Batch
-from eaft_ext.cli.model import mixed_precision
 
 from .losses import CHUNK_TOKENS, fused_loss, hidden_states
+from .precision import mixed_precision
 
 MiB = 2**20
 

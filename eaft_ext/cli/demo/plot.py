@@ -24,11 +24,20 @@ class Panel:
     unit: str
 
 
-PANELS = (
-    Panel("target_loss", "What was learned: loss on held-out target text", "nats per token"),
-    Panel("conflict_loss", "What EAFT mutes: loss on its confident conflicts", "nats per token"),
-    Panel("drift_kl", "What it cost: drift from the base model on other text", "KL(base || tuned)"),
+LEARNED = Panel("target_loss", "What was learned: loss on held-out target text", "nats per token")
+MUTED = Panel("conflict_loss", "What EAFT mutes: loss on its confident conflicts", "nats per token")
+KNOWN = Panel(
+    "sure_loss", "What was known: loss where the base is sure and right", "nats per token"
 )
+COST = Panel(
+    "drift_kl", "What it cost: drift from the base model on other text", "KL(base || tuned)"
+)
+
+
+def panels_of(results: Results) -> list[Panel]:
+    """Return what says most of the labels as they are, or of labels of which some are wrong."""
+    chosen = (LEARNED, MUTED if results.settings.natural else KNOWN, COST)
+    return [panel for panel in chosen if getattr(results.base, panel.quantity) is not None]
 
 
 def write_plot(results: Results, path: Path) -> None:
@@ -38,7 +47,7 @@ def write_plot(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [panel for panel in PANELS if getattr(results.base, panel.quantity) is not None]
+    panels = panels_of(results)
     figure, all_axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4.8), dpi=120)
     for panel, axes in zip(panels, all_axes, strict=True):
         states = [f"base {getattr(results.base, panel.quantity):.3f}"]
@@ -53,7 +62,8 @@ def write_plot(results: Results, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     state = " (interrupted)" if results.interrupted else ""
-    figure.suptitle(f"{results.texts['model']} tuned on: {results.texts['target']}{state}")
+    texts = results.texts
+    figure.suptitle(f"{texts['model']} tuned on: {texts['target']}{state}\n{texts['labels']}")
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

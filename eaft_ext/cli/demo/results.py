@@ -94,6 +94,11 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
         lambda run: _optional_loss(run.evaluations[-1].conflict_loss),
     )
     add(
+        "  where the base is sure and right",
+        _optional_loss(base.sure_loss),
+        lambda run: _optional_loss(run.evaluations[-1].sure_loss),
+    )
+    add(
         "drift: KL(base || tuned) (nats/token)",
         "0",
         lambda run: f"{run.evaluations[-1].drift_kl:.4f}",
@@ -130,6 +135,7 @@ def explanation(results: Results) -> list[str]:
     fused = results.settings.fused_linear
     sentences = [
         f"Target: {results.texts['held-out']}. Drift: {results.texts['drift']}.",
+        f"Trained on {results.texts['labels']}; all held-out labels are right.",
         f"Confident conflicts: tokens with p(y) < {CONFLICT_PROBABILITY} and entropy below "
         f"{CONFLICT_ENTROPY} ln {results.settings.k}; of the held-out tokens "
         f"{results.held_out_conflicts}, as the base model sees them.",
@@ -151,6 +157,7 @@ def write_json(results: Results, path: Path) -> None:
         "definitions": {
             "losses": "nats per token",
             "conflict_loss": "loss on held-out tokens that are conflicts of the base model",
+            "sure_loss": "loss on held-out tokens that the base model is sure of and right about",
             "drift_kl": "KL(base || tuned), nats per token",
             "conflicts": f"share of tokens with p(y) < {CONFLICT_PROBABILITY} "
             f"and H < {CONFLICT_ENTROPY} ln k",

@@ -21,4 +21,5 @@ class Settings:
     batch_size: int
     sequence_length: int
     fused_linear: bool
+    natural: bool
     device: str
