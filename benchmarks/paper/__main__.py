@@ -6,9 +6,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paper import fidelity, frontiers, regions
+from paper import fidelity, frontiers, page, regions
 
-COMMANDS = {"fidelity": fidelity, "frontiers": frontiers, "regions": regions}
+COMMANDS = {"fidelity": fidelity, "frontiers": frontiers, "regions": regions, "page": page}
 
 
 def main() -> int:

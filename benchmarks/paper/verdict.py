@@ -152,4 +152,6 @@ def _ratio(pairs: list[tuple[Path, Path]], targets: Any, drifts: Any) -> tuple[f
 
 
 def _mean(sums: Array, tokens: Array, rows: Any) -> Array:
-    return np.asarray(sums[:, rows].sum(axis=1) / tokens[rows].sum())
+    """Of each checkpoint; NaN where there are no tokens."""
+    count = float(tokens[rows].sum())
+    return np.asarray(sums[:, rows].sum(axis=1) / (count or np.nan))

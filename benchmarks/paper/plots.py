@@ -1,0 +1,85 @@
+"""Pictures of the results: frontiers, and the gradient over the plane of the paper."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from .study import ARMS, PRESETS, Run
+from .verdict import path_of
+from .weights import LOSSES
+
+STAMP = "Source"
+DOTS_PER_INCH = 110
+COLOURS = {
+    "sft": "#e76f51",
+    "eaft": "#1b4f8a",
+    "mask": "#2a9d8f",
+    "dft": "#e9c46a",
+    "shuffled": "#8d99ae",
+}
+MARKERS = "osD^"
+TITLES = {"natural": "The labels as they are", "planted": "A fifth of the known labels are wrong"}
+
+
+def stamp(results: dict[str, Any]) -> str:
+    """What tells one result from another."""
+    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
+
+
+def frontiers(results: dict[str, Any]) -> Figure:
+    """Forgetting against the held-out target loss; a marker for each rate, thin for other seeds."""
+    preset = PRESETS[results["preset"]]
+    figure = Figure((11, 5), dpi=DOTS_PER_INCH, layout="constrained")
+    for panel, arm in zip(figure.subplots(1, len(ARMS)), ARMS, strict=True):
+        for loss, colour in COLOURS.items():
+            for rate, marker in zip(preset.rates, MARKERS, strict=False):
+                for seed in range(preset.seeds):
+                    path = path_of(results, Run(arm, loss, rate, seed))
+                    if path is None:
+                        continue
+                    label = f"{LOSSES[loss].title}, {rate:g}" if seed == 0 else None
+                    style = {"color": colour, "marker": marker, "markersize": 4, "label": label}
+                    panel.plot(path.target(), path.kl(), alpha=0.4 if seed else 1, **style)
+        panel.set(title=TITLES[arm], xlabel="held-out target loss, nats a token", yscale="symlog")
+        panel.set_yscale("symlog", linthresh=0.05)
+        panel.set_ylabel("forgetting: KL(base || tuned) on WikiText, nats a token")
+        panel.invert_xaxis()
+        panel.grid(alpha=0.3)
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.suptitle(f"{results['model']} on GSM8K: lower and further right is better")
+    return figure
+
+
+def regions(results: dict[str, Any]) -> Figure:
+    """The share of the gradient's norm in each region, for the untouched model."""
+    shown = [
+        (name, gate) for name in results["runs"] if "-sft-" in name for gate in ("sft", "eaft")
+    ]
+    figure = Figure((11, 8), dpi=DOTS_PER_INCH, layout="constrained")
+    columns = len(shown) // 2
+    for panel, (name, gate) in zip(figure.subplots(2, columns).flat, shown, strict=True):
+        cells = np.array(results["runs"][name]["start"][gate])
+        share = 100 * cells / cells.sum()
+        panel.imshow(share, origin="lower", norm=LogNorm(0.1, 100), cmap="Blues")
+        for (row, column), value in np.ndenumerate(share):
+            dark = "white" if value > 10 else "black"
+            panel.text(column, row, f"{value:.1f}", ha="center", va="center", color=dark)
+        arm = name.partition("-")[0]
+        panel.set_title(f"{TITLES[arm]}: {LOSSES[gate].title}", fontsize=10)
+        for axis, edges in ((panel.xaxis, "probability"), (panel.yaxis, "entropy")):
+            names = [f"{a:g} to {b:g}" for a, b in zip(*_ends(results[edges]), strict=True)]
+            axis.set_ticks(range(len(names)), names, fontsize=8)
+        panel.set(xlabel="p(label)", ylabel="H / ln k")
+    figure.suptitle("Share of the gradient's norm before training, in percent")
+    return figure
+
+
+def _ends(edges: list[float]) -> tuple[list[float], list[float]]:
+    return edges[:-1], edges[1:]

@@ -1,0 +1,225 @@
+"""The blocks of docs/paper.md, made from result files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from reports.tables import MISSING, table
+
+from .study import PRESETS, Preset, Run
+from .verdict import Comparison, Path, compare, frontier, path_of
+from .weights import LOSSES
+
+MIB = 2**20
+Results = dict[str, Any]
+
+
+def fidelity(results: Results) -> str:
+    """Correlations and errors of each k, text by text."""
+    parts = []
+    for name in ("answers", "prose"):
+        found = results[name]
+        rows = [
+            [
+                k,
+                f"{of_k['pearson']:.4f}",
+                f"{of_k['spearman']:.4f}",
+                f"{of_k['mean_error']:.3f}",
+                f"{of_k['largest_error']:.2f}",
+                f"{of_k['gate_error']:.2f}",
+            ]
+            for k, of_k in found["k"].items()
+        ]
+        head = ["k", "Pearson", "Spearman", "mean error of H", "largest", "largest, of the gate"]
+        parts += [
+            f"{name.capitalize()}, {found['tokens']} tokens whose mean entropy is "
+            f"{found['mean_entropy']:.2f} nats:",
+            table(head, rows),
+        ]
+    return "\n\n".join([*parts, _machine(results)])
+
+
+def costs(results: Results) -> str:
+    """Time and memory of each k."""
+    found = results["costs"]
+    rows = [
+        [
+            k,
+            *(f"{1e3 * found[way][k]['median']:.0f}" for way in found),
+            *(f"{found[way][k]['peak_bytes'] / MIB:.0f}" for way in found),
+        ]
+        for k in found["gated_ce"]
+    ]
+    head = ["k", "`gated_ce`, ms", "eager, ms", "`gated_ce`, MiB", "eager, MiB"]
+    return "\n\n".join([table(head, rows), _machine(results)])
+
+
+def ends(results: Results, arm: str) -> str:
+    """Where each loss ends at the first rate, as means over the seeds that were run."""
+    preset = PRESETS[results["preset"]]
+    rows = []
+    base = _paths(results, arm, "sft", preset)
+    if base:
+        rows.append(["the base model", "", *_numbers(base, 0)])
+    for loss in (*preset.losses, *preset.candidates):
+        paths = _paths(results, arm, loss, preset)
+        if paths:
+            rows.append([LOSSES[loss].title, str(len(paths)), *_numbers(paths, -1)])
+    head = ["loss", "seeds", "target", "what the base was sure of", "WikiText"]
+    return table([*head, "KL, WikiText", "KL, target"], rows)
+
+
+def verdicts(results: Results, arm: str) -> str:
+    """Forgetting of each loss at equal target loss, as a share of that of cross-entropy."""
+    preset = PRESETS[results["preset"]]
+    rows = []
+    for loss in (*preset.losses, *preset.candidates):
+        if loss == "sft":
+            continue
+        found = comparison(results, arm, loss)
+        if found is None:
+            continue
+        best, level = _frontiers(results, arm, loss, preset)
+        rows.append(
+            [
+                LOSSES[loss].title,
+                f"{found.ratio:.2f}",
+                f"{found.low:.2f} to {found.high:.2f}",
+                f"{found.level:.3f}",
+                str(found.seeds),
+                best,
+                level,
+            ]
+        )
+    head = ["loss", "KL, share of SFT's", "95 %", "at target loss", "seeds"]
+    return table([*head, "over all rates", "at target loss"], rows)
+
+
+def comparison(results: Results, arm: str, loss: str) -> Comparison | None:
+    """Against cross-entropy at the first rate, over the seeds that both have."""
+    preset = PRESETS[results["preset"]]
+    pairs = []
+    for seed in range(preset.seeds):
+        one, other = (
+            path_of(results, Run(arm, name, preset.rates[0], seed)) for name in (loss, "sft")
+        )
+        if one is not None and other is not None:
+            pairs.append((one, other))
+    return compare(pairs, np.random.default_rng(0)) if pairs else None
+
+
+def precision(results: Results) -> str:
+    """Whether bfloat16 changes what is found: one run each, in both."""
+    preset = PRESETS[results["preset"]]
+    rows = []
+    for loss in preset.losses[:2]:
+        for kind in ("float32", "bfloat16"):
+            path = path_of(results, Run("planted", loss, preset.rates[0], 0, kind))
+            if path is not None:
+                rows.append([f"{LOSSES[loss].title}, {kind}", *_numbers([path], -1)])
+    head = ["", "target", "what the base was sure of", "WikiText", "KL, WikiText", "KL, target"]
+    return table(head, rows)
+
+
+def regions(results: Results) -> str:
+    """The share of tokens in the corner of confident conflicts, and of the gradient by gate."""
+    rows = []
+    for name, found in results["runs"].items():
+        for when in ("start", "end"):
+            of = found[when]
+            cells = [f"{name.split('-seed')[0]}, {when}", _corner(of["tokens"])]
+            rows.append([*cells, *(_corner(of[gate]) for gate in _gates(of))])
+    first = next(iter(results["runs"].values()))["start"]
+    head = ["run", "of tokens", *(LOSSES[gate].title for gate in _gates(first))]
+    return "\n\n".join([table(head, rows), _machine(results)])
+
+
+def sentences(results: Results) -> str:
+    """The verdict, for and against."""
+    said = []
+    where = {
+        "planted": "where a fifth of what the model is sure of and right about gets a wrong label",
+        "natural": "where the labels stay as they are",
+    }
+    for arm, words in where.items():
+        found = comparison(results, arm, "eaft")
+        if found is not None:
+            said.append(
+                f"{words}, EAFT forgets {found.ratio:.2f} times what cross-entropy does at equal "
+                f"target loss (95 %: {found.low:.2f} to {found.high:.2f}, {_seeds(found.seeds)})"
+            )
+    text = ". ".join(one[0].upper() + one[1:] for one in said)
+    return f"{text} ({results['model']} on GSM8K)."
+
+
+def study(results: Results) -> str:
+    """What was run."""
+    preset: Preset = PRESETS[results["preset"]]
+    runs = results["runs"].values()
+    minutes = sum(run["seconds"] for run in runs) / 60
+    return (
+        f"{len(runs)} runs of {results['model']}, {preset.measured_at[-1]} steps of "
+        f"{preset.rows_a_step} answers, rates {', '.join(f'{rate:g}' for rate in preset.rates)}, "
+        f"whose times add up to {minutes:.0f} minutes.\n\n" + _machine(results)
+    )
+
+
+def _machine(results: Results) -> str:
+    machine = results["machine"]
+    return (
+        f"*{machine['model']}, {machine['cores']} cores, torch {machine['torch']}, commit "
+        f"{machine['commit']}, {machine['date'][:10]}.*"
+    )
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' if count > 1 else ''}"
+
+
+def _paths(results: Results, arm: str, loss: str, preset: Preset) -> list[Path]:
+    found = (
+        path_of(results, Run(arm, loss, preset.rates[0], seed)) for seed in range(preset.seeds)
+    )
+    return [path for path in found if path is not None]
+
+
+def _numbers(paths: list[Path], at: int) -> list[str]:
+    def mean(of: Callable[[Path], Any], digits: int) -> str:
+        found = np.mean([of(path)[at] for path in paths])
+        return MISSING if np.isnan(found) else f"{found:.{digits}f}"
+
+    return [
+        mean(Path.target, 3),
+        mean(Path.sure, 3),
+        mean(Path.other, 3),
+        mean(Path.kl, 4),
+        mean(Path.kl_target, 4),
+    ]
+
+
+def _frontiers(results: Results, arm: str, loss: str, preset: Preset) -> tuple[str, str]:
+    """The ratio to cross-entropy of the least forgetting over all rates, seed 0, and the level."""
+
+    def paths(name: str) -> list[Path]:
+        found = (path_of(results, Run(arm, name, rate, 0)) for rate in preset.rates)
+        return [path for path in found if path is not None]
+
+    both = paths(loss), paths("sft")
+    if min(map(len, both)) < len(preset.rates):
+        return MISSING, MISSING
+    level = max(min(float(path.target().min()) for path in of) for of in both)
+    one, other = (frontier(level, of) for of in both)
+    assert one is not None and other is not None
+    return f"{one / other:.2f}", f"{level:.3f}"
+
+
+def _gates(of: dict[str, Any]) -> Iterable[str]:
+    return (name for name in of if name != "tokens")
+
+
+def _corner(cells: list[list[float]]) -> str:
+    """The share of the cells of confident conflicts: H below 0.3 ln k and p below 0.1."""
+    total = sum(map(sum, cells))
+    return f"{100 * (cells[0][0] + cells[1][0]) / total:.1f} %"

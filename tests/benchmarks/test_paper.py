@@ -1,0 +1,198 @@
+"""The measurements of the paper's claims: forgetting at equal loss, weights, and whole commands."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs transformers: pip install '.[test]'")
+
+from paper import report, study, texts, weights
+from paper.verdict import Path as RunPath
+from paper.verdict import compare, forgetting_at, frontier, path_of
+
+from eaft_ext.cli.batches import Example
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS, TOKENS = 8, 10.0
+
+
+def path(target: list[float], kl: list[float], spread: float = 0.0) -> RunPath:
+    """A run of these means at its checkpoints; of its rows some forget more, by a spread."""
+    around = 1 + spread * np.linspace(-1, 1, ROWS)
+    of_rows = TOKENS * np.outer(target, np.ones(ROWS))
+    counts = np.full(ROWS, TOKENS)
+    forgotten = TOKENS * np.outer(kl, around)
+    sums = (of_rows, forgotten, of_rows, forgotten, forgotten)
+    return RunPath(list(range(len(target))), *sums, counts, counts, counts)
+
+
+class TestVerdict:
+    @pytest.mark.parametrize(
+        ("level", "expected"), [(2.0, 0.0), (1.75, 0.1), (1.5, 0.2), (1.25, 0.3), (0.9, None)]
+    )
+    def test_forgetting_between_checkpoints(self, level: float, expected: float | None) -> None:
+        found = forgetting_at(level, np.array([2.0, 1.5, 1.0]), np.array([0.0, 0.2, 0.4]))
+        assert found == (None if expected is None else pytest.approx(expected))
+
+    def test_the_first_crossing_counts(self) -> None:
+        target, kl = np.array([2.0, 1.0, 1.5, 0.5]), np.array([0.0, 0.1, 0.5, 0.9])
+        assert forgetting_at(1.0, target, kl) == pytest.approx(0.1)
+
+    def test_frontier_is_the_best_of_all_rates(self) -> None:
+        slow = path([2.0, 1.5], [0.0, 0.1])
+        fast = path([2.0, 1.0], [0.0, 0.4])
+        assert frontier(1.75, [slow, fast]) == pytest.approx(0.05)
+        assert frontier(1.25, [slow, fast]) == pytest.approx(0.3)
+        assert frontier(0.5, [slow, fast]) is None
+
+    def test_ratio_is_at_a_loss_that_both_reach(self) -> None:
+        """The first went further, and forgot more for that; at 1.5 it had forgotten half."""
+        one, other = path([2.0, 1.5, 1.0], [0.0, 0.1, 0.8]), path([2.0, 1.5], [0.0, 0.2])
+        found = compare([(one, other)], np.random.default_rng(0))
+        assert found is not None
+        assert found.ratio == pytest.approx(0.5)
+        assert found.level == pytest.approx(1.5)
+        assert found.seeds == 1
+
+    def test_interval_is_of_seeds(self) -> None:
+        pairs = [
+            (path([2.0, 1.0], [0.0, share]), path([2.0, 1.0], [0.0, 1.0]))
+            for share in (0.4, 0.5, 0.9)
+        ]
+        found = compare(pairs, np.random.default_rng(0))
+        assert found is not None
+        assert found.ratio == pytest.approx(0.6)
+        assert (found.low, found.high) == (pytest.approx(0.4), pytest.approx(0.9))
+
+    def test_interval_is_of_rows(self) -> None:
+        """Rows that agree say nothing new; rows that do not widen it."""
+        base, other = path([2.0, 1.0], [0.0, 1.0]), path([2.0, 1.0], [0.0, 1.0], spread=0.9)
+        same = compare([(base, base)], np.random.default_rng(0))
+        wide = compare([(base, other)], np.random.default_rng(0))
+        assert same is not None and wide is not None
+        assert same.low == same.high == 1
+        assert wide.low < 0.95 and wide.high > 1.05
+
+    def test_nothing_learned_is_no_comparison(self) -> None:
+        stuck = path([2.0, 2.1], [0.0, 0.1])
+        assert compare([(stuck, stuck)], np.random.default_rng(0)) is None
+
+
+class TestWeights:
+    def tokens(self, **changes: Any) -> weights.Tokens:
+        """Sure and right, in conflict, unsure, in conflict, of 20 logits."""
+        entropy = torch.tensor([0.1, 0.1, 0.7, 0.2]) * math.log(20)
+        given: dict[str, Any] = {
+            "nll": torch.tensor([0.05, 6.0, 2.0, 4.0]),
+            "entropy": entropy,
+            "labels": torch.tensor([5, 6, 7, 6]),
+            "k": 20,
+            "progress": 0.0,
+            "generator": torch.Generator().manual_seed(0),
+        }
+        return weights.Tokens(**(given | changes))
+
+    def test_shuffled_mutes_as_much(self) -> None:
+        tokens = self.tokens()
+        found = weights.shuffled(tokens)
+        assert sorted(found.tolist()) == sorted(tokens.normalized_entropy.tolist())
+
+    def test_random_mask_leaves_out_as_many(self) -> None:
+        assert weights.random_mask(self.tokens()).sum() == 2
+
+    def test_corner_is_soft_and_has_a_floor(self) -> None:
+        found = weights.corner(self.tokens())
+        assert found[1] == pytest.approx(0.1, abs=0.03)
+        assert found[0] > 0.95 and found[2] > 0.95
+
+    def test_alpha_falls(self) -> None:
+        tokens = self.tokens()
+        assert weights.falling(tokens).tolist() == pytest.approx(tokens.normalized_entropy.tolist())
+        assert weights.falling(self.tokens(progress=1.0)).tolist() == [1.0] * 4
+
+    def test_habits_count(self) -> None:
+        memory: dict[str, torch.Tensor] = {}
+        first = weights.habit(self.tokens(memory=memory))
+        second = weights.habit(self.tokens(memory=memory))
+        assert first.tolist() == [1.0, 0.0, 1.0, 0.0]
+        assert second.tolist() == pytest.approx([1.0, 0.5, 1.0, 0.5])
+
+
+def test_runs_have_names_of_their_own() -> None:
+    for preset in study.PRESETS.values():
+        names = [run.name for run in study.runs_of(preset)]
+        assert len(set(names)) == len(names)
+        assert {run.arm for run in study.runs_of(preset)} == set(study.ARMS)
+
+
+def test_steps_see_every_row_once_in_an_epoch() -> None:
+    preset = study.PRESETS["tiny"]
+    rows = [Example([10 + i] * 4, 2) for i in range(preset.rows)]
+    masks = [torch.tensor([False, True, True, False])] * preset.rows
+    batches, wrong = texts.steps_of(rows, masks, preset, "natural", seed=0)
+    seen = [int(row[0]) for batch in batches for row in batch.input_ids]
+    assert sorted(seen) == [10, 11, 12, 13] and wrong == 0
+    planted, wrong = texts.steps_of(rows, masks, preset, "planted", seed=0)
+    assert [b.input_ids.tolist() for b in planted] == [b.input_ids.tolist() for b in batches]
+    changed = sum(int((a.labels != b.labels).sum()) for a, b in zip(batches, planted, strict=True))
+    assert changed == wrong
+    again, _ = texts.steps_of(rows, masks, preset, "planted", seed=0)
+    assert [b.labels.tolist() for b in again] == [b.labels.tolist() for b in planted]
+
+
+@pytest.mark.slow
+def test_commands(tmp_path: Path) -> None:
+    """On a tiny model: what is done is not done again, and the page shows what the files say."""
+    from small_model import save_model
+
+    model, data, output = (tmp_path / name for name in ("model", "data", "output"))
+    save_model(model)
+    data.mkdir()
+    for file, count in ((texts.TRAIN, 8), (texts.TARGET, 4)):
+        rows = ({"question": f"w{i + 3} w4", "answer": f"w5 w{i + 6}"} for i in range(count))
+        (data / file).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (data / texts.DRIFT).write_text("w10 w11 w12 w13 " * 20)
+
+    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, ROOT / "benchmarks" / "paper", *arguments]
+        return subprocess.run(list(map(str, line)), capture_output=True, text=True)
+
+    given = ("--model", model, "--data", data, "--output", output)
+    sizes = {"fidelity": ("--tokens", 200, "--rows", 16), "regions": ("--preset", "tiny")}
+    sizes["frontiers"] = ("--preset", "tiny")
+    for name, more in sizes.items():
+        done = command(name, *more, *given)
+        assert done.returncode == 0, done.stderr
+    results = json.loads((output / "paper-frontiers.json").read_text())
+    runs = study.runs_of(study.PRESETS["tiny"])
+    assert set(results["runs"]) == {run.name for run in runs}
+    first = path_of(results, runs[0])
+    assert first is not None and first.steps == [0, 1, 2]
+    assert first.kl()[0] < 1e-4 < first.kl()[-1]
+    assert first.target()[-1] < first.target()[0]
+    assert report.comparison(results, "natural", "eaft") is not None
+
+    again = command("frontiers", *sizes["frontiers"], *given)
+    assert f"0 of {len(runs)} runs to do" in again.stdout
+    refused = command("frontiers", "--preset", "small", *given)
+    assert refused.returncode == 1 and "choose another --output" in refused.stderr
+
+    (tmp_path / "docs").mkdir()
+    for page in ("docs/paper.md", "README.md"):
+        (tmp_path / page).write_text((ROOT / page).read_text())
+    shown = ("--results", output, "--root", tmp_path)
+    assert command("page", *shown).returncode == 0
+    assert command("page", *shown, "--check").returncode == 0
+    text = (tmp_path / "docs" / "paper.md").read_text()
+    assert f"{first.target()[0]:.3f}" in text
+    (tmp_path / "docs" / "paper.md").write_text(text.replace(f"{first.target()[0]:.3f}", "0.000"))
+    assert command("page", *shown, "--check").returncode == 1
