@@ -6,9 +6,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paper import fidelity, frontiers, page, regions
+from paper import fidelity, frontiers, page, regions, step
 
-COMMANDS = {"fidelity": fidelity, "frontiers": frontiers, "regions": regions, "page": page}
+COMMANDS = {
+    "fidelity": fidelity,
+    "frontiers": frontiers,
+    "regions": regions,
+    "step": step,
+    "page": page,
+}
 
 
 def main() -> int:

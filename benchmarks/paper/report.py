@@ -136,6 +136,23 @@ def regions(results: Results) -> str:
     return "\n\n".join([table(head, rows), _machine(results)])
 
 
+def step(results: Results) -> str:
+    """Seconds, memory and the largest batch of each way to compute the loss."""
+    rows = [
+        [
+            "eager EAFT, float32 logits" if way == "eager" else f"`{way}`",
+            f"{found['median']:.2f}",
+            f"{found['bytes'] / MIB:.0f}",
+            f"{found['largest'] * results['length']:,}"
+            + (" or more" if found["largest"] == results["most"] else ""),
+        ]
+        for way, found in results["ways"].items()
+    ]
+    tokens = results["rows"] * results["length"]
+    head = ["", f"seconds, {tokens:,} tokens", "peak, MiB", f"tokens in {results['gib']:g} GiB"]
+    return "\n\n".join([table(head, rows), _machine(results)])
+
+
 def sentences(results: Results) -> str:
     """The verdict, for and against."""
     said = []

@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("transformers", reason="needs transformers: pip install '.[test]'")
 
 from paper import report, study, texts, weights
+from paper.step import largest
 from paper.verdict import Path as RunPath
 from paper.verdict import compare, forgetting_at, frontier, path_of
 
@@ -127,6 +128,18 @@ class TestWeights:
         assert second.tolist() == pytest.approx([1.0, 0.5, 1.0, 0.5])
 
 
+@pytest.mark.parametrize("limit", range(9))
+def test_largest_that_fits(limit: int) -> None:
+    tried: list[int] = []
+
+    def fits(rows: int) -> bool:
+        tried.append(rows)
+        return rows <= limit
+
+    assert largest(fits, 7) == min(limit, 7)
+    assert len(set(tried)) == len(tried) and max(tried) <= 7
+
+
 def test_runs_have_names_of_their_own() -> None:
     for preset in study.PRESETS.values():
         names = [run.name for run in study.runs_of(preset)]
@@ -166,11 +179,13 @@ def test_commands(tmp_path: Path) -> None:
         line = [sys.executable, ROOT / "benchmarks" / "paper", *arguments]
         return subprocess.run(list(map(str, line)), capture_output=True, text=True)
 
-    given = ("--model", model, "--data", data, "--output", output)
+    given = ("--model", model, "--output", output)
     sizes = {"fidelity": ("--tokens", 200, "--rows", 16), "regions": ("--preset", "tiny")}
     sizes["frontiers"] = ("--preset", "tiny")
+    sizes["step"] = ("--length", 16, "--most", 2)
     for name, more in sizes.items():
-        done = command(name, *more, *given)
+        of_data = () if name == "step" else ("--data", data)
+        done = command(name, *more, *given, *of_data)
         assert done.returncode == 0, done.stderr
     results = json.loads((output / "paper-frontiers.json").read_text())
     runs = study.runs_of(study.PRESETS["tiny"])
@@ -181,9 +196,9 @@ def test_commands(tmp_path: Path) -> None:
     assert first.target()[-1] < first.target()[0]
     assert report.comparison(results, "natural", "eaft") is not None
 
-    again = command("frontiers", *sizes["frontiers"], *given)
+    again = command("frontiers", *sizes["frontiers"], *given, "--data", data)
     assert f"0 of {len(runs)} runs to do" in again.stdout
-    refused = command("frontiers", "--preset", "small", *given)
+    refused = command("frontiers", "--preset", "small", *given, "--data", data)
     assert refused.returncode == 1 and "choose another --output" in refused.stderr
 
     (tmp_path / "docs").mkdir()

@@ -1,0 +1,149 @@
+"""A training step by each way to compute the loss: seconds, peak memory, the largest batch."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness.device import MALLOC_ENVIRONMENT, Cpu
+from harness.fresh_processes import measure_in
+from harness.machine import FOLDER
+
+import eaft_ext
+import eaft_ext.reference
+from eaft_ext.cli.model import load, shown_name
+from eaft_ext.integrations.transformers import use_linear_gated_ce
+
+from .files import opened, write
+
+FILE = "paper-step.json"
+GIB = 2**30
+STEPS = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    add = parser.add_argument
+    add("--model", help="transformers model folder or hub name (default: SmolLM2-135M-Instruct)")
+    add("--output", type=Path, default=FOLDER, metavar="DIR", help=f"folder of {FILE}")
+    add("--length", type=int, default=512, help="tokens of a row (default: %(default)s)")
+    add("--rows", type=int, default=2, help="of the step that is timed (default: %(default)s)")
+    add("--gib", type=float, default=2.0, help="that a step may take (default: %(default)s)")
+    add("--most", type=int, default=32, help="rows that are tried at most (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure what the result file does not have, each step in a process of its own."""
+    file = arguments.output / FILE
+    named = {name: getattr(arguments, name) for name in ("length", "rows", "gib", "most")}
+    results = opened(file, {**named, "model": shown_name(arguments.model)})
+    ways = results.setdefault("ways", {})
+    for way in WAYS:
+        if way in ways:
+            continue
+        measure = _measure_of(way, arguments)
+        found = measure(arguments.rows, STEPS)
+        ways[way] = {
+            **found,
+            "median": statistics.median(found["seconds"]),
+            "largest": largest(
+                lambda rows, measure=measure: measure(rows, 1)["bytes"] <= arguments.gib * GIB,
+                arguments.most,
+            ),
+        }
+        write(results, file)
+        print(f"{way}: {ways[way]}", flush=True)
+    print(file)
+    return 0
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to the most that fits; 0 if 1 does not."""
+    good, bad = 0, most + 1
+    attempt = 1
+    while bad - good > 1:
+        if fits(attempt):
+            good = attempt
+        else:
+            bad = attempt
+        attempt = min(2 * attempt, most) if bad > most else (good + bad) // 2
+    return good
+
+
+def _measure_of(way: str, arguments: argparse.Namespace) -> Callable[[int, int], dict[str, Any]]:
+    def measure(rows: int, steps: int) -> dict[str, Any]:
+        request = (arguments.model, arguments.length, rows, steps)
+        (answers,), reason = measure_in(1, MALLOC_ENVIRONMENT, _steps, way, request)
+        assert not reason, reason
+        return {
+            "seconds": [seconds for seconds, _ in answers],
+            "bytes": max(peak for _, peak in answers),
+        }
+
+    return measure
+
+
+def _steps(_: int, way: str, request: tuple[str | None, int, int, int]) -> Iterator[Any]:
+    """Seconds and peak bytes beyond weights, gradients and the optimizer's state, of each step."""
+    name, length, rows, steps = request
+    model, _tokenizer = load(name)
+    model.train()
+    model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+    loss_of = WAYS[way](model)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    device = Cpu()
+    generator = torch.Generator().manual_seed(0)
+
+    def step(count: int, tokens: int) -> None:
+        ids = torch.randint(vocab_size, (count, tokens), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(ids)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    step(1, 8)  # makes gradients and state
+    for _ in range(steps):
+        before, began = device.reset_peak() or 0, time.perf_counter()
+        step(rows, length)
+        yield time.perf_counter() - began, device.peak_bytes() - before
+
+
+def _labels(ids: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+
+
+def _eager(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        logits = model(ids, use_cache=False).logits.float()
+        found: torch.Tensor = eaft_ext.reference.gated_ce(logits, _labels(ids))
+        return found
+
+    return loss
+
+
+def _gated(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        logits = model(ids, use_cache=False).logits
+        return eaft_ext.gated_ce(logits, _labels(ids), inplace_backward=True)
+
+    return loss
+
+
+def _linear(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    use_linear_gated_ce(model)
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = model(ids, labels=ids, use_cache=False).loss
+        return found
+
+    return loss
+
+
+WAYS = {"eager": _eager, "gated_ce": _gated, "linear_gated_ce": _linear}
