@@ -4,60 +4,134 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from spawned import run_processes
 
 MISSING = "needs transformers and accelerate: pip install '.[test]'"
 pytest.importorskip("transformers", reason=MISSING)
 pytest.importorskip("accelerate", reason=MISSING)
 
-from trainer_runs import examples, written_out
+from data_parallel import WAYS, options_of, trained, whole_weights
+from torch.distributed.fsdp import FullyShardedDataParallel
+from trainer_runs import LEARNING_RATE, InOrder, arguments, examples, logged, written_out
 from transformers_models import assert_same, batch, build, shifted
 
 from eaft_ext import reference
+from eaft_ext.integrations.trainer import EAFTCallback, gated_loss_func
 
 pytestmark = pytest.mark.slow
 
-WORKER = Path(__file__).with_name("trainer_worker.py")
-ROOMS = [WORKER.parent]
+# A step has two rows of each process, all at once or one by one. In the first step the second
+# process has no labels; one by one, neither has any in the second micro-batch.
+AT_ONCE = {"gradient_accumulation_steps": 1}
+ONE_BY_ONE = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
+# The model, the arguments, and whether the callback gives the loss.
+CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "callback": ("llama", AT_ONCE, True),
+    "accumulated": ("llama", ONE_BY_ONE, True),
+    "tied embeddings": ("smollm2", AT_ONCE, True),
+    "function": ("llama", AT_ONCE, False),
+    "function, accumulated": ("llama", ONE_BY_ONE, False),
+}
+Results = list[dict[str, Any]]
+
+
+def train_in_process(way: str) -> dict[str, Any]:
+    found = {case: run(way, *CASES[case]) for case in CASES}
+    return found | ({"fsdp1": logs_of_fsdp1()} if way == "ddp" else {})
+
+
+def run(way: str, name: str, changes: dict[str, Any], is_callback: bool) -> dict[str, Any]:
+    """Losses, logs and weights after some steps."""
+    model = build(name)
+    more: dict[str, Any] = {"compute_loss_func": gated_loss_func()}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = InOrder(
+            model,
+            arguments(
+                Path(folder),
+                eval_strategy="steps",
+                eval_steps=1,
+                **changes,
+                **options_of(way, LEARNING_RATE),
+            ),
+            train_dataset=examples(),
+            eval_dataset=examples()[:8],
+            **({"callbacks": [EAFTCallback()]} if is_callback else more),
+        )
+        trainer.train()
+    names = ("loss", "eaft_gate", "eaft_token_accuracy", "eval_eaft_gate")
+    return {
+        "logs": {of_log: logged(trainer, of_log) for of_log in names},
+        "weights": whole_weights(model, way),
+    }
+
+
+def logs_of_fsdp1() -> dict[str, float]:
+    """Of a step; beside their call its weights are parts of a vector."""
+    model = FullyShardedDataParallel(
+        build("llama"), device_id=torch.device("cpu"), use_orig_params=True
+    )
+    tokens, labels = batch()
+    callback = EAFTCallback()
+    with callback.installed(model, None):
+        model.train()
+        model(input_ids=tokens, labels=labels).loss.backward()
+        callback.on_step_end(None, None, None)
+        return callback.take_means(is_evaluation=False)
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    way: str = request.param
+    return way
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_processes(WORKER, 2, tmp_path_factory.mktemp("trainer"), timeout=240, folders=ROOMS)
+def results(way: str, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return trained(__file__, way, tmp_path_factory.mktemp(way))
 
 
 def loss_of(model: Any, tokens: Any, labels: Any, num_items: Any) -> Any:
     return reference.gated_ce(model(tokens).logits, labels, num_items_in_batch=num_items)
 
 
-@pytest.mark.parametrize("way", ["callback", "function"])
-def test_as_one_process(results: list[dict[str, Any]], way: str) -> None:
-    model = build("llama")
+@pytest.mark.parametrize("case", CASES)
+def test_as_one_process(results: Results, case: str) -> None:
+    model = build(CASES[case][0])
     losses = written_out(model, loss_of, size=4)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for of_process in results:
-        assert of_process[way]["losses"] == pytest.approx(losses, rel=1e-4)
-        assert_same(of_process[way]["weights"], weights, rtol=1e-4, atol=1e-5)
+        assert of_process[case]["logs"]["loss"] == pytest.approx(losses, rel=1e-4)
+        assert_same(of_process[case]["weights"], weights, rtol=1e-4, atol=1e-5)
 
 
-def test_logs_are_of_all_processes(results: list[dict[str, Any]]) -> None:
-    rows = examples()[:4]
+def stats_of(model: Any, rows: list[dict[str, Any]]) -> Any:
     tokens, labels = (torch.stack([row[n] for row in rows]) for n in ("input_ids", "labels"))
-    _, stats = reference.gated_ce(build("llama")(tokens).logits, shifted(labels), return_stats=True)
-    assert stats.correct is not None
+    return reference.gated_ce(model(tokens).logits, shifted(labels), return_stats=True)[1]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][2]])
+def test_logs_are_of_all_processes(results: Results, case: str) -> None:
+    """Of the first step, and of the evaluation after the last."""
+    before, after = build(CASES[case][0]), build(CASES[case][0])
+    written_out(after, loss_of, size=4)
+    stats, evaluated = stats_of(before, examples()[:4]), stats_of(after.eval(), examples()[:8])
+    gate, accuracy = stats.gate[stats.valid].mean(), stats.correct[stats.valid].float().mean()
     for of_process in results:
-        found = of_process["callback"]
-        assert found["gates"][0] == pytest.approx(stats.gate[stats.valid].mean().item(), rel=1e-4)
-        accuracy = stats.correct[stats.valid].float().mean().item()
-        assert found["accuracies"][0] == pytest.approx(accuracy, abs=1e-6)
+        logs = of_process[case]["logs"]
+        assert logs["eaft_gate"][0] == pytest.approx(gate.item(), rel=1e-4)
+        assert logs["eaft_token_accuracy"][0] == pytest.approx(accuracy.item(), abs=1e-6)
+        gate_after = evaluated.gate[evaluated.valid].mean().item()
+        assert logs["eval_eaft_gate"][-1] == pytest.approx(gate_after, rel=1e-4)
 
 
-def test_logs_of_fsdp1(results: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("way", ["ddp"], indirect=True)
+def test_logs_of_fsdp1(results: Results) -> None:
     tokens, labels = batch()
     _, stats = reference.gated_ce(build("llama")(tokens).logits, shifted(labels), return_stats=True)
     for of_process in results:

@@ -74,9 +74,10 @@ def run_processes(
     *,
     timeout: float = 120,
     folders: Sequence[Path] = (),
+    arguments: Sequence[str] = (),
 ) -> list[Any]:
     """Run a worker in several processes; gives what each of them saved."""
-    commands = [(worker, rank, world_size, folder) for rank in range(world_size)]
+    commands = [(worker, rank, world_size, folder, *arguments) for rank in range(world_size)]
     run_all(commands, timeout, *folders)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
 
