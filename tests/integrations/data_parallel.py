@@ -37,8 +37,7 @@ def options_of(way: str, learning_rate: float) -> dict[str, Any]:
     if way == "ddp":
         return options
     _take_fsdp_on_cpu()
-    layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-    options |= {"fsdp": "full_shard auto_wrap", "fsdp_config": layers}
+    options |= {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2}}
     return options | {"learning_rate": learning_rate / mean_of_ones()}
 
 

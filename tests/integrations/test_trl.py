@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ trl = pytest.importorskip("trl", minversion="1.5", reason=MISSING)
 
 import datasets
 import transformers
+from data_parallel import WAYS, options_of, trained, whole_weights
 from packaging.version import Version
 from small_model import tokenizer_of
 from trainer_runs import logged
@@ -102,6 +104,21 @@ def padded(some: list[dict[str, list[int]]]) -> tuple[torch.Tensor, torch.Tensor
     return tokens, fill("labels", -100), torch.arange(longest) < lengths[:, None]
 
 
+def written_out(model: Any, data: list[dict[str, list[int]]], **options: Any) -> list[float]:
+    """The losses of the same steps, of four rows each."""
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+    losses = []
+    for step in range(STEPS):
+        tokens, labels, mask = padded(data[4 * step : 4 * step + 4])
+        logits = model(tokens, attention_mask=mask.long()).logits
+        loss = reference.gated_ce(logits, shifted(labels), **options)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, *(pytest.param(o, marks=pytest.mark.slow) for o in ({"k": None}, {"k": 8, "alpha": 2.0}))],
@@ -111,15 +128,8 @@ def test_a_training(options: dict[str, Any], tmp_path: Path) -> None:
     expected_model, model = build("llama"), build("llama")
     run = trainer(model, tmp_path, EAFTCallback(**options))
     run.train()
-    optimizer = torch.optim.SGD(expected_model.parameters(), LEARNING_RATE)
-    for step, loss in enumerate(logged(run, "loss")):
-        tokens, labels, mask = padded(rows()[4 * step : 4 * step + 4])
-        logits = expected_model(tokens, attention_mask=mask.long()).logits
-        expected = reference.gated_ce(logits, shifted(labels), **options)
-        assert loss == pytest.approx(expected.item(), rel=1e-4)
-        optimizer.zero_grad()
-        expected.backward()
-        optimizer.step()
+    losses = written_out(expected_model, rows(), **options)
+    assert logged(run, "loss") == pytest.approx(losses, rel=1e-4)
     assert_same(weights(model), weights(expected_model), **CLOSE)
 
 
@@ -262,3 +272,85 @@ def test_labels_that_are_shifted(tmp_path: Path) -> None:
             run.model(
                 tokens, labels=shifted_labels, shift_labels=shifted_labels, fused_lm_head=True
             )
+
+
+# The model, and the arguments of two processes and of one, for steps of four rows. In the first
+# step the second process has no labels; one by one, neither has any in the second micro-batch.
+AT_ONCE = {"gradient_accumulation_steps": 1}
+ONE_BY_ONE = {"per_device_train_batch_size": 1}
+WHOLE = AT_ONCE | {"per_device_train_batch_size": 4}
+PROCESSES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "at once": ("llama", AT_ONCE, WHOLE),
+    "one by one": ("llama", ONE_BY_ONE, {}),
+    "tied embeddings": ("smollm2", AT_ONCE, WHOLE),
+    "router": ("mixtral", AT_ONCE, {}),  # whose loss is of a micro-batch
+    "adapter": ("llama", AT_ONCE, WHOLE),
+}
+EVALUATED: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "per_device_eval_batch_size": 2,
+}
+# Otherwise TRL drops rows without labels.
+AS_IT_IS: dict[str, Any] = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+LOGS = ("gate", "entropy", "nll", "token_accuracy", "confident_conflicts")
+
+
+def rows_without_labels() -> list[dict[str, list[int]]]:
+    data = rows()
+    for row in data[2:4]:
+        row["labels"] = [-100] * len(row["labels"])
+    return data
+
+
+def run_of_processes(case: str, **changes: Any) -> Any:
+    """A trainer that has trained."""
+    torch.manual_seed(0)
+    options = EVALUATED | AS_IT_IS | changes
+    if case == "adapter":
+        peft = pytest.importorskip("peft", reason=MISSING)
+        targets = ["q_proj", "v_proj"]
+        options["peft_config"] = peft.LoraConfig(target_modules=targets, init_lora_weights=False)
+    model = build(PROCESSES[case][0])
+    with tempfile.TemporaryDirectory() as folder:
+        run = trainer(model, Path(folder), EAFTCallback(), data=rows_without_labels(), **options)
+        run.train()
+    return run
+
+
+def logs_of(run: Any, case: str) -> dict[str, list[float]]:
+    """Ours and TRL's own, whose metrics are means of micro-batches."""
+    names = ["loss", *(of + name for of in ("eaft_", "eval_eaft_") for name in LOGS)]
+    names += ["aux_loss"] if case == "router" else METRICS
+    return {name: logged(run, name) for name in names}
+
+
+def train_in_process(way: str) -> dict[str, Any]:
+    found = {}
+    for case, (_, changes, _) in PROCESSES.items():
+        run = run_of_processes(case, **changes, **options_of(way, LEARNING_RATE))
+        found[case] = {"logs": logs_of(run, case), "weights": whole_weights(run.model, way)}
+    return found
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def of_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return trained(__file__, request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PROCESSES)
+def test_processes(of_processes: list[dict[str, Any]], case: str) -> None:
+    """As one process, whose logs are then of all tokens; and as the steps written out."""
+    alone = run_of_processes(case, **PROCESSES[case][2])
+    for of_process in of_processes:
+        logs = of_process[case]["logs"]
+        for name, expected in logs_of(alone, case).items():
+            assert len(expected) == STEPS, name
+            assert logs[name] == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+        assert_same(of_process[case]["weights"], weights(alone.model), **CLOSE)
+        if case not in ("router", "adapter"):
+            model = build(PROCESSES[case][0])
+            losses = written_out(model, rows_without_labels())
+            assert logs["loss"] == pytest.approx(losses, rel=1e-4)
+            assert_same(of_process[case]["weights"], weights(model), **CLOSE)
