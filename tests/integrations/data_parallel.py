@@ -1,30 +1,37 @@
 """Trainings of two processes on the CPU, by DDP and by FSDP2.
 
-A test calls ``trained(__file__, way, folder)`` and has a function ``train_in_process(way)``, whose
-trainer gets the arguments of ``options_of(way, ...)``.
+A test calls ``trained(__file__, way, folder)``; its file has ``train_in_process(way, folder)``,
+whose trainer gets the arguments of ``options_of(way, ...)``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from spawned import mean_of_ones, run_processes
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers_models import assert_same
 
 WAYS = ("ddp", "fsdp2")
 WORLD_SIZE = 2
+LOGS = ("gate", "entropy", "nll", "token_accuracy", "confident_conflicts")
+"""What EAFTCallback logs, after its prefix."""
 WORKER = Path(__file__).with_name("data_parallel_worker.py")
 
 
 def trained(file: str, way: str, folder: Path, timeout: float = 240) -> list[Any]:
-    """What ``train_in_process(way)`` of a test file gives in each process."""
+    """What ``train_in_process(way, folder)`` of a test file gives in each process."""
     arguments = (Path(file).stem, way)
     return run_processes(
         WORKER, WORLD_SIZE, folder, timeout=timeout, folders=[WORKER.parent], arguments=arguments
@@ -72,3 +79,36 @@ def whole_weights(model: nn.Module, way: str) -> dict[str, torch.Tensor]:
         name: weight.full_tensor() if isinstance(weight, DTensor) else weight
         for name, weight in weights.items()
     }
+
+
+class _Keeper(transformers.TrainerCallback):
+    def __init__(self, way: str) -> None:
+        self.way = way
+        self.found: dict[str, Any] = {}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        whole = whole_weights(model, self.way)
+        weights = {name: weight.detach().clone() for name, weight in whole.items()}
+        self.found |= {"log": [dict(entry) for entry in state.log_history], "weights": weights}
+
+
+@contextmanager
+def kept(way: str = "alone") -> Iterator[dict[str, Any]]:
+    """The log and the weights of a training within, whose trainer a stack keeps to itself."""
+    keeper = _Keeper(way)
+    transformers.trainer.DEFAULT_CALLBACKS.append(keeper)
+    try:
+        yield keeper.found
+    finally:
+        transformers.trainer.DEFAULT_CALLBACKS.remove(keeper)
+
+
+def assert_same_training(found: dict[str, Any], expected: dict[str, Any], *names: str) -> None:
+    """In what is logged by these names, once or more, and in the weights."""
+    for name in names:
+        logged = [
+            [entry[name] for entry in one["log"] if name in entry] for one in (found, expected)
+        ]
+        assert logged[1], name
+        assert logged[0] == pytest.approx(logged[1], rel=1e-4, abs=1e-6), name
+    assert_same(found["weights"], expected["weights"], rtol=1e-4, atol=1e-5)

@@ -14,13 +14,21 @@ import torch
 MISSING = "needs axolotl, in an environment of its own: pip install axolotl"
 pytest.importorskip("axolotl", reason=MISSING)
 
+import axolotl.train
+import transformers
 import yaml
+from accelerate import ParallelismConfig
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.train import train
+from data_parallel import WAYS, assert_same_training, kept, options_of, trained
 from peak_memory import all_measured, measure
 from small_model import V, save_model
+from transformers_models import shifted
 
+from eaft_ext import reference
+
+LEARNING_RATE = 0.1
 PLUGIN = "eaft_ext.integrations.axolotl.EAFTPlugin"
 
 
@@ -47,6 +55,14 @@ def fill(folder: Path, lengths: tuple[int, int] = (3, 14), **changes: Any) -> Pa
 
 def run(folder: Path, name: str, **changes: Any) -> tuple[list[float], dict[str, Any]]:
     """Losses of three steps, and the weights after them."""
+    cfg, data = prepared(folder, name, **changes)
+    model, _, trainer = train(cfg=cfg, dataset_meta=data)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, {name: weight.detach() for name, weight in model.named_parameters()}
+
+
+def prepared(folder: Path, name: str, without: Any = (), **changes: Any) -> tuple[Any, Any]:
+    """The configuration and the data of such a training; the rows ``without`` have no labels."""
     output = folder / name
     options: dict[str, Any] = {
         "base_model": str(folder / "model"),
@@ -59,7 +75,7 @@ def run(folder: Path, name: str, **changes: Any) -> tuple[list[float], dict[str,
         "max_steps": 3,
         "micro_batch_size": 2,
         "gradient_accumulation_steps": 2,
-        "learning_rate": 0.1,
+        "learning_rate": LEARNING_RATE,
         "lr_scheduler": "constant",
         "optimizer": "sgd",
         "max_grad_norm": 0.0,
@@ -78,9 +94,15 @@ def run(folder: Path, name: str, **changes: Any) -> tuple[list[float], dict[str,
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(options | changes))
     cfg = load_cfg(str(path))
-    model, _, trainer = train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, {name: weight.detach() for name, weight in model.named_parameters()}
+    cfg.device_map = {"": "cpu"}  # for several processes axolotl writes a GPU's number
+    data = load_datasets(cfg=cfg)
+    if without:  # now: axolotl leaves such rows out
+
+        def ignored(row: dict[str, Any], index: int) -> dict[str, Any]:
+            return {"labels": [-100] * len(row["labels"])} if index in without else row
+
+        data.train_dataset = data.train_dataset.map(ignored, with_indices=True)
+    return cfg, data
 
 
 @pytest.mark.parametrize(
@@ -109,6 +131,77 @@ def test_what_would_not_take_it(folder: Path) -> None:
     with pytest.raises(ValueError, match="leave perplexity out of eval_causal_lm_metrics"):
         metrics = {"do_causal_lm_eval": True, "eval_causal_lm_metrics": ["perplexity"]}
         run(folder, "perplexity", plugins=[PLUGIN], use_eaft=True, **metrics)
+
+
+# A step of four rows, in the first of which the second of two processes has no labels.
+AT_ONCE: dict[str, Any] = {"gradient_accumulation_steps": 1, "without": (2, 3)}
+SHARDED: dict[str, Any] = {
+    "fsdp_version": 2,
+    "fsdp_config": {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "state_dict_type": "SHARDED_STATE_DICT",
+        "reshard_after_forward": True,
+    },
+}
+
+
+def train_in_process(way: str, folder: Path) -> dict[str, Any]:
+    # axolotl asks for a mesh of GPUs, and ends the group after a training.
+    mesh = ParallelismConfig.build_device_mesh
+    ParallelismConfig.build_device_mesh = lambda self, _: mesh(self, "cpu")
+    axolotl.train.cleanup_distributed = lambda: None
+    changes: dict[str, Any] = {"use_eaft": True} | (SHARDED if way == "fsdp2" else {})
+    changes["learning_rate"] = options_of(way, LEARNING_RATE)["learning_rate"]
+    plugin = {"plugins": [PLUGIN]}
+    found = {}
+    for name, more in {"own": {}, "ours": plugin, "without labels": AT_ONCE | plugin}.items():
+        of_process = f"{name} {torch.distributed.get_rank()}"
+        with kept(way) as found[name]:
+            run(folder, of_process, output_dir=str(folder / name), **changes, **more)
+    return found
+
+
+def written_out(folder: Path) -> dict[str, Any]:
+    """The same, where each of two processes divides by its own tokens, as axolotl has it."""
+    _, data = prepared(folder, "written", use_eaft=True, **AT_ONCE)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+    log = []
+    for step in range(3):
+        losses, gates = [], []
+        for process in range(2):
+            total, count = torch.zeros(()), 0
+            for index in (4 * step + 2 * process, 4 * step + 2 * process + 1):
+                row = data.train_dataset[index]
+                tokens, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+                total_of_row, stats = reference.gated_ce(
+                    model(tokens).logits,
+                    shifted(labels),
+                    normalizer=1.0,
+                    reduction="sum",
+                    return_stats=True,
+                )
+                total, count = total + total_of_row, count + int(stats.valid.sum())
+                gates.append(stats.gate[stats.valid])
+            losses.append(total / max(count, 1))
+        loss = sum(losses) / 2
+        log.append({"loss": loss.item(), "eaft_gate": torch.cat(gates).mean().item()})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    return {"log": log, "weights": weights}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_processes(way: str, folder: Path) -> None:
+    """As axolotl's own two; where one has no labels, which is NaN there, as written out."""
+    expected = written_out(folder)
+    for of_process in trained(__file__, way, folder):
+        assert_same_training(of_process["ours"], of_process["own"], "loss")
+        assert_same_training(of_process["without labels"], expected, "loss", "eaft_gate")
 
 
 LARGE: dict[str, Any] = {"vocab_size": 50_304, "max_position_embeddings": 600}

@@ -15,11 +15,14 @@ MISSING = "needs LLaMA-Factory, in an environment of its own: pip install llamaf
 pytest.importorskip("llamafactory", reason=MISSING)
 
 import transformers
+from data_parallel import LOGS, WAYS, assert_same_training, kept, options_of, trained
 from llamafactory.train.tuner import run_exp
 from peak_memory import all_measured, measure
 from small_model import V, save_model
 
 from eaft_ext.integrations.llamafactory import train
+
+LEARNING_RATE = 0.1
 
 
 @pytest.fixture
@@ -27,8 +30,13 @@ def folder(tmp_path: Path) -> Path:
     return fill(tmp_path)
 
 
-def fill(folder: Path, lengths: tuple[int, int] = (3, 14), **changes: Any) -> Path:
-    """A small model, its tokenizer, and a data set of answers of lengths between these."""
+def fill(
+    folder: Path, lengths: tuple[int, int] = (3, 14), without: Any = (), **changes: Any
+) -> Path:
+    """A small model, its tokenizer, and a data set of answers of lengths between these.
+
+    The rows of ``without`` have none.
+    """
     save_model(folder / "model", **changes)
     generator = torch.Generator().manual_seed(1)
     rows = []
@@ -37,6 +45,8 @@ def fill(folder: Path, lengths: tuple[int, int] = (3, 14), **changes: Any) -> Pa
         text = [f"w{token}" for token in tokens]
         answer = " " + " ".join(text[4:])
         rows.append({"instruction": " ".join(text[:4]), "input": "", "output": answer})
+    for row in without:
+        rows[row]["output"] = ""
     (folder / "rows.json").write_text(json.dumps(rows))
     info = {"rows": {"file_name": "rows.json"}}
     (folder / "dataset_info.json").write_text(json.dumps(info))
@@ -46,7 +56,18 @@ def fill(folder: Path, lengths: tuple[int, int] = (3, 14), **changes: Any) -> Pa
 def run(how: Any, folder: Path, name: str, **changes: Any) -> tuple[list[float], Any, float]:
     """Losses of three steps, the weights, and the loss of an evaluation after them."""
     output = folder / name
-    options: dict[str, Any] = {
+    how(options(folder, name) | changes)
+    state = json.loads((output / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    found = json.loads((output / "all_results.json").read_text())
+    if changes.get("finetuning_type") == "lora" or "eval_loss" not in found:
+        return losses, {}, found.get("eval_loss", 0.0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(output)
+    return losses, dict(model.named_parameters()), found["eval_loss"]
+
+
+def options(folder: Path, name: str) -> dict[str, Any]:
+    return {
         "stage": "sft",
         "do_train": True,
         "do_eval": True,
@@ -57,12 +78,12 @@ def run(how: Any, folder: Path, name: str, **changes: Any) -> tuple[list[float],
         "eval_dataset": "rows",
         "template": "empty",
         "cutoff_len": 64,
-        "output_dir": str(output),
+        "output_dir": str(folder / name),
         "max_steps": 3,
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 2,
         "gradient_accumulation_steps": 2,
-        "learning_rate": 0.1,
+        "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
         "optim": "sgd",
@@ -71,15 +92,8 @@ def run(how: Any, folder: Path, name: str, **changes: Any) -> tuple[list[float],
         "disable_shuffling": True,
         "use_cpu": True,
         "overwrite_cache": True,
+        "save_strategy": "no",
     }
-    how(options | changes)
-    state = json.loads((output / "trainer_state.json").read_text())
-    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    found = json.loads((output / "all_results.json").read_text())
-    if changes.get("finetuning_type") == "lora" or "eval_loss" not in found:
-        return losses, {}, found.get("eval_loss", 0.0)
-    model = transformers.AutoModelForCausalLM.from_pretrained(output)
-    return losses, dict(model.named_parameters()), found["eval_loss"]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +127,34 @@ def test_as_its_own(changes: dict[str, Any], folder: Path) -> None:
 def test_what_would_not_take_it(changes: dict[str, Any], sentence: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
         run(train, folder, "ours", **changes)
+
+
+# Of four rows; in the first, the second of two processes has no answers.
+AT_ONCE: dict[str, Any] = {"gradient_accumulation_steps": 1, "use_eaft_loss": True}
+EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1}
+
+
+def train_in_process(way: str, folder: Path) -> dict[str, Any]:
+    changes = AT_ONCE | EVALUATED | options_of(way, LEARNING_RATE)
+    with kept(way) as found:
+        train(options(folder, "two") | changes)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_processes(way: str, tmp_path: Path) -> None:
+    """As one of LLaMA-Factory's own, which cannot train on a micro-batch without labels."""
+    folder = fill(tmp_path, without=(2, 3))
+    whole = AT_ONCE | {"per_device_train_batch_size": 4}
+    with kept() as own:
+        run(run_exp, folder, "own", **whole)
+    with kept() as ours:
+        run(train, folder, "ours", **whole, **EVALUATED)
+    for of_process in trained(__file__, way, folder):
+        assert_same_training(of_process, own, "loss")
+        names = [of + name for of in ("eaft_", "eval_eaft_") for name in LOGS]
+        assert_same_training(of_process, ours, *names)
 
 
 @pytest.mark.parametrize("variable", ["USE_RAY", "USE_MCA", "USE_V1"])

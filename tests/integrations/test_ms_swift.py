@@ -17,6 +17,7 @@ MISSING = "needs ms-swift, in an environment of its own: pip install ms-swift"
 pytest.importorskip("swift", reason=MISSING)
 
 import transformers
+from data_parallel import WAYS, assert_same_training, kept, options_of, trained
 from small_model import V, save_model
 from swift import SftArguments, sft_main
 from swift.loss import loss_map
@@ -30,40 +31,66 @@ LEARNING_RATE = 0.1
 
 @pytest.fixture
 def plugin() -> str:
-    """Its path, by the command that the user types."""
+    return path_of_plugin()
+
+
+def path_of_plugin() -> str:
+    """By the command that the user types."""
     command = [sys.executable, "-m", "eaft_ext.cli.main", "plugin", "ms-swift"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_model(tmp_path / "model")
+    return fill(tmp_path)
+
+
+def fill(folder: Path, without: Any = ()) -> Path:
+    """A small model, its tokenizer, and a data set; the rows ``without`` have no labels."""
+    save_model(folder / "model")
     generator = torch.Generator().manual_seed(1)
-    with (tmp_path / "rows.jsonl").open("w") as file:
-        for length in torch.randint(3, 14, (16,), generator=generator).tolist():
+    lengths = torch.randint(3, 14, (16,), generator=generator).tolist()
+    with (folder / "rows.jsonl").open("w") as file:
+        for row, length in enumerate(lengths):
             tokens = torch.randint(3, V, (length + 4,), generator=generator).tolist()
             text = [f"w{token}" for token in tokens]
             answer = " " + " ".join(text[4:])
             messages = [
                 {"role": "user", "content": " ".join(text[:4])},
-                {"role": "assistant", "content": answer},
+                {"role": "assistant", "content": answer, "loss": row not in without},
             ]
             file.write(json.dumps({"messages": messages}) + "\n")
-    return tmp_path
+    return folder
 
 
 def run(
     folder: Path, name: str, seen: list[torch.Tensor] | None = None, **changes: Any
 ) -> tuple[list[float], Path]:
     """Losses of three steps, and where the model is; ``seen`` takes the labels of our loss."""
-    output = folder / name
-    options: dict[str, Any] = {
+    arguments = SftArguments(**options_for(folder, name) | changes)
+    if seen is not None:
+        own = loss_map["eaft"]
+
+        class Recording(own):  # type: ignore[misc, valid-type]
+            def __call__(self, outputs: Any, labels: torch.Tensor, **given: Any) -> torch.Tensor:
+                seen.append(labels.clone())
+                return super().__call__(outputs, labels, **given)  # type: ignore[no-any-return]
+
+        loss_map["eaft"] = Recording
+    sft_main(arguments)
+    (checkpoint,) = (folder / name).glob("**/checkpoint-*")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry], checkpoint
+
+
+def options_for(folder: Path, name: str) -> dict[str, Any]:
+    return {
         "model": str(folder / "model"),
         "model_type": "llama",
         "template": "dummy",
         "dataset": [str(folder / "rows.jsonl")],
         "tuner_type": "full",
-        "output_dir": str(output),
+        "output_dir": str(folder / name),
         "add_version": False,
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
@@ -85,20 +112,6 @@ def run(
         "save_steps": STEPS,
         "padding_side": "right",
     }
-    arguments = SftArguments(**options | changes)
-    if seen is not None:
-        own = loss_map["eaft"]
-
-        class Recording(own):  # type: ignore[misc, valid-type]
-            def __call__(self, outputs: Any, labels: torch.Tensor, **given: Any) -> torch.Tensor:
-                seen.append(labels.clone())
-                return super().__call__(outputs, labels, **given)  # type: ignore[no-any-return]
-
-        loss_map["eaft"] = Recording
-    sft_main(arguments)
-    (checkpoint,) = output.glob("**/checkpoint-*")
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry], checkpoint
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -170,6 +183,33 @@ def test_a_training(
         assert loss == pytest.approx(total, rel=1e-4)
         optimizer.step()
     close(weights(ours), dict(model.named_parameters()))
+
+
+# A step of four rows, in the first of which the second of two processes has no labels.
+AT_ONCE: dict[str, Any] = {
+    "gradient_accumulation_steps": 1,
+    "save_strategy": "no",
+    "loss_type": "eaft",
+}
+
+
+def train_in_process(way: str, folder: Path) -> dict[str, Any]:
+    changes = AT_ONCE | options_of(way, LEARNING_RATE) | {"external_plugins": [path_of_plugin()]}
+    with kept(way) as found:
+        sft_main(SftArguments(**options_for(folder, "two") | changes))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_processes(way: str, plugin: str, tmp_path: Path) -> None:
+    """As one."""
+    folder = fill(tmp_path, without=(2, 3))
+    changes = AT_ONCE | {"per_device_train_batch_size": 4, "external_plugins": [plugin]}
+    with kept() as expected:
+        sft_main(SftArguments(**options_for(folder, "one") | changes))
+    for of_process in trained(__file__, way, folder):
+        assert_same_training(of_process, expected, "loss")
 
 
 def test_what_is_refused(plugin: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

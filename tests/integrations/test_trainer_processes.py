@@ -40,7 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
 Results = list[dict[str, Any]]
 
 
-def train_in_process(way: str) -> dict[str, Any]:
+def train_in_process(way: str, _: Path) -> dict[str, Any]:
     found = {case: run(way, *CASES[case]) for case in CASES}
     return found | ({"fsdp1": logs_of_fsdp1()} if way == "ddp" else {})
 

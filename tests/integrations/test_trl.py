@@ -17,7 +17,7 @@ trl = pytest.importorskip("trl", minversion="1.5", reason=MISSING)
 
 import datasets
 import transformers
-from data_parallel import WAYS, options_of, trained, whole_weights
+from data_parallel import LOGS, WAYS, options_of, trained, whole_weights
 from packaging.version import Version
 from small_model import tokenizer_of
 from trainer_runs import logged
@@ -293,7 +293,6 @@ EVALUATED: dict[str, Any] = {
 }
 # Otherwise TRL drops rows without labels.
 AS_IT_IS: dict[str, Any] = {"dataset_kwargs": {"skip_prepare_dataset": True}}
-LOGS = ("gate", "entropy", "nll", "token_accuracy", "confident_conflicts")
 
 
 def rows_without_labels() -> list[dict[str, list[int]]]:
@@ -325,7 +324,7 @@ def logs_of(run: Any, case: str) -> dict[str, list[float]]:
     return {name: logged(run, name) for name in names}
 
 
-def train_in_process(way: str) -> dict[str, Any]:
+def train_in_process(way: str, _: Path) -> dict[str, Any]:
     found = {}
     for case, (_, changes, _) in PROCESSES.items():
         run = run_of_processes(case, **changes, **options_of(way, LEARNING_RATE))

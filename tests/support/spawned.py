@@ -126,7 +126,8 @@ def work(function: Callable[[int, int], Any]) -> None:
         "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
     torch.save(function(rank, world_size), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # some trainings end it
+        torch.distributed.destroy_process_group()
     leave()
 
 
