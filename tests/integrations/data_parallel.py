@@ -72,7 +72,10 @@ def whole_weights(model: nn.Module, way: str) -> dict[str, torch.Tensor]:
     for module in model.modules():
         if isinstance(module, FSDPModule):  # an evaluation leaves some gathered
             module.reshard()
-    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    weights = {
+        name.replace("_checkpoint_wrapped_module.", ""): weight.detach()
+        for name, weight in model.named_parameters()
+    }
     sharded = [name for name, weight in weights.items() if isinstance(weight, DTensor)]
     assert sharded == (list(weights) if way == "fsdp2" else []), sharded
     return {

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from data_parallel import LOGS, WAYS, assert_same_training, kept, options_of, tr
 from llamafactory.train.tuner import run_exp
 from peak_memory import all_measured, measure
 from small_model import V, save_model
+from spawned import environment
 
 from eaft_ext.integrations.llamafactory import train
 
@@ -155,6 +158,21 @@ def test_processes(way: str, tmp_path: Path) -> None:
         assert_same_training(of_process, own, "loss")
         names = [of + name for of in ("eaft_", "eval_eaft_") for name in LOGS]
         assert_same_training(of_process, ours, *names)
+
+
+@pytest.mark.slow
+def test_the_command_starts_processes(tmp_path: Path) -> None:
+    folder = fill(tmp_path, without=(2, 3))
+    whole = AT_ONCE | {"per_device_train_batch_size": 4}
+    expected, _, _ = run(run_exp, folder, "own", **whole)
+    configuration = options(folder, "two") | AT_ONCE | {"ddp_backend": "gloo"}
+    (folder / "two.yaml").write_text(json.dumps(configuration))
+    command = [sys.executable, "-m", "eaft_ext.integrations.llamafactory", folder / "two.yaml"]
+    launch = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
+    subprocess.run(command, check=True, env=environment() | launch, cwd=folder, timeout=240)
+    state = json.loads((folder / "two" / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert losses == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("variable", ["USE_RAY", "USE_MCA", "USE_V1"])

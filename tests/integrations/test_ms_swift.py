@@ -27,6 +27,7 @@ from eaft_ext import reference
 
 STEPS = 3
 LEARNING_RATE = 0.1
+MAX_LENGTH = 32
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def fill(folder: Path, without: Any = ()) -> Path:
-    """A small model, its tokenizer, and a data set; the rows ``without`` have no labels."""
+    """A small model, its tokenizer, and a data set; the rows ``without`` are cut before labels."""
     save_model(folder / "model")
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(3, 14, (16,), generator=generator).tolist()
@@ -55,9 +56,10 @@ def fill(folder: Path, without: Any = ()) -> Path:
             tokens = torch.randint(3, V, (length + 4,), generator=generator).tolist()
             text = [f"w{token}" for token in tokens]
             answer = " " + " ".join(text[4:])
+            question = text[:4] * (MAX_LENGTH if row in without else 1)
             messages = [
-                {"role": "user", "content": " ".join(text[:4])},
-                {"role": "assistant", "content": answer, "loss": row not in without},
+                {"role": "user", "content": " ".join(question)},
+                {"role": "assistant", "content": answer},
             ]
             file.write(json.dumps({"messages": messages}) + "\n")
     return folder
@@ -111,6 +113,8 @@ def options_for(folder: Path, name: str) -> dict[str, Any]:
         "save_strategy": "steps",
         "save_steps": STEPS,
         "padding_side": "right",
+        "max_length": MAX_LENGTH,
+        "truncation_strategy": "right",
     }
 
 
@@ -195,6 +199,9 @@ AT_ONCE: dict[str, Any] = {
 
 def train_in_process(way: str, folder: Path) -> dict[str, Any]:
     changes = AT_ONCE | options_of(way, LEARNING_RATE) | {"external_plugins": [path_of_plugin()]}
+    if way == "fsdp2":  # ms-swift's own configuration: recomputed layers, rank 0 loads the model
+        del changes["fsdp_config"]
+        changes |= {"fsdp": "fsdp2", "gradient_checkpointing": False}
     with kept(way) as found:
         sft_main(SftArguments(**options_for(folder, "two") | changes))
     return found
