@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``eaft-ext demo``."""
     add = parser.add_argument
     default = " (default: %(default)s)"
-    add("--steps", type=positive_int, default=16, help="training steps of each run" + default)
+    add("--steps", type=positive_int, default=24, help="training steps of each run" + default)
     add("--seed", type=int, default=0, help="chooses the training text and its order" + default)
     add(
         "--output",
