@@ -9,7 +9,6 @@ import argparse
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,41 +16,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from pages import BLOCKS, DOCS, PAGES, ROOT, Block
 
 import eaft_ext
 from eaft_ext.cli.main import build_parser
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-BLOCK = re.compile(
-    r"^(?:<!-- not run: (?P<reason>.+) -->\n+)?```python\n(?P<code>.*?)^```$",
-    re.MULTILINE | re.DOTALL,
-)
 MISSING = "needs the demo extra: pip install '.[demo]'"
-
-
-@dataclass(frozen=True)
-class Block:
-    """A Python block of a page, and why it is not run, if so."""
-
-    page: Path
-    line: int
-    code: str
-    reason: str | None
-
-
-def _blocks() -> Iterator[Block]:
-    for page in PAGES:
-        text = page.read_text("utf-8")
-        found = list(BLOCK.finditer(text))
-        assert len(found) == len(re.findall("^ *```py", text, re.MULTILINE)), page
-        for match in found:
-            line = text.count("\n", 0, match.start("code"))
-            yield Block(page, line, match["code"], match["reason"])
-
-
-BLOCKS = list(_blocks())
 
 
 def _logits() -> dict[str, Any]:
