@@ -9,11 +9,11 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -22,7 +22,10 @@ from torch.optim.optimizer import (
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # Whose frames lie between the forward of a model and who has called the model.
-_BETWEEN = frozenset(["eaft_ext", "torch", "peft", "accelerate", "contextlib", "functools"])
+_BETWEEN = frozenset(
+    ["eaft_ext", "torch", "peft", "accelerate", "deepspeed", "contextlib", "functools"]
+)
+_ENGINE = "deepspeed.runtime.engine"
 
 
 class TrainingSteps:
@@ -37,9 +40,9 @@ class TrainingSteps:
         self._refuse = weakref.WeakMethod(refuse)
         # One of the model's parameters for each optimizer, and for that the last call it was
         # stepped for: a second optimizer of the same parameters is not new.
-        self._parameters: weakref.WeakKeyDictionary[Optimizer, tuple[int, Any]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._parameters: weakref.WeakKeyDictionary[
+            Optimizer, tuple[int, Callable[[], Tensor | None] | None]
+        ] = weakref.WeakKeyDictionary()
         self._seen = WeakTensorKeyDictionary()
         _watches.add(self)
         _hook_all_optimizers()
@@ -69,13 +72,17 @@ class TrainingSteps:
         elif _trains(optimizer, model):
             refuse()
 
-    def _parameter_of(self, optimizer: Optimizer, model: nn.Module) -> nn.Parameter | None:
+    def _parameter_of(self, optimizer: Optimizer, model: nn.Module) -> Tensor | None:
         """The first that both have; looked for again where there are more or fewer of them."""
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         known_count, known = self._parameters.get(optimizer, (-1, None))
         if count != known_count:
             found = next(_common(optimizer.param_groups, model), None)
-            known = None if found is None else weakref.ref(found)
+            if found is not None:
+                known = weakref.ref(found)
+            else:
+                is_copy = _is_in_step_of_deepspeed(model)
+                known = partial(_first_of, weakref.ref(optimizer)) if is_copy else None
             self._parameters[optimizer] = (count, known)
         return None if known is None else known()
 
@@ -138,13 +145,38 @@ def _common(groups: list[dict[str, Any]], model: nn.Module) -> Iterator[nn.Param
     return (p for p in own if id(p) in in_optimizer)
 
 
+def _is_in_step_of_deepspeed(model: nn.Module) -> bool:
+    """Whether an engine of DeepSpeed that has the model is what makes this step.
+
+    Its optimizers have vectors of copies of the parameters, which nothing leads back to a model.
+    """
+    frame = sys._getframe(1) if _ENGINE in sys.modules else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _ENGINE:
+            engine = frame.f_locals.get("self")
+            if isinstance(engine, nn.Module) and any(part is model for part in engine.modules()):
+                return True
+        frame = frame.f_back
+    return False
+
+
+def _first_of(optimizer: weakref.ref[Optimizer]) -> Tensor | None:
+    """What it trains now: ZeRO-3 makes a step for each of several vectors, one after another."""
+    stepped = optimizer()
+    groups = [] if stepped is None else stepped.param_groups
+    return next((parameter for group in groups for parameter in group["params"]), None)
+
+
 def _trains(optimizer: Optimizer, model: nn.Module) -> bool:
-    """Whether the step changes the model.
+    """Whether the step changes the model, for an optimizer that has something of it.
 
     Checkpoints of optimizers are made and loaded with steps of zero gradients and a rate of zero.
     """
     groups = [group for group in optimizer.param_groups if group.get("lr", 1)]
-    gradients = (p.grad for p in _common(groups, model) if p.grad is not None)
+    parameters: Iterator[Tensor] = _common(groups, model)
+    if next(_common(optimizer.param_groups, model), None) is None:  # it has copies
+        parameters = (parameter for group in groups for parameter in group["params"])
+    gradients = (p.grad for p in parameters if p.grad is not None)
     local = (grad.to_local() if hasattr(grad, "to_local") else grad for grad in gradients)
     return any(bool(grad.any()) for grad in local)
 
