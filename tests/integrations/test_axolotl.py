@@ -20,6 +20,7 @@ import yaml
 from accelerate import ParallelismConfig
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
+from axolotl.integrations.base import PluginManager
 from axolotl.train import train
 from data_parallel import WAYS, assert_same_training, kept, options_of, trained
 from peak_memory import all_measured, measure
@@ -57,7 +58,9 @@ def run(folder: Path, name: str, **changes: Any) -> tuple[list[float], dict[str,
     """Losses of three steps, and the weights after them."""
     cfg, data = prepared(folder, name, **changes)
     model, _, trainer = train(cfg=cfg, dataset_meta=data)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(("eaft_gate" in entry) == (PLUGIN in changes.get("plugins", [])) for entry in logs)
+    losses = [entry["loss"] for entry in logs]
     return losses, {name: weight.detach() for name, weight in model.named_parameters()}
 
 
@@ -93,6 +96,7 @@ def prepared(folder: Path, name: str, without: Any = (), **changes: Any) -> tupl
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(options | changes))
+    PluginManager.get_instance().plugins.clear()  # of earlier runs
     cfg = load_cfg(str(path))
     cfg.device_map = {"": "cpu"}  # for several processes axolotl writes a GPU's number
     data = load_datasets(cfg=cfg)
