@@ -6,7 +6,8 @@ use_eaft: true
 
 takes axolotl's own keys ``eaft_alpha`` and ``eaft_k`` and its definition of the loss, in which H is
 divided by nothing; ``eaft_normalizer`` is for another. Gradient accumulation divides by the tokens
-of all micro-batches, as axolotl's own EAFT does.
+of all micro-batches, as axolotl's own EAFT does. It has no entry point: axolotl would load it in
+every run, also for those who did not ask for it.
 """
 
 from __future__ import annotations

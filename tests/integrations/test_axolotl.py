@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,12 @@ def test_processes(way: str, folder: Path) -> None:
     for of_process in trained(__file__, way, folder):
         assert_same_training(of_process["ours"], of_process["own"], "loss")
         assert_same_training(of_process["without labels"], expected, "loss", "eaft_gate")
+
+
+def test_nobody_has_it_who_did_not_ask() -> None:
+    """axolotl loads all of them, by their group, in every run."""
+    values = [point.value for point in entry_points(group="axolotl.plugins")]
+    assert not [value for value in values if value.startswith("eaft_ext")]
 
 
 LARGE: dict[str, Any] = {"vocab_size": 50_304, "max_position_embeddings": 600}

@@ -6,16 +6,17 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import weakref
 from pathlib import Path
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, AdamW
 from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
     register_optimizer_step_pre_hook,
@@ -32,7 +33,7 @@ from eaft_ext.integrations.transformers import use_linear_gated_ce
 START = "use_linear_gated_ce: this step trains LlamaForCausalLM on another loss than its gated one"
 
 
-def step(model: Any, optimizer: Optimizer, asks: bool = True) -> None:
+def step(model: Any, optimizer: Any, asks: bool = True) -> None:
     tokens, labels = batch()
     optimizer.zero_grad()
     loss = model(tokens, labels=labels).loss if asks else unfused(model, tokens, labels)
@@ -40,7 +41,7 @@ def step(model: Any, optimizer: Optimizer, asks: bool = True) -> None:
     optimizer.step()
 
 
-def refused(model: Any, optimizer: Optimizer) -> str:
+def refused(model: Any, optimizer: Any) -> str:
     """The sentence of a step that does not ask; no weight is changed by it."""
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError) as error:
@@ -170,6 +171,44 @@ def test_a_forward_that_is_replaced() -> None:
         step(model, SGD(model.parameters(), lr=1e-3))
     assert ".fused_forward, which has replaced its forward; take the loss" in str(error.value)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+ENGINE = """
+from torch import nn
+from torch.optim import SGD
+
+class Engine(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.vectors = [p.detach().clone().requires_grad_() for p in module.parameters()]
+        self.optimizer = SGD(self.vectors[:1], lr=1e-3)
+
+    def step(self):
+        for vector, parameter in zip(self.vectors, self.module.parameters()):
+            vector.grad = parameter.grad
+            self.optimizer.param_groups[0]["params"] = [vector]
+            self.optimizer.step()
+"""
+
+
+def test_an_optimizer_of_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DeepSpeed's ZeRO-3: an engine steps vectors, one after another; test_deepspeed.py."""
+    engine_module = ModuleType("deepspeed.runtime.engine")
+    exec(ENGINE, vars(engine_module))
+    monkeypatch.setitem(sys.modules, engine_module.__name__, engine_module)
+    models = [build("llama", seed=seed).train() for seed in (0, 1)]
+    engine, of_another = map(engine_module.Engine, models)
+    use_linear_gated_ce(models[0])
+    for _ in range(2):
+        step(models[0], engine)
+    step(models[1], of_another, asks=False)
+    refused(models[0], engine)
+    # Groups of both, of which the model's stand still.
+    of_both = SGD([{"params": models[0].parameters(), "lr": 0.0}], lr=1e-3)
+    of_both.add_param_group({"params": list(models[1].parameters())})
+    unfused(models[1], *batch()).backward()
+    of_both.step()
 
 
 def test_nothing_is_kept_alive() -> None:
