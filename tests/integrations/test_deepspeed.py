@@ -14,7 +14,7 @@ MISSING = "needs DeepSpeed: pip install deepspeed '.[test]'"
 pytest.importorskip("transformers", reason=MISSING)
 pytest.importorskip("deepspeed", reason=MISSING)
 
-from deepspeed_worker import MODELS, WAYS
+from deepspeed_worker import RUNS
 from trainer_runs import written_out
 from transformers_models import build
 
@@ -33,14 +33,12 @@ def loss_of(model: Any, tokens: Any, labels: Any, num_items: Any) -> Any:
     return reference.gated_ce(model(tokens).logits, labels, num_items_in_batch=num_items)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_as_one_process(results: list[dict[str, Any]], name: str) -> None:
-    expected = written_out(build(name), loss_of)
-    for way in WAYS:
-        for when in ("before", "after"):
-            parts = [of_process["losses"][f"{way} {name} {when}"] for of_process in results]
-            found = [sum(part) / len(results) for part in zip(*parts, strict=True)]
-            assert found == pytest.approx(expected, rel=1e-4), (way, when)
+@pytest.mark.parametrize("run", RUNS, ids=" ".join)
+def test_as_one_process(results: list[dict[str, Any]], run: tuple[str, str, str]) -> None:
+    expected = written_out(build(run[1]), loss_of)
+    parts = [of_process["losses"][run] for of_process in results]
+    found = [sum(part) / len(results) for part in zip(*parts, strict=True)]
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_another_loss_is_refused(results: list[dict[str, Any]]) -> None:
