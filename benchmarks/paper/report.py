@@ -72,27 +72,23 @@ def ends(results: Results, arm: str) -> str:
 
 
 def verdicts(results: Results, arm: str) -> str:
-    """Forgetting of each loss at equal target loss, as a share of that of cross-entropy."""
+    """Forgetting of each loss at equal target loss, as a share of that of cross-entropy.
+
+    There is none for a loss that never came below the base model's target loss.
+    """
     preset = PRESETS[results["preset"]]
     rows = []
     for loss in (*preset.losses, *preset.candidates):
         if loss == "sft":
             continue
-        found = comparison(results, arm, loss)
-        if found is None:
+        if not _paths(results, arm, loss, preset):
             continue
-        best, level = _frontiers(results, arm, loss, preset)
-        rows.append(
-            [
-                LOSSES[loss].title,
-                f"{found.ratio:.2f}",
-                f"{found.low:.2f} to {found.high:.2f}",
-                f"{found.level:.3f}",
-                str(found.seeds),
-                best,
-                level,
-            ]
-        )
+        found = comparison(results, arm, loss)
+        of_seeds = [MISSING] * 4
+        if found is not None:
+            interval = f"{found.low:.2f} to {found.high:.2f}"
+            of_seeds = [f"{found.ratio:.2f}", interval, f"{found.level:.3f}", str(found.seeds)]
+        rows.append([LOSSES[loss].title, *of_seeds, *_frontiers(results, arm, loss, preset)])
     head = ["loss", "KL, share of SFT's", "95 %", "at target loss", "seeds"]
     return table([*head, "over all rates", "at target loss"], rows)
 
@@ -227,6 +223,8 @@ def _frontiers(results: Results, arm: str, loss: str, preset: Preset) -> tuple[s
     if min(map(len, both)) < len(preset.rates):
         return MISSING, MISSING
     level = max(min(float(path.target().min()) for path in of) for of in both)
+    if level >= both[1][0].target()[0]:
+        return MISSING, MISSING
     one, other = (frontier(level, of) for of in both)
     assert one is not None and other is not None
     return f"{one / other:.2f}", f"{level:.3f}"

@@ -159,7 +159,9 @@ def test_the_reading_of_imports(file: str, source: str, imported: list[str]) -> 
 
 
 # The files and folders of the rooms of tests, each with its room.
-IN_ROOMS = sorted({Path(file).parts[:2] for file in TEST_FILES if "/" in file})
+IN_ROOMS = sorted(
+    {Path(file).parts[:2] for file in TEST_FILES if "/" in file and "conftest.py" not in file}
+)
 ROOM_OF = {Path(name).stem: room for room, name in IN_ROOMS}
 
 
