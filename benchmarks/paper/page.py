@@ -17,6 +17,7 @@ from . import fidelity, frontiers, plots, regions, report, step
 from .study import ARMS
 
 PAGE, README = "docs/paper.md", "README.md"
+NOTHING = "*There is no result yet.*"
 Block = Callable[[Any], str]
 BLOCKS: dict[str, dict[str, Block]] = {
     fidelity.FILE: {"fidelity": report.fidelity, "costs": report.costs},
@@ -57,10 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
     for page in (PAGE, README):
         path = arguments.root / page
         new = text = path.read_text()
-        for file, results in found.items():
-            for name, block in BLOCKS[file].items():
+        for file, blocks in BLOCKS.items():
+            for name, block in blocks.items():
                 if page == PAGE or name == "verdict":
-                    new = fill(new, f"paper:{name}", block(results), page)
+                    shown = block(found[file]) if file in found else NOTHING
+                    new = fill(new, f"paper:{name}", shown, page)
         if new != text and arguments.check:
             sys.exit(f"{path} does not show {', '.join(found)}")
         path.write_text(new)

@@ -53,7 +53,8 @@ def costs(results: Results) -> str:
         for k in found["gated_ce"]
     ]
     head = ["k", "`gated_ce`, ms", "eager, ms", "`gated_ce`, MiB", "eager, MiB"]
-    return "\n\n".join([table(head, rows), _machine(results)])
+    size = f"Of {results['rows']} tokens in float32, with the vocabulary of {results['model']}:"
+    return "\n\n".join([size, table(head, rows), _machine(results)])
 
 
 def ends(results: Results, arm: str) -> str:
