@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from .study import ARMS, PRESETS, Run
+from .study import ARMS, PRESETS, Run, runs_of
 from .verdict import path_of
 from .weights import LOSSES
 
@@ -46,14 +46,21 @@ def frontiers(results: dict[str, Any]) -> Figure:
                     label = f"{LOSSES[loss].title}, {rate:g}" if seed == 0 else None
                     style = {"color": colour, "marker": marker, "markersize": 4, "label": label}
                     panel.plot(path.target(), path.kl(), alpha=0.4 if seed else 1, **style)
-        panel.set(title=TITLES[arm], xlabel="held-out target loss, nats a token", yscale="symlog")
+        panel.set(title=TITLES[arm], xlabel="held-out target loss, nats a token")
         panel.set_yscale("symlog", linthresh=0.05)
         panel.set_ylabel("forgetting: KL(base || tuned) on WikiText, nats a token")
-        panel.invert_xaxis()
+        losses = [
+            path.target()
+            for run in runs_of(preset)
+            if run.arm == arm and (path := path_of(results, run)) is not None
+        ]
+        start = float(losses[0][0])
+        panel.set_xlim(1.05 * start, min(map(min, losses)) - 0.05 * start)
         panel.grid(alpha=0.3)
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    figure.suptitle(f"{results['model']} on GSM8K: lower and further right is better")
+    title = f"{results['model']} on GSM8K: lower and further right is better"
+    figure.suptitle(f"{title}; what leaves to the left has lost the target")
     return figure
 
 

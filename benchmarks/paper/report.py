@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from .verdict import Comparison, Path, compare, frontier, path_of
 from .weights import LOSSES
 
 MIB = 2**20
+WIDTH = 118
 Results = dict[str, Any]
 
 
@@ -165,7 +167,7 @@ def sentences(results: Results) -> str:
                 f"target loss (95 %: {found.low:.2f} to {found.high:.2f}, {_seeds(found.seeds)})"
             )
     text = ". ".join(one[0].upper() + one[1:] for one in said)
-    return f"{text} ({results['model']} on GSM8K)."
+    return textwrap.fill(f"{text} ({results['model']} on GSM8K).", WIDTH)
 
 
 def study(results: Results) -> str:
