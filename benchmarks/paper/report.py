@@ -154,20 +154,21 @@ def step(results: Results) -> str:
 
 def sentences(results: Results) -> str:
     """The verdict, for and against."""
-    said = []
-    where = {
-        "planted": "where a fifth of what the model is sure of and right about gets a wrong label",
-        "natural": "where the labels stay as they are",
-    }
-    for arm, words in where.items():
-        found = comparison(results, arm, "eaft")
-        if found is not None:
-            said.append(
-                f"{words}, EAFT forgets {found.ratio:.2f} times what cross-entropy does at equal "
-                f"target loss (95 %: {found.low:.2f} to {found.high:.2f}, {_seeds(found.seeds)})"
-            )
-    text = ". ".join(one[0].upper() + one[1:] for one in said)
-    return textwrap.fill(f"{text} ({results['model']} on GSM8K).", WIDTH)
+    planted, natural = (comparison(results, arm, "eaft") for arm in ("planted", "natural"))
+    if planted is None or natural is None:
+        return "*There is no comparison yet.*"
+    text = (
+        f"Where a fifth of the labels that the model knows are wrong, EAFT forgets "
+        f"{planted.ratio:.2f} times what cross-entropy does at equal target loss "
+        f"({_certainty(planted)}). With the labels as they are, {natural.ratio:.2f} times "
+        f"({_certainty(natural)}; {results['model']} on GSM8K)."
+    )
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
+
+
+def _certainty(found: Comparison) -> str:
+    seeds = f"{found.seeds} seed{'s' if found.seeds > 1 else ''}"
+    return f"95 %: {found.low:.2f} to {found.high:.2f}, {seeds}"
 
 
 def study(results: Results) -> str:
@@ -188,10 +189,6 @@ def _machine(results: Results) -> str:
         f"*{machine['model']}, {machine['cores']} cores, torch {machine['torch']}, commit "
         f"{machine['commit']}, {machine['date'][:10]}.*"
     )
-
-
-def _seeds(count: int) -> str:
-    return f"{count} seed{'s' if count > 1 else ''}"
 
 
 def _paths(results: Results, arm: str, loss: str, preset: Preset) -> list[Path]:
