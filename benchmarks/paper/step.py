@@ -24,6 +24,8 @@ from .files import opened, write
 FILE = "paper-step.json"
 GIB = 2**30
 STEPS = 3
+Request = tuple[str | None, int, int, int]
+"""The model, tokens of a row, rows, steps."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="transformers model folder or hub name (default: SmolLM2-135M-Instruct)")
     add("--output", type=Path, default=FOLDER, metavar="DIR", help=f"folder of {FILE}")
-    add("--length", type=int, default=512, help="tokens of a row (default: %(default)s)")
-    add("--rows", type=int, default=2, help="of the step that is timed (default: %(default)s)")
-    add("--gib", type=float, default=2.0, help="that a step may take (default: %(default)s)")
+    add("--length", type=int, default=256, help="tokens of a row (default: %(default)s)")
+    add("--rows", type=int, default=4, help="of the step that is timed (default: %(default)s)")
+    add("--gib", type=float, default=1.0, help="that a step may take (default: %(default)s)")
     add("--most", type=int, default=32, help="rows that are tried at most (default: %(default)s)")
 
 
@@ -46,15 +48,18 @@ def run(arguments: argparse.Namespace) -> int:
     for way in WAYS:
         if way in ways:
             continue
-        measure = _measure_of(way, arguments)
-        found = measure(arguments.rows, STEPS)
+
+        def peak(rows: int, way: str = way) -> int:
+            request = (arguments.model, arguments.length, rows, 1)
+            return _measured(MALLOC_ENVIRONMENT, way, request)[0][1]
+
+        request = (arguments.model, arguments.length, arguments.rows, STEPS)
+        seconds = [seconds for seconds, _ in _measured({}, way, request)]
         ways[way] = {
-            **found,
-            "median": statistics.median(found["seconds"]),
-            "largest": largest(
-                lambda rows, measure=measure: measure(rows, 1)["bytes"] <= arguments.gib * GIB,
-                arguments.most,
-            ),
+            "seconds": seconds,
+            "median": statistics.median(seconds),
+            "bytes": peak(arguments.rows),
+            "largest": largest(lambda rows: peak(rows) <= arguments.gib * GIB, arguments.most),
         }
         write(results, file)
         print(f"{way}: {ways[way]}", flush=True)
@@ -75,20 +80,14 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return good
 
 
-def _measure_of(way: str, arguments: argparse.Namespace) -> Callable[[int, int], dict[str, Any]]:
-    def measure(rows: int, steps: int) -> dict[str, Any]:
-        request = (arguments.model, arguments.length, rows, steps)
-        (answers,), reason = measure_in(1, MALLOC_ENVIRONMENT, _steps, way, request)
-        assert not reason, reason
-        return {
-            "seconds": [seconds for seconds, _ in answers],
-            "bytes": max(peak for _, peak in answers),
-        }
-
-    return measure
+def _measured(environment: dict[str, str], way: str, request: Request) -> list[tuple[float, int]]:
+    """Seconds and bytes of each step; with an environment that shows bytes, seconds are more."""
+    (answers,), reason = measure_in(1, environment, _steps, way, request)
+    assert not reason, reason
+    return answers
 
 
-def _steps(_: int, way: str, request: tuple[str | None, int, int, int]) -> Iterator[Any]:
+def _steps(_: int, way: str, request: Request) -> Iterator[Any]:
     """Seconds and peak bytes beyond weights, gradients and the optimizer's state, of each step."""
     name, length, rows, steps = request
     model, _tokenizer = load(name)
