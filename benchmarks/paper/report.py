@@ -93,7 +93,7 @@ def verdicts(results: Results, arm: str) -> str:
             of_seeds = [f"{found.ratio:.2f}", interval, f"{found.level:.3f}", str(found.seeds)]
         rows.append([LOSSES[loss].title, *of_seeds, *_frontiers(results, arm, loss, preset)])
     head = ["loss", "KL, share of SFT's", "95 %", "at target loss", "seeds"]
-    return table([*head, "over all rates", "at target loss"], rows)
+    return table([*head, "over rates", "at target loss", "rates"], rows)
 
 
 def comparison(results: Results, arm: str, loss: str) -> Comparison | None:
@@ -212,22 +212,25 @@ def _numbers(paths: list[Path], at: int) -> list[str]:
     ]
 
 
-def _frontiers(results: Results, arm: str, loss: str, preset: Preset) -> tuple[str, str]:
-    """The ratio to cross-entropy of the least forgetting over all rates, seed 0, and the level."""
+def _frontiers(results: Results, arm: str, loss: str, preset: Preset) -> tuple[str, str, str]:
+    """The ratio to cross-entropy of the least forgetting over rates, the level, and the rates.
 
-    def paths(name: str) -> list[Path]:
-        found = (path_of(results, Run(arm, name, rate, 0)) for rate in preset.rates)
-        return [path for path in found if path is not None]
-
-    both = paths(loss), paths("sft")
-    if min(map(len, both)) < len(preset.rates):
-        return MISSING, MISSING
+    They are those that both were run at with seed 0; of one there is no frontier.
+    """
+    pairs = {
+        rate: [path_of(results, Run(arm, name, rate, 0)) for name in (loss, "sft")]
+        for rate in preset.rates
+    }
+    rates = [rate for rate, pair in pairs.items() if None not in pair]
+    both = [[path for rate in rates if (path := pairs[rate][i])] for i in range(2)]
+    if len(rates) < 2:
+        return MISSING, MISSING, MISSING
     level = max(min(float(path.target().min()) for path in of) for of in both)
-    if level >= both[1][0].target()[0]:
-        return MISSING, MISSING
+    if level >= both[0][0].target()[0]:  # one has learned nothing
+        return MISSING, MISSING, MISSING
     one, other = (frontier(level, of) for of in both)
     assert one is not None and other is not None
-    return f"{one / other:.2f}", f"{level:.3f}"
+    return f"{one / other:.2f}", f"{level:.3f}", ", ".join(f"{rate:g}" for rate in sorted(rates))
 
 
 def _gates(of: dict[str, Any]) -> Iterable[str]:
