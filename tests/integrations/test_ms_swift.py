@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,13 @@ from eaft_ext import reference
 STEPS = 3
 LEARNING_RATE = 0.1
 MAX_LENGTH = 32
+
+
+@pytest.fixture(autouse=True)
+def _numbers_of_its_own() -> None:
+    """What an earlier test set is still there after a training, though monkeypatch undid it."""
+    for name in ("EAFT_K", "EAFT_ALPHA", "EAFT_NORMALIZER"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture
