@@ -17,7 +17,6 @@ from . import fidelity, frontiers, plots, regions, report, step
 from .study import ARMS
 
 PAGE, README = "docs/paper.md", "README.md"
-NOTHING = "*There is no result yet.*"
 Block = Callable[[Any], str]
 BLOCKS: dict[str, dict[str, Block]] = {
     fidelity.FILE: {"fidelity": report.fidelity, "costs": report.costs},
@@ -61,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         for file, blocks in BLOCKS.items():
             for name, block in blocks.items():
                 if page == PAGE or name == "verdict":
-                    shown = block(found[file]) if file in found else NOTHING
+                    shown = block(found[file]) if file in found else report.NOTHING
                     new = fill(new, f"paper:{name}", shown, page)
         if new != text and arguments.check:
             sys.exit(f"{path} does not show {', '.join(found)}")

@@ -15,6 +15,7 @@ from .weights import LOSSES
 
 MIB = 2**20
 WIDTH = 118
+NOTHING = "*There is no result yet.*"
 Results = dict[str, Any]
 
 
@@ -114,10 +115,15 @@ def precision(results: Results) -> str:
     preset = PRESETS[results["preset"]]
     rows = []
     for loss in preset.losses[:2]:
-        for kind in ("float32", "bfloat16"):
-            path = path_of(results, Run("planted", loss, preset.rates[0], 0, kind))
-            if path is not None:
-                rows.append([f"{LOSSES[loss].title}, {kind}", *_numbers([path], -1)])
+        runs = [Run("planted", loss, preset.rates[0], 0, kind) for kind in ("float32", "bfloat16")]
+        paths = [path_of(results, run) for run in runs]
+        rows += [
+            [f"{LOSSES[loss].title}, {run.precision}", *_numbers([path], -1)]
+            for run, path in zip(runs, paths, strict=True)
+            if path is not None and None not in paths
+        ]
+    if not rows:
+        return NOTHING
     head = ["", "target", "what the base was sure of", "WikiText", "KL, WikiText", "KL, target"]
     return table(head, rows)
 
@@ -156,7 +162,7 @@ def sentences(results: Results) -> str:
     """The verdict, for and against."""
     planted, natural = (comparison(results, arm, "eaft") for arm in ("planted", "natural"))
     if planted is None or natural is None:
-        return "*There is no comparison yet.*"
+        return NOTHING
     text = (
         f"Where a fifth of the labels that the model knows are wrong, EAFT forgets "
         f"{planted.ratio:.2f} times what cross-entropy does at equal target loss "
