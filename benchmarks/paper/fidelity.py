@@ -6,14 +6,12 @@ import argparse
 import math
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from harness.device import MALLOC_ENVIRONMENT, Cpu
 from harness.fresh_processes import measure_in
-from harness.machine import FOLDER
 
 import eaft_ext
 import eaft_ext.reference
@@ -24,6 +22,7 @@ from eaft_ext.cli.records import read_records
 from . import texts
 from .files import opened, write
 from .measurements import logits_of
+from .options import add_data, add_model
 
 FILE = "paper-fidelity.json"
 KS: tuple[int | None, ...] = (2, 3, 5, 10, 20, 50, 128, None)
@@ -34,11 +33,9 @@ WAYS = {"gated_ce": eaft_ext.gated_ce, "eager": eaft_ext.reference.gated_ce}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
+    add_data(parser, TEXTS.values())
+    add_model(parser, FILE)
     add = parser.add_argument
-    files = ", ".join(TEXTS.values())
-    add("--data", type=Path, required=True, metavar="DIR", help=f"folder of {files}")
-    add("--model", help="transformers model folder or hub name (default: SmolLM2-135M-Instruct)")
-    add("--output", type=Path, default=FOLDER, metavar="DIR", help=f"folder of {FILE}")
     add("--tokens", type=int, default=8192, help="of each text, prompts too (default: %(default)s)")
     add("--rows", type=int, default=512, help="of logits that are timed (default: %(default)s)")
     add("--rounds", type=int, default=7, help="of each timed call (default: %(default)s)")

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.machine import FOLDER
 
 from eaft_ext.cli.model import load, shown_name
 
 from . import texts
 from .files import opened, write
 from .measurements import REGIONS, Ruler
+from .options import add_study
 from .study import PRESETS, Preset, Run, runs_of
 from .training import train
 
@@ -30,16 +30,10 @@ FILE = "paper-frontiers.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
+    add_study(parser, FILE)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="small", help="how much (default: %(default)s)")
-    add("--data", type=Path, required=True, metavar="DIR", help=f"folder of {', '.join(FILES)}")
-    add("--model", help="transformers model folder or hub name (default: SmolLM2-135M-Instruct)")
-    add("--output", type=Path, default=FOLDER, metavar="DIR", help=f"folder of {FILE}")
     add("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     add("--minutes", type=float, default=float("inf"), help="begin no run after so many")
-
-
-FILES = (texts.TRAIN, texts.TARGET, texts.DRIFT)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -52,8 +52,8 @@ class Ruler:
         base.eval()
         for batch in texts.target:
             logits, labels = self._logits(base, batch)
-            nll, entropy = _stats(logits, labels)
-            regions = _region(nll, entropy)
+            stats = stats_of(logits, labels)
+            regions = _region(stats.nll, stats.entropy)
             self._regions.append(regions)
             for index, name in enumerate(REGIONS):
                 self.counts.target[name].append(int((regions == index).sum()))
@@ -75,13 +75,13 @@ class Ruler:
         kept = iter(self._base)
         for batch, regions in zip(self._texts.target, self._regions, strict=True):
             logits, labels = self._logits(model, batch)
-            nll, _ = _stats(logits, labels)
+            nll = stats_of(logits, labels).nll
             for index, name in enumerate(REGIONS):
                 found.target_nll[name].append(float(nll[regions == index].double().sum()))
             found.target_kl.append(_kl(next(kept), logits))
         for batch in self._texts.drift:
             logits, labels = self._logits(model, batch)
-            nll, _ = _stats(logits, labels)
+            nll = stats_of(logits, labels).nll
             found.drift_nll.append(float(nll.double().sum()))
             found.drift_kl.append(_kl(next(kept), logits))
         model.train(was_training)
@@ -102,9 +102,11 @@ def logits_of(model: Any, batch: Batch, precision: str) -> tuple[torch.Tensor, t
     return logits, batch.labels[valid]
 
 
-def _stats(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.no_grad()
+def stats_of(logits: torch.Tensor, labels: torch.Tensor) -> eaft_ext.TokenStats:
+    """What is known of each token, whatever its weight."""
     _, stats = eaft_ext.gated_ce(logits, labels, K, gate=eaft_ext.NoGate(), return_stats=True)
-    return stats.nll, stats.entropy
+    return stats
 
 
 def _region(nll: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:

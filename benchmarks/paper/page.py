@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
                     new = fill(new, f"paper:{name}", shown, page)
         if new != text and arguments.check:
             sys.exit(f"{path} does not show {', '.join(found)}")
-        path.write_text(new)
+        if new != text:
+            path.write_text(new)
     for file, (picture, draw) in PLOTS.items():
         if file not in found:
             continue

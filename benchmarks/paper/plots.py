@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -81,12 +82,8 @@ def regions(results: dict[str, Any]) -> Figure:
         arm = name.partition("-")[0]
         panel.set_title(f"{TITLES[arm]}: {LOSSES[gate].title}", fontsize=10)
         for axis, edges in ((panel.xaxis, "probability"), (panel.yaxis, "entropy")):
-            names = [f"{a:g} to {b:g}" for a, b in zip(*_ends(results[edges]), strict=True)]
+            names = [f"{a:g} to {b:g}" for a, b in pairwise(results[edges])]
             axis.set_ticks(range(len(names)), names, fontsize=8)
         panel.set(xlabel="p(label)", ylabel="H / ln k")
     figure.suptitle("Share of the gradient's norm before training, in percent")
     return figure
-
-
-def _ends(edges: list[float]) -> tuple[list[float], list[float]]:
-    return edges[:-1], edges[1:]

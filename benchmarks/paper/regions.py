@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness.machine import FOLDER
 
 import eaft_ext
 from eaft_ext.cli.batches import Batch
@@ -17,7 +15,8 @@ from eaft_ext.cli.model import load, shown_name
 
 from . import texts
 from .files import opened, write
-from .measurements import logits_of
+from .measurements import logits_of, stats_of
+from .options import add_study
 from .study import ARMS, PRESETS, Run
 from .texts import K
 from .training import train
@@ -36,14 +35,7 @@ PRECISION = "bfloat16"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, default="small", help="how much (default: %(default)s)")
-    add("--data", type=Path, required=True, metavar="DIR", help=f"folder of {', '.join(FILES)}")
-    add("--model", help="transformers model folder or hub name (default: SmolLM2-135M-Instruct)")
-    add("--output", type=Path, default=FOLDER, metavar="DIR", help=f"folder of {FILE}")
-
-
-FILES = (texts.TRAIN, texts.TARGET, texts.DRIFT)
+    add_study(parser, FILE)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -66,7 +58,6 @@ def run(arguments: argparse.Namespace) -> int:
             seen = batches[: math.ceil(len(rows) / preset.rows_a_step)]
             model = copy.deepcopy(base)
             start = plane(model, seen)
-            torch.manual_seed(one.seed)
             train(model, batches, preset, one, lambda step: None)
             end = plane(model.eval(), seen)
             found[one.name] = {"planted": wrong, "steps": len(batches), "start": start, "end": end}
@@ -88,7 +79,7 @@ def plane(model: Any, batches: list[Batch]) -> dict[str, Any]:
     found: dict[str, torch.Tensor] = {name: torch.zeros(cells) for name in ("tokens", *GATES)}
     for batch in batches:
         logits, labels = logits_of(model, batch, PRECISION)
-        _, stats = eaft_ext.gated_ce(logits, labels, K, gate=eaft_ext.NoGate(), return_stats=True)
+        stats = stats_of(logits, labels)
         p = logits.float().softmax(-1)
         of_label = (-stats.nll).exp()
         norm = (p.square().sum(-1) - 2 * of_label + 1).clamp(min=0).sqrt()

@@ -83,9 +83,7 @@ def verdicts(results: Results, arm: str) -> str:
     preset = PRESETS[results["preset"]]
     rows = []
     for loss in (*preset.losses, *preset.candidates):
-        if loss == "sft":
-            continue
-        if not _paths(results, arm, loss, preset):
+        if loss == "sft" or not _paths(results, arm, loss, preset):
             continue
         found = comparison(results, arm, loss)
         of_seeds = [MISSING] * 4

@@ -6,13 +6,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from harness.device import MALLOC_ENVIRONMENT, Cpu
 from harness.fresh_processes import measure_in
-from harness.machine import FOLDER
 
 import eaft_ext
 import eaft_ext.reference
@@ -20,6 +18,7 @@ from eaft_ext.cli.model import load, shown_name
 from eaft_ext.integrations.transformers import use_linear_gated_ce
 
 from .files import opened, write
+from .options import add_model
 
 FILE = "paper-step.json"
 GIB = 2**30
@@ -30,9 +29,8 @@ Request = tuple[str | None, int, int, int]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
+    add_model(parser, FILE)
     add = parser.add_argument
-    add("--model", help="transformers model folder or hub name (default: SmolLM2-135M-Instruct)")
-    add("--output", type=Path, default=FOLDER, metavar="DIR", help=f"folder of {FILE}")
     add("--length", type=int, default=256, help="tokens of a row (default: %(default)s)")
     add("--rows", type=int, default=4, help="of the step that is timed (default: %(default)s)")
     add("--gib", type=float, default=1.0, help="that a step may take (default: %(default)s)")

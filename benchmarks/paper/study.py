@@ -92,7 +92,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One fine-tuning: its name is that of its file."""
+    """One fine-tuning."""
 
     arm: str
     loss: str

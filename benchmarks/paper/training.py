@@ -10,7 +10,7 @@ import torch
 import eaft_ext
 from eaft_ext.cli.batches import Batch
 
-from .measurements import logits_of
+from .measurements import logits_of, stats_of
 from .study import Preset, Run
 from .texts import K
 from .weights import LOSSES, Tokens
@@ -20,6 +20,7 @@ def train(
     model: Any, batches: list[Batch], preset: Preset, run: Run, after_step: Callable[[int], None]
 ) -> dict[str, list[float]]:
     """Tune the model; return the mean nll and weight of each step's tokens."""
+    torch.manual_seed(run.seed)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), run.rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -50,10 +51,7 @@ def weigher(run: Run, steps: int) -> Callable[..., tuple[torch.Tensor, eaft_ext.
         return eaft_ext.gated_ce(logits, labels, K, gate=weight, return_stats=True)
 
     def of_function(logits: torch.Tensor, labels: torch.Tensor, step: int) -> Any:
-        with torch.no_grad():
-            _, stats = eaft_ext.gated_ce(
-                logits, labels, K, gate=eaft_ext.NoGate(), return_stats=True
-            )
+        stats = stats_of(logits, labels)
         assert not isinstance(weight, eaft_ext.Gate)
         tokens = Tokens(stats.nll, stats.entropy, labels, K, (step - 1) / steps, generator, memory)
         given = weight(tokens)
