@@ -59,6 +59,7 @@ BOTTOM = {
     "_options",
     "_dispatch",
     "_conflicts",
+    "_landscape",
 }
 IMPORTS = {
     "reference": set[str](),
@@ -70,14 +71,15 @@ IMPORTS = {
     "_options": {"_checks", "_library", "gates", "reference"},
     "_dispatch": {"_library"},
     "_conflicts": set[str](),
+    "_landscape": {"_conflicts"},
     "parallel": BOTTOM,
     "functional": BOTTOM | {"parallel"},
     "linear": BOTTOM | {"parallel"},
     "nn": {"_options", "reference", "functional"},
     "": BOTTOM | {"functional", "linear", "parallel", "nn"},
-    "integrations": {"", "_checks", "_conflicts", "_options", "reference"},
+    "integrations": {"", "_checks", "_conflicts", "_landscape", "_options", "reference"},
     "plugins": {"", "integrations"},
-    "cli": {"", "reference", "gates", "_conflicts", "_library", "integrations"},
+    "cli": {"", "reference", "gates", "_conflicts", "_landscape", "_library", "integrations"},
 }
 
 
