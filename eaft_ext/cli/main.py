@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from eaft_ext.cli import bench, info, inspect, plugin
+from eaft_ext.cli import bench, info, plugin
 from eaft_ext.cli.demo import command as demo
 from eaft_ext.cli.errors import FAILURE, INTERRUPTED, CommandError
+from eaft_ext.cli.inspect import command as inspect
 
 COMMANDS: tuple[tuple[str, Any, str], ...] = (
     ("info", info, "print versions, devices and how this copy was built (for a bug report)"),

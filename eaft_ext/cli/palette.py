@@ -35,13 +35,13 @@ REGIONS = {
     "unlikely": Paint(
         "uncertain, unlikely", "#6741d9", "#b9a5ff", "\N{BLACK UP-POINTING TRIANGLE}"
     ),
-    "open": Paint("uncertain, likely", "#2b8a3e", "#8ce99a", "\N{WHITE CIRCLE}"),
+    "open": Paint("uncertain, likely", "#237032", "#8ce99a", "\N{WHITE CIRCLE}"),
 }
 """Of the plane of probability and entropy, by their names in ``eaft_ext._landscape.REGIONS``."""
 
 REGION_BOUNDS = {
     "conflict": "p < 0.1, H < 0.3 ln k",
-    "known": "p \N{GREATER-THAN OR EQUAL TO} 0.1, H < 0.3 ln k",
-    "unlikely": "p < 0.1, H \N{GREATER-THAN OR EQUAL TO} 0.3 ln k",
-    "open": "p \N{GREATER-THAN OR EQUAL TO} 0.1, H \N{GREATER-THAN OR EQUAL TO} 0.3 ln k",
+    "known": "p >= 0.1, H < 0.3 ln k",
+    "unlikely": "p < 0.1, H >= 0.3 ln k",
+    "open": "p >= 0.1, H >= 0.3 ln k",
 }

@@ -20,8 +20,14 @@ from demo_tiny_model import tiny_folder, tokenizer  # noqa: E402
 
 import eaft_ext  # noqa: E402
 from eaft_ext import reference  # noqa: E402
-from eaft_ext.cli import inspect  # noqa: E402
-from eaft_ext.cli.batches import Example, collate  # noqa: E402
+from eaft_ext._landscape import REGIONS  # noqa: E402
+from eaft_ext.cli.batches import Batch, Example, collate  # noqa: E402
+from eaft_ext.cli.errors import CommandError  # noqa: E402
+from eaft_ext.cli.inspect import command, table  # noqa: E402
+from eaft_ext.cli.inspect import tokens as inspect  # noqa: E402
+from eaft_ext.cli.inspect.pieces import Pieces  # noqa: E402
+from eaft_ext.cli.inspect.shares import Columns  # noqa: E402
+from eaft_ext.cli.inspect.spool import Spool  # noqa: E402
 from eaft_ext.cli.main import main  # noqa: E402
 
 __all__ = ["tiny_folder", "tokenizer"]
@@ -46,11 +52,21 @@ def texts(tmp_path: Path) -> Path:
     return path
 
 
+def _read(model: Any, tokenizer: Any, rows: list[Example], k: int, gate: Any) -> list[Any]:
+    pieces = Pieces(tokenizer)
+    reader = inspect.Reader(model, pieces, k, gate)
+
+    def look(batch: Batch) -> list[Any]:
+        return [(view,) for view in reader(batch)]
+
+    return [*inspect.read(rows, 0, pieces, look), *inspect.read(rows, len(rows), pieces, look)]
+
+
 def test_tokens_are_those_of_the_reference(model: Any, tokenizer: Any) -> None:
     rows = [Example(list(range(5, 25))), Example(list(range(40, 50)), prompt_length=4)]
     batch = collate(rows)
     gate = eaft_ext.EntropyGate(2.0, 3.0)
-    tokens = list(inspect.inspect(model, tokenizer, [batch, batch], K, gate))
+    tokens = _read(model, tokenizer, rows, K, gate)
     with torch.no_grad():
         logits = model(input_ids=batch.input_ids).logits
     _, stats = reference.gated_ce(logits, batch.labels, K, gate=gate, return_stats=True)
@@ -62,44 +78,54 @@ def test_tokens_are_those_of_the_reference(model: Any, tokenizer: Any) -> None:
     p = logits.softmax(-1)
     for token, (row, position) in zip(tokens, places, strict=False):
         at = (row, position)
+        view = token.view
         label = int(batch.labels[at])
         assert token.token == tokenizer.decode([label])
-        likeliest = int(p[at].argmax())
-        assert token.likeliest == tokenizer.decode([likeliest])
-        found = [token.probability, token.likeliest_probability, token.nll, token.entropy]
-        found.append(token.gate)
-        assert token.normalized_entropy == pytest.approx(token.entropy / math.log(K))
-        expected = [
-            p[at][label],
-            p[at][likeliest],
-            stats.nll[at],
-            stats.entropy[at],
-            stats.gate[at],
+        five = p[at].topk(5)
+        assert [text for text, _ in view.likeliest] == [
+            tokenizer.decode([one]) for one in five.indices.tolist()
         ]
-        assert found == pytest.approx([float(value) for value in expected], rel=1e-5)
-        assert token.muted == pytest.approx((1 - token.gate) * token.nll)
+        assert [chance for _, chance in view.likeliest] == pytest.approx(
+            five.values.tolist(), rel=1e-5
+        )
+        assert view.normalized_entropy == pytest.approx(view.entropy / math.log(K))
+        expected = [p[at][label], stats.nll[at], stats.entropy[at], stats.gate[at]]
+        assert [view.probability, view.nll, view.entropy, view.gate] == pytest.approx(
+            [float(value) for value in expected], rel=1e-5
+        )
+        onehot = torch.zeros_like(p[at]).index_fill_(0, torch.tensor(label), 1)
+        assert view.gradient == pytest.approx(float((p[at] - onehot).norm()), rel=1e-5)
+        assert view.muted == pytest.approx((1 - view.gate) * view.nll)
         context = batch.input_ids[row, max(0, position - 11) : position + 1].tolist()
         assert token.before == tokenizer.decode(context)
-        conflict = p[at][label] < 0.1 and stats.entropy[at] < 0.3 * math.log(K)
-        assert token.is_conflict == bool(conflict)
+        unlikely, sure = p[at][label] < 0.1, stats.entropy[at] < 0.3 * math.log(K)
+        region = REGIONS[2 * (not sure) + (not unlikely)]
+        assert view.region == region and view.is_conflict == bool(unlikely and sure)
 
 
-def _token(nll: float, entropy: float, gate: float, conflict: bool = False) -> inspect.Token:
-    p = math.exp(-nll)
-    normalized = entropy / math.log(K)
-    return inspect.Token(0, 0, "", "a", p, "b", 1 - p, nll, entropy, normalized, gate, conflict)
+def test_a_model_that_gives_nan(tokenizer: Any) -> None:
+    class Broken(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            return SimpleNamespace(logits=torch.full((*input_ids.shape, 9), torch.nan))
+
+    with pytest.raises(CommandError, match="logits are NaN"):
+        _read(Broken(), tokenizer, [Example([1, 2, 3])], K, eaft_ext.EntropyGate())
+
+
+def _view(nll: float, normalized: float, gate: float, region: str = "open") -> inspect.View:
+    entropy = normalized * math.log(K)
+    return inspect.View(math.exp(-nll), nll, entropy, normalized, gate, 1.0, region, [("b", 0.5)])
 
 
 def test_summary() -> None:
     """Shares are of the sums over all tokens; a token on a bound belongs to the row above it."""
-    ln_k = math.log(K)
-    tokens = [
-        _token(6.0, 0.05 * ln_k, 0.05, True),
-        _token(1.0, 0.5 * ln_k, 0.5),
-        _token(1.0, 0.7 * ln_k, 0.7),
-        _token(2.0, 1.2 * ln_k, 1.2),
+    views = [
+        _view(6.0, 0.05, 0.05, "conflict"),
+        _view(1.0, 0.5, 0.5),
+        _view(1.0, 0.7, 0.7),
+        _view(2.0, 1.2, 1.2),
     ]
-    head, rows = inspect.summary(tokens)
+    head, rows = table.summary(Columns.of(views, K))
     assert len(head) == 6
     found = {row[0]: row[1:] for row in rows}
     gated = 0.3 + 0.5 + 0.7 + 2.4
@@ -107,12 +133,13 @@ def test_summary() -> None:
     assert found["0.1 to 0.3"] == ["0", "-", "-", "-", "-"]
     assert found["0.3 to 0.6"] == ["25.0%", "1.000", "0.500", "10.0%", f"{0.5 / gated:.1%}"]
     assert found["0.6 and above"] == ["50.0%", "1.500", "0.950", "30.0%", f"{3.1 / gated:.1%}"]
-    assert found["confident conflicts"] == found["0 to 0.1"]
+    assert found["confident conflict"] == found["0 to 0.1"]
+    assert found["known"] == ["0", "-", "-", "-", "-"]
     assert found["all"] == ["100.0%", "2.500", f"{2.45 / 4:.3f}", "100.0%", "100.0%"]
 
 
 def test_summary_of_what_is_known_already() -> None:
-    _, rows = inspect.summary([_token(0.0, 0.0, 0.0)])
+    _, rows = table.summary(Columns.of([_view(0.0, 0.0, 0.0)], K))
     assert rows[0][1:] == ["100.0%", "0.000", "0.000", "-", "-"]
 
 
@@ -126,7 +153,7 @@ def test_the_command(
     out = capsys.readouterr().out
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert f"{len(written)} tokens of {texts}" in out
-    assert "confident conflicts" in out and "Most muted" in out
+    assert "confident conflict" in out and "Most muted" in out
     worst = sorted(written, key=lambda token: -(1 - token["gate"]) * token["nll"])
     shown = out.partition("Most muted")[2].splitlines()[4:7]
     for token, line in zip(worst, shown, strict=False):
@@ -172,18 +199,20 @@ def test_options_change_what_they_name(
 ) -> None:
     sizes = []
 
-    def recorded(rows: Any, batch_size: int) -> Any:
-        sizes.append(batch_size)
-        return original(rows, batch_size)
+    def recorded(rows: Any, *others: Any) -> Any:
+        sizes.append(len(rows))
+        return original(rows, *others)
 
-    original = inspect.batched
-    monkeypatch.setattr(inspect, "batched", recorded)
+    original = command.read
+    monkeypatch.setattr(command, "read", recorded)
     output = tmp_path / "tokens.jsonl"
     run = partial(_written, tiny_folder, texts, output)
     plain = run()
     squared = run("--alpha", "2")
+    assert max(sizes) == 2
+    sizes.clear()
     thirds = run("--normalizer", "3", "--batch-size", "1")
-    assert sizes == [2, 2, 1]
+    assert set(sizes) == {1}
     for one, two, three in zip(plain, squared, thirds, strict=True):
         assert one["gate"] == pytest.approx(one["normalized_entropy"], rel=1e-5)
         assert two["gate"] == pytest.approx(one["gate"] ** 2, rel=1e-5)
@@ -248,27 +277,27 @@ def test_a_small_vocabulary_and_what_cannot_be(tmp_path: Path) -> None:
             return SimpleNamespace(logits=logits)
 
     class Letters:
-        def decode(self, ids: list[int]) -> str:
+        def decode(self, ids: list[int], **_: Any) -> str:
             return "".join("abcd"[i] for i in ids)
 
-    batch = collate([Example([0, 1, 3])])
-    gate = eaft_ext.EntropyGate()
-    tokens = list(inspect.inspect(Fixed(), Letters(), [batch], 20, gate))
+    tokens = _read(Fixed(), Letters(), [Example([0, 1, 3])], 4, eaft_ext.EntropyGate())[:2]
+    views = [token.view for token in tokens]
     p = torch.tensor([0.0, 1.0, 1.0]).softmax(-1)
     expected = float(-(p * p.log()).sum() / math.log(4))
-    for token in tokens:
-        assert token.gate == pytest.approx(expected) == token.normalized_entropy
-        assert token.likeliest == "b"
-        assert token.likeliest_probability == pytest.approx(float(p[1]))
-    assert [token.probability for token in tokens] == pytest.approx([float(p[1]), 0])
-    _, rows = inspect.summary(tokens)
+    for view in views:
+        assert view.gate == pytest.approx(expected) == view.normalized_entropy
+        assert view.likeliest[0] == ("b", pytest.approx(float(p[1])))
+    assert [view.probability for view in views] == pytest.approx([float(p[1]), 0])
+    _, rows = table.summary(Columns.of(views, 4))
     assert rows[-1] == ["all", "100.0%", "inf", f"{expected:.3f}", "-", "-"]
-    inspect.write_jsonl(tokens, tmp_path / "tokens.jsonl")
+    spool = Spool(tmp_path / "tokens.jsonl", {})
+    spool.append(tokens, 1)
     lines = (tmp_path / "tokens.jsonl").read_text().splitlines()
     assert [json.loads(line)["nll"] is None for line in lines] == [False, True]
+    assert list(spool) == tokens
 
 
 def test_what_is_shown_is_on_one_line() -> None:
-    assert inspect._shown("\N{SNOWMAN}", is_unicode=False).plain == "\\u2603"
-    assert inspect._shown("a\nb [bold]").plain == "a\\nb [bold]"
-    assert inspect._shown("x" * 40, last=36).plain == "..." + "x" * 36
+    assert table._shown("\N{SNOWMAN}", is_unicode=False).plain == "\\u2603"
+    assert table._shown("a\nb [bold]").plain == "a\\nb [bold]"
+    assert table._shown("x" * 40, last=36).plain == "..." + "x" * 36

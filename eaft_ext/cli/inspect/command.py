@@ -1,0 +1,226 @@
+"""The command: what it reads, what it is asked for, and what it leaves."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import eaft_ext
+from eaft_ext.cli.batches import Batch, Example, count_tokens, evaluation_rows
+from eaft_ext.cli.console import make_console
+from eaft_ext.cli.demo.corpus import language_reference
+from eaft_ext.cli.errors import CommandError
+from eaft_ext.cli.model import check_length, load, shown_name
+from eaft_ext.cli.options import (
+    add_reading,
+    default_device,
+    positive_float,
+    positive_int,
+    require_extras,
+)
+from eaft_ext.cli.records import read_records
+
+from .moved import moved
+from .page import Report, write_page
+from .pieces import Pieces
+from .plot import write_plot
+from .shares import Columns, gate_title
+from .spool import Spool
+from .table import most_muted, print_report
+from .tokens import Reader, View, read
+
+REQUIRED = ("transformers", "rich")
+PLOTS = (".png", ".svg", ".pdf")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``eaft-ext inspect``."""
+    add = parser.add_argument
+    default = " (default: %(default)s)"
+    add_reading(parser, data="plain text", rows="rows at a time")
+    add(
+        "--tokens",
+        type=tokens,
+        default=4096,
+        metavar="N",
+        help="tokens to read, with those of prompts, spread evenly over the data; or all" + default,
+    )
+    add("--show", type=positive_int, default=12, metavar="N", help="muted tokens shown" + default)
+    add("--html", type=Path, metavar="FILE", help="write a page to browse: plane, gates, texts")
+    add("--plot", type=Path, metavar="FILE", help="draw the plane into this PNG, SVG or PDF")
+    add("--output", type=Path, metavar="FILE", help="write every token to this JSONL file")
+    add(
+        "--against",
+        metavar="NAME",
+        help="a second model, such as --model after tuning: what it thinks of the same tokens",
+    )
+    add("--alpha", type=positive_float, default=1.0, help="exponent of the gate" + default)
+    add(
+        "--normalizer",
+        type=positive_float,
+        help="what the entropy is divided by (default: ln k, as in the paper)",
+    )
+
+
+def tokens(text: str) -> int:
+    """A whole number from 1, or all."""
+    return sys.maxsize if text == "all" else positive_int(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Read the text with the model, and show what the gate does."""
+    require_extras(REQUIRED)
+    _check_files(arguments)
+    console = make_console()
+    records = read_records(arguments.data) if arguments.data else language_reference().train
+    readers, tokenizer = _readers(arguments, console)
+    length = arguments.sequence_length
+    rows = evaluation_rows(records, tokenizer, length=length, max_tokens=arguments.tokens)
+    pieces = readers[0].pieces
+    with _spool(arguments) as spool:
+        _read(rows, readers, spool, arguments, console)
+        columns = [Columns.of(views, readers[0].k) for views in _views(spool, len(readers))]
+        within = count_tokens(rows)
+        if not len(columns[0]):
+            raise CommandError(
+                f"the {within} tokens that were read are all of a prompt: pass more --tokens"
+            )
+        gate = readers[0].gate
+        names = [shown_name(arguments.model)]
+        names += [shown_name(arguments.against)] if arguments.against else []
+        source = str(arguments.data or "the Python language reference")
+        predicted = len(columns[0])
+        all_of_it = f", all that rows of {length} have" if within < arguments.tokens else ""
+        title = (
+            f"{names[0]}, {predicted} tokens of {source}, {gate}\n"
+            f"{within} tokens were read{all_of_it}; {within - predicted} are of prompts, or begin "
+            "a row, and are not predicted."
+        )
+        print_report(console, title, columns[0], most_muted(spool, arguments.show))
+        if arguments.plot is not None:
+            write_plot(columns[0], gate, f"{names[0]} on {source}", arguments.plot)
+        if arguments.html is not None:
+            facts = {
+                "data": source,
+                "tokens predicted": f"{predicted:,}",
+                "tokens read": f"{within:,}{all_of_it}",
+                "texts": f"{len(rows):,}",
+                "gate": gate_title(gate),
+                "k": str(arguments.k),
+                "eaft_ext": eaft_ext.__version__,
+            }
+            report = Report(f"{' and '.join(names)} on {Path(source).name}", facts, gate, names)
+            change = moved(*columns) if arguments.against else None
+            write_page(report, columns[0], change, rows, spool, pieces, arguments.html)
+        spool.complete()
+    for file in (arguments.output, arguments.plot, arguments.html):
+        if file is not None:
+            console.print(f"wrote {file}", highlight=False, markup=False)
+    return 0
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    for name in ("output", "html", "plot"):
+        file: Path | None = getattr(arguments, name)
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            raise CommandError(f"cannot write --{name} {file}: not a file in a folder that exists")
+    plot: Path | None = arguments.plot
+    if plot is not None and plot.suffix.lower() not in PLOTS:
+        raise CommandError(f"--plot must end in {', '.join(PLOTS)}, got {plot}")
+    if arguments.html is not None or plot is not None:
+        require_extras(("matplotlib",))
+
+
+def _readers(arguments: argparse.Namespace, console: Any) -> tuple[list[Reader], Any]:
+    """A reader for each model, and the tokenizer, which has to be the same."""
+    on = arguments.device or default_device()
+    gate = eaft_ext.EntropyGate(arguments.alpha, arguments.normalizer)
+    readers = []
+    vocabularies = []
+    names = [arguments.model] + ([arguments.against] if arguments.against else [])
+    for name in names:
+        with console.status("loading the model"):
+            model, tokenizer = load(name)
+        check_length(arguments.sequence_length, model)
+        model.to(on).eval()
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        readers.append(Reader(model, Pieces(tokenizer), min(arguments.k, vocabulary), gate))
+        vocabularies.append(tokenizer.get_vocab())
+    if vocabularies[0] != vocabularies[-1]:
+        raise CommandError(
+            f"--against {arguments.against}: its tokenizer is another than that of "
+            f"{shown_name(arguments.model)}, so that their tokens cannot be compared"
+        )
+    return readers, tokenizer
+
+
+@contextlib.contextmanager
+def _spool(arguments: argparse.Namespace) -> Iterator[Spool]:
+    """Where the tokens go: to --output, or to a file beside the page while it is made."""
+    settings = {
+        name: str(value)
+        for name, value in sorted(vars(arguments).items())
+        if name not in ("output", "html", "plot", "show", "run", "program")
+    }
+    settings["version"] = eaft_ext.__version__
+    if arguments.data is not None:
+        with contextlib.suppress(OSError):
+            state = arguments.data.stat()
+            settings["data"] += f", {state.st_size} bytes, {state.st_mtime_ns}"
+    if arguments.output is not None:
+        yield Spool(arguments.output, settings)
+        return
+    product: Path | None = arguments.html or arguments.plot
+    with tempfile.TemporaryDirectory() as scratch:
+        beside = product.with_name(product.name + ".tokens") if product else None
+        spool = Spool(beside or Path(scratch) / "tokens", settings)
+        yield spool
+        spool.path.unlink(missing_ok=True)
+
+
+def _read(
+    rows: list[Example],
+    readers: list[Reader],
+    spool: Spool,
+    arguments: argparse.Namespace,
+    console: Any,
+) -> None:
+    """Read the rows that the file does not have, with progress and the time that is left."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    on = arguments.device or default_device()
+
+    def look(batch: Batch) -> list[tuple[View, ...]]:
+        return list(zip(*(reader(batch.to(on)) for reader in readers), strict=True))
+
+    if spool.rows:
+        console.print(
+            f"{spool.rows} of {len(rows)} rows are in {spool.path} already: going on from there",
+            highlight=False,
+            markup=False,
+        )
+    columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(rows), completed=spool.rows)
+        for begin in range(spool.rows, len(rows), arguments.batch_size):
+            some = rows[begin : begin + arguments.batch_size]
+            spool.append(read(some, begin, readers[0].pieces, look), len(some))
+            progress.update(task, completed=spool.rows)
+
+
+def _views(spool: Spool, count: int) -> Iterator[Iterator[View]]:
+    """The views of each model, of all tokens."""
+    yield (token.view for token in spool)
+    if count > 1:
+        yield (token.after for token in spool if token.after is not None)

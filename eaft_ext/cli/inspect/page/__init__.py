@@ -1,0 +1,205 @@
+"""The report: one page that holds all it shows, and asks nothing of any network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import eaft_ext
+from eaft_ext._landscape import REGIONS
+from eaft_ext.cli.batches import Example
+from eaft_ext.cli.errors import CommandError
+from eaft_ext.cli.palette import LOSSES, REGION_BOUNDS
+from eaft_ext.cli.palette import REGIONS as PAINTS
+
+from ..moved import Moved
+from ..pieces import Pieces
+from ..plot import landscape_svg
+from ..shares import Columns, kept, shares
+from ..tokens import Token, View
+from .safe import safe
+
+MOST_TOKENS = 100_000
+"""Of the texts that are shown, those with most muted loss first; the figures are of all."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page says at its head."""
+
+    title: str
+    facts: dict[str, str]
+    gate: eaft_ext.EntropyGate
+    models: list[str]
+
+
+def write_page(
+    report: Report,
+    columns: Columns,
+    moved: Moved | None,
+    rows: list[Example],
+    tokens: Iterable[Token],
+    pieces: Pieces,
+    path: Path,
+) -> None:
+    """Write the page. ``tokens`` come row by row, in order."""
+    texts, data = _texts(rows, tokens, pieces)
+    data["models"] = report.models
+    script, style = (_file(name) for name in ("page.js", "page.css"))
+    html = _template().render(
+        report=report,
+        columns=columns,
+        shares=shares(columns),
+        kept=kept(columns, report.gate),
+        moved=moved,
+        regions=PAINTS,
+        bounds=REGION_BOUNDS,
+        losses=LOSSES,
+        landscapes={
+            theme: landscape_svg(columns, report.gate, theme) for theme in ("light", "dark")
+        },
+        texts=texts,
+        left_out=len(rows) - len(texts),
+        data=_json(data),
+        script=script,
+        style=style + _colours(),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    try:
+        path.write_text(html, "utf-8", newline="\n")
+    except OSError as error:
+        raise CommandError(f"cannot write --html {path}: {error.strerror}") from None
+
+
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("eaft_ext.cli.inspect.page", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda value: "-" if math.isnan(value) else f"{value:.1%}"
+    environment.filters["number"] = lambda value: "-" if math.isnan(value) else f"{value:.3f}"
+    return environment.get_template("page.html")
+
+
+def _file(name: str) -> str:
+    return (Path(__file__).parent / name).read_text("utf-8")
+
+
+def _colours() -> str:
+    """The palette as custom properties of the style sheet, for each theme."""
+
+    def of(theme: str) -> str:
+        paints = {**{f"region-{n}": p for n, p in PAINTS.items()}, **LOSSES}
+        return "".join(f"--{name}:{getattr(paint, theme)};" for name, paint in paints.items())
+
+    dark = f"@media (prefers-color-scheme: dark){{:root{{{of('dark')}}}}}"
+    return f"\n:root{{{of('light')}}}\n{dark}\n"
+
+
+def _json(data: Any) -> str:
+    """JSON that cannot end the element that it is in."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\N{LINE SEPARATOR}", "\\u2028")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A row: its number, its text, and how much of its loss is muted."""
+
+    row: int
+    text: str
+    muted: float
+    conflicts: int
+
+
+def _texts(
+    rows: list[Example], tokens: Iterable[Token], pieces: Pieces
+) -> tuple[list[Text], dict[str, Any]]:
+    """The rows that are shown, in order, and what the script knows of their tokens."""
+    by_row = [(row, list(some)) for row, some in groupby(tokens, lambda token: token.row)]
+    muted = {row: sum(token.view.muted for token in some) for row, some in by_row}
+    room = MOST_TOKENS
+    shown: set[int] = set()
+    for row, some in sorted(by_row, key=lambda item: -muted[item[0]]):
+        room -= len(some)
+        if room < 0 and shown:
+            break
+        shown.add(row)
+    words = Words()
+    texts: list[Text] = []
+    data: dict[str, Any] = {"regions": list(REGIONS), "rows": [], "views": []}
+    for row, some in by_row:
+        if row not in shown:
+            continue
+        said = [safe(piece) for piece in pieces.of(rows[row].tokens)]
+        conflicts = sum(token.view.is_conflict for token in some)
+        texts.append(Text(row, "".join(said), muted[row], conflicts))
+        data["rows"].append(
+            {
+                "lengths": [_utf16(piece) for piece in said],
+                "positions": [token.position + 1 for token in some],
+                "views": [
+                    _packed(
+                        [view for token in some if (view := _view(token, name)) is not None], words
+                    )
+                    for name in ("view", "after")
+                ],
+            }
+        )
+    return texts, {**data, "words": words.all}
+
+
+def _view(token: Token, name: str) -> View | None:
+    view: View | None = getattr(token, name)
+    return view
+
+
+class Words:
+    """Texts of tokens, each once."""
+
+    def __init__(self) -> None:
+        self._index: dict[str, int] = {}
+
+    def __call__(self, text: str) -> int:
+        """The index of a text."""
+        return self._index.setdefault(safe(text), len(self._index))
+
+    @property
+    def all(self) -> list[str]:
+        """By index."""
+        return list(self._index)
+
+
+def _packed(views: list[View], words: Words) -> dict[str, Any]:
+    """The views of a row, a list for each number; of the likeliest, one after another."""
+    return {
+        "nll": [_digits(view.nll) for view in views],
+        "entropy": [_digits(view.entropy) for view in views],
+        "normalized": [_digits(view.normalized_entropy) for view in views],
+        "gate": [_digits(view.gate) for view in views],
+        "region": "".join(str(REGIONS.index(view.region)) for view in views),
+        "words": [words(text) for view in views for text, _ in view.likeliest],
+        "chances": [round(1000 * p) for view in views for _, p in view.likeliest],
+    }
+
+
+def _digits(value: float) -> float | None:
+    """A number to four decimals; what is not finite, as nothing."""
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def _utf16(text: str) -> int:
+    """How long a text is to the script."""
+    return len(text.encode("utf-16-le")) // 2
