@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eaft_ext import reference
 from eaft_ext._conflicts import CONFLICT_ENTROPY, CONFLICT_PROBABILITY, confident_conflicts
@@ -155,3 +156,11 @@ def test_dtypes(dtype: torch.dtype) -> None:
     """In the middle of a cell, where rounding does not leave it."""
     nll, entropy = at(12.5 / CELLS, 24.5 / CELLS)
     assert cells_of(nll.to(dtype), entropy.to(dtype)) == [[24, 12]]
+
+
+def test_the_host_reads_nothing() -> None:
+    """Tensors without values, of which a read raises."""
+    with FakeTensorMode():
+        nll, entropy = torch.empty(2, 3), torch.empty(2, 3)
+        found = counts(nll, entropy, K, torch.empty(2, 3, dtype=torch.bool))
+    assert found.shape == (CELLS, CELLS)
