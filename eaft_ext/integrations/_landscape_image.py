@@ -28,12 +28,12 @@ FAINTEST = 0.15
 """Of the way from ``GROUND`` to ``FULL``: a single token is still seen."""
 
 
-def check_pillow(op: str) -> None:
+def check_pillow() -> None:
     """Raise ImportError where loggers could not write an image, before anything is trained."""
     if importlib.util.find_spec("PIL") is None:
         raise ImportError(
-            f"{op}: landscape=True needs Pillow, with which loggers write images: pip install "
-            "pillow"
+            "EAFTCallback: landscape=True needs Pillow, with which loggers write images: pip "
+            "install pillow"
         )
 
 

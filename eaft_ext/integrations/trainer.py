@@ -155,7 +155,7 @@ class EAFTCallback(TrainerCallback):
         if landscape and not logs:
             raise ValueError("EAFTCallback: landscape=True is of what logs=False leaves out")
         if landscape:
-            check_pillow("EAFTCallback")
+            check_pillow()
         _check_ignore_index("EAFTCallback", token_loss("EAFTCallback", k, **options).ignore_index)
         self.logs = logs
         self.landscape = landscape
