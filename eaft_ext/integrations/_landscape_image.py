@@ -48,13 +48,12 @@ def draw(cells: Tensor) -> Tensor:
     part = found / found.max().clamp(min=1e-6)
     part = torch.where(found > 0, FAINTEST + (1 - FAINTEST) * part, 0.0).flip(0)
     part = part.repeat_interleave(PIXELS, 0).repeat_interleave(PIXELS, 1).unsqueeze(-1)
-    ground, full = torch.tensor(GROUND), torch.tensor(FULL)
+    ground, full, bound = torch.tensor((GROUND, FULL, BOUND), device=cells.device)
     image = (ground + part * (full - ground)).round().to(torch.uint8)
     right = round(CONFLICT_PROBABILITY * CELLS) * PIXELS
     top = (CELLS - round(CONFLICT_ENTROPY * CELLS)) * PIXELS - 1
-    bound = torch.tensor(BOUND, dtype=torch.uint8)
-    image[top:, right] = bound
-    image[top, : right + 1] = bound
+    image[top:, right] = bound.to(image.dtype)
+    image[top, : right + 1] = bound.to(image.dtype)
     return image
 
 

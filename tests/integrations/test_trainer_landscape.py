@@ -94,6 +94,14 @@ def test_the_corner_of_an_image() -> None:
     assert torch.equal(is_line, expected)
 
 
+def test_an_image_beside_other_defaults() -> None:
+    """Of torch: an image is where the counts are."""
+    cells = torch.eye(CELLS)
+    expected = draw(cells)
+    with torch.device("meta"):
+        assert torch.equal(draw(cells), expected)
+
+
 def test_colours_are_those_of_the_palette() -> None:
     found = ["#" + bytes(colour).hex() for colour in (FULL, _landscape_image.BOUND)]
     assert found == [LOSSES["eaft"].light, REGIONS["conflict"].light]
