@@ -48,7 +48,7 @@ def draw(cells: Tensor) -> Tensor:
     part = found / found.max().clamp(min=1e-6)
     part = torch.where(found > 0, FAINTEST + (1 - FAINTEST) * part, 0.0).flip(0)
     part = part.repeat_interleave(PIXELS, 0).repeat_interleave(PIXELS, 1).unsqueeze(-1)
-    ground, full, bound = torch.tensor((GROUND, FULL, BOUND), device=cells.device)
+    ground, full, bound = torch.tensor((GROUND, FULL, BOUND), device=cells.device).unbind()
     image = (ground + part * (full - ground)).round().to(torch.uint8)
     right = round(CONFLICT_PROBABILITY * CELLS) * PIXELS
     top = (CELLS - round(CONFLICT_ENTROPY * CELLS)) * PIXELS - 1
