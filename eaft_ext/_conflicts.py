@@ -17,5 +17,8 @@ def confident_conflicts(nll: torch.Tensor, entropy: torch.Tensor, k: int) -> tor
 
 
 def sure(entropy: torch.Tensor, k: int) -> torch.Tensor:
-    """Return for which tokens the model's entropy, in nats, is that of being sure."""
-    return entropy < CONFLICT_ENTROPY * math.log(k)
+    """Return for which tokens the model's entropy, in nats, is that of being sure.
+
+    Of one logit, k = 1, it is 0, and the model is sure.
+    """
+    return entropy < CONFLICT_ENTROPY * math.log(k) if k > 1 else entropy <= 0

@@ -45,3 +45,14 @@ REGION_BOUNDS = {
     "unlikely": "p < 0.1, H >= 0.3 ln k",
     "open": "p >= 0.1, H >= 0.3 ln k",
 }
+
+LOGGED = {
+    "loss": Paint("loss", LOSSES["eaft"].light, LOSSES["eaft"].dark, "s"),
+    "eaft_nll": Paint("cross-entropy (nll)", LOSSES["sft"].light, LOSSES["sft"].dark, "o"),
+    "eaft_gate": Paint("gate", LOSSES["eaft"].light, LOSSES["eaft"].dark, "s"),
+    "eaft_entropy": Paint("entropy", REGIONS["unlikely"].light, REGIONS["unlikely"].dark, "^"),
+    "eaft_confident_conflicts": Paint(
+        "confident conflicts", REGIONS["conflict"].light, REGIONS["conflict"].dark, "X"
+    ),
+}
+"""What a training logs, by the names in its log. Signs are matplotlib's markers."""

@@ -16,8 +16,10 @@ from transformers import Trainer, TrainerCallback
 
 import eaft_ext
 from eaft_ext._conflicts import confident_conflicts
+from eaft_ext._landscape import CELLS, counts
 from eaft_ext._options import LossKeywords, token_loss, with_keywords
 from eaft_ext.integrations._call import next_token_labels
+from eaft_ext.integrations._landscape_image import check_pillow, log_image, warn_of_no_logger
 from eaft_ext.integrations.transformers import LinearGatedLoss, for_trainer
 from eaft_ext.reference import TokenStats
 
@@ -113,12 +115,17 @@ class EAFTCallback(TrainerCallback):
     ``eaft_nll``, the plain cross-entropy, both in nats; ``eaft_token_accuracy``; and
     ``eaft_confident_conflicts``, the share of tokens with p(y) < 0.1 and H < 0.3 ln k. They are of
     all processes, and cost one read of the host for each log. TRL's own metrics keep its meaning.
+    With ``landscape=True`` TensorBoard and W&B are also given ``eaft_landscape``: the same tokens
+    in the plane of p(y), to the right, and H / ln k, upwards, a small image, darker where there are
+    more of them, in which lines bound the confident conflicts.
 
     Args:
         k, options: those of :func:`eaft_ext.integrations.transformers.use_linear_gated_ce`.
         logs: False: nothing is added to what the trainer logs.
+        landscape: True: an image with each of these logs, where the logger takes images.
 
     Raises:
+        ImportError: for ``landscape=True`` without Pillow.
         TypeError, ValueError: as ``use_linear_gated_ce`` does, at the start of training: also for
             ``label_smoothing_factor``, with which the trainer computes a loss of its own, for
             another ``loss_type`` of TRL than "nll", and for its other trainers.
@@ -135,16 +142,23 @@ class EAFTCallback(TrainerCallback):
         k: int | None = 20,
         *,
         logs: bool = True,
+        landscape: bool = False,
         chunk_size: int | None = None,
         accumulate_in_float32: bool | None = None,
         logits_in_evaluation: bool = True,
         watch_steps: bool = True,
         **options: Unpack[LossKeywords],
     ) -> None:
-        if not isinstance(logs, bool):
-            raise TypeError(f"EAFTCallback: logs must be True or False, got {logs!r}")
+        for option, value in (("logs", logs), ("landscape", landscape)):
+            if not isinstance(value, bool):
+                raise TypeError(f"EAFTCallback: {option} must be True or False, got {value!r}")
+        if landscape and not logs:
+            raise ValueError("EAFTCallback: landscape=True is of what logs=False leaves out")
+        if landscape:
+            check_pillow()
         _check_ignore_index("EAFTCallback", token_loss("EAFTCallback", k, **options).ignore_index)
         self.logs = logs
+        self.landscape = landscape
         self.options: dict[str, Any] = {
             "k": k,
             "chunk_size": chunk_size,
@@ -157,6 +171,7 @@ class EAFTCallback(TrainerCallback):
         """What undoes it and has the stats of the last call; None while nothing is trained."""
         self._sums: dict[bool, Tensor | None] = {}
         self._counted: TokenStats | None = None
+        self._has_warned = False
         _extend_logs()
 
     def remove(self) -> None:
@@ -232,20 +247,51 @@ class EAFTCallback(TrainerCallback):
         dtype = torch.float32 if stats.nll.device.type == "mps" else torch.float64
         # Stats are 0 where ignored; those of a conflict are not.
         sums = torch.stack([torch.where(stats.valid, s, 0).sum(dtype=dtype) for s in of_token])
+        if self.landscape:
+            cells = counts(stats.nll, stats.entropy, k, stats.valid)
+            sums = torch.cat([sums, cells.flatten().to(dtype)])
         before = self._sums.get(is_evaluation)
         self._sums[is_evaluation] = sums if before is None else before + sums
 
     def take_means(self, is_evaluation: bool) -> dict[str, float]:
         """The means since the last call, of all processes, which have to call this together."""
+        return self._take(is_evaluation)[0]
+
+    def _take(self, is_evaluation: bool) -> tuple[dict[str, float], Tensor | None]:
+        """The means, and with ``landscape`` the tokens in each cell, on the host."""
         sums = self._sums.pop(is_evaluation, None)
         if sums is None:
-            return {}
+            return {}, None
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(sums)
-        count, *totals = sums.tolist()
+        sums = sums.cpu()
+        count, *totals = sums[: 1 + len(_NAMES)].tolist()
         if count == 0:
-            return {}
-        return {PREFIX + name: total / count for name, total in zip(_NAMES, totals, strict=True)}
+            return {}, None
+        means = {PREFIX + name: total / count for name, total in zip(_NAMES, totals, strict=True)}
+        cells = sums[1 + len(_NAMES) :].view(CELLS, CELLS) if self.landscape else None
+        return means, cells
+
+    def _add_to_logs(self, trainer: Trainer, logs: dict[str, float]) -> None:
+        """To the trainer's own logs, which all processes make: of some steps, of an evaluation."""
+        if "loss" in logs and "learning_rate" in logs:
+            prefix, is_evaluation = "", False
+        else:
+            runtime = next((name for name in logs if name.endswith("_runtime")), None)
+            if runtime is None or "total_flos" in logs:  # which the summary of a training has
+                return
+            prefix, is_evaluation = runtime.removesuffix("runtime"), True
+        means, cells = self._take(is_evaluation)
+        logs.update({prefix + name: mean for name, mean in means.items()})
+        if cells is None or not trainer.state.is_world_process_zero:
+            return
+        name = f"{prefix}{PREFIX}landscape"
+        is_logged = log_image(
+            trainer.callback_handler.callbacks, name, cells, trainer.state.global_step
+        )
+        if not is_logged and not self._has_warned:
+            warn_of_no_logger()
+            self._has_warned = True
 
 
 @cache
@@ -257,18 +303,7 @@ def _extend_logs() -> None:
     def extended(self: Trainer, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EAFTCallback):
-                _add_means(callback, logs)
+                callback._add_to_logs(self, logs)
         log(self, logs, *args, **kwargs)
 
     Trainer.log = extended  # type: ignore[method-assign]
-
-
-def _add_means(callback: EAFTCallback, logs: dict[str, float]) -> None:
-    """To the trainer's own logs, which all processes make: of some steps, and of an evaluation."""
-    if "loss" in logs and "learning_rate" in logs:
-        logs.update(callback.take_means(is_evaluation=False))
-        return
-    runtime = next((name for name in logs if name.endswith("_runtime")), None)
-    if runtime is not None and "total_flos" not in logs:  # which the summary of a training has
-        means = callback.take_means(is_evaluation=True)
-        logs.update({runtime.removesuffix("runtime") + name: mean for name, mean in means.items()})

@@ -17,10 +17,20 @@ pytest.importorskip("accelerate", reason=MISSING)
 
 from data_parallel import WAYS, options_of, trained, whole_weights
 from torch.distributed.fsdp import FullyShardedDataParallel
-from trainer_runs import LEARNING_RATE, InOrder, arguments, examples, logged, written_out
+from trainer_runs import (
+    LEARNING_RATE,
+    STEPS,
+    InOrder,
+    arguments,
+    examples,
+    kept_landscapes,
+    logged,
+    written_out,
+)
 from transformers_models import assert_same, batch, build, shifted
 
 from eaft_ext import reference
+from eaft_ext._landscape import counts
 from eaft_ext.integrations.trainer import EAFTCallback, gated_loss_func
 
 pytestmark = pytest.mark.slow
@@ -46,10 +56,10 @@ def train_in_process(way: str, _: Path) -> dict[str, Any]:
 
 
 def run(way: str, name: str, changes: dict[str, Any], is_callback: bool) -> dict[str, Any]:
-    """Losses, logs and weights after some steps."""
+    """Losses, logs, landscapes and weights after some steps."""
     model = build(name)
     more: dict[str, Any] = {"compute_loss_func": gated_loss_func()}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, kept_landscapes() as landscapes:
         trainer = InOrder(
             model,
             arguments(
@@ -61,12 +71,13 @@ def run(way: str, name: str, changes: dict[str, Any], is_callback: bool) -> dict
             ),
             train_dataset=examples(),
             eval_dataset=examples()[:8],
-            **({"callbacks": [EAFTCallback()]} if is_callback else more),
+            **({"callbacks": [EAFTCallback(landscape=True)]} if is_callback else more),
         )
         trainer.train()
     names = ("loss", "eaft_gate", "eaft_token_accuracy", "eval_eaft_gate")
     return {
         "logs": {of_log: logged(trainer, of_log) for of_log in names},
+        "landscapes": landscapes,
         "weights": whole_weights(model, way),
     }
 
@@ -128,6 +139,27 @@ def test_logs_are_of_all_processes(results: Results, case: str) -> None:
         assert logs["eaft_token_accuracy"][0] == pytest.approx(accuracy.item(), abs=1e-6)
         gate_after = evaluated.gate[evaluated.valid].mean().item()
         assert logs["eval_eaft_gate"][-1] == pytest.approx(gate_after, rel=1e-4)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][2]])
+def test_landscapes_are_of_all_processes(results: Results, case: str) -> None:
+    """Of every token, and in the main process alone."""
+    main, other = (of_process[case]["landscapes"] for of_process in results)
+    assert other == []
+    after = build(CASES[case][0])
+    of_step = {("eaft_landscape", 1): stats_of(after, examples()[:4])}
+    written_out(after, loss_of, size=4)
+    of_step["eval_eaft_landscape", STEPS] = stats_of(after.eval(), examples()[:8])
+    found = {(name, step): cells for name, cells, step in main}
+    assert len(found) == len(main) == 2 * STEPS
+    for log, stats in of_step.items():
+        expected = counts(stats.nll, stats.entropy, 20, stats.valid)
+        assert found[log].sum() == stats.valid.sum()
+        # A token on the edge of a cell may be rounded to the next one.
+        assert (found[log] - expected).abs().sum() <= 2, log
+    for step in range(1, STEPS + 1):
+        labels = stats_of(after, examples()[4 * step - 4 : 4 * step]).valid.sum()
+        assert found["eaft_landscape", step].sum() == labels
 
 
 @pytest.mark.parametrize("way", ["ddp"], indirect=True)

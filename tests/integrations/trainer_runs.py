@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 import transformers
 from torch import Tensor
 from transformers_models import batch, shifted
+
+import eaft_ext.integrations.trainer as of_trainers
 
 STEPS = 3
 LEARNING_RATE = 0.1
@@ -83,3 +86,21 @@ def written_out(
 def logged(trainer: transformers.Trainer, name: str) -> list[float]:
     """Of each log that has it."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@contextmanager
+def kept_landscapes() -> Iterator[list[tuple[str, Tensor, int]]]:
+    """What loggers of images are given in a block: its name, the tokens in each cell, the step."""
+    kept: list[tuple[str, Tensor, int]] = []
+    own = of_trainers.log_image
+
+    def keep(callbacks: Any, name: str, cells: Tensor, step: int) -> bool:
+        own(callbacks, name, cells, step)
+        kept.append((name, cells, step))
+        return True
+
+    of_trainers.log_image = keep
+    try:
+        yield kept
+    finally:
+        of_trainers.log_image = own
