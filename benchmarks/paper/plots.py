@@ -11,19 +11,17 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from eaft_ext.cli.palette import LOSSES as PAINTS
+
 from .study import ARMS, PRESETS, Run, runs_of
 from .verdict import path_of
 from .weights import LOSSES
 
 STAMP = "Source"
 DOTS_PER_INCH = 110
-COLOURS = {
-    "sft": "#e76f51",
-    "eaft": "#1b4f8a",
-    "mask": "#2a9d8f",
-    "dft": "#e9c46a",
-    "shuffled": "#8d99ae",
-}
+SHOWN = ("sft", "eaft", "mask", "dft", "shuffled")
+"""The losses whose frontiers are drawn."""
+
 MARKERS = "osD^"
 TITLES = {"natural": "The labels as they are", "planted": "A fifth of the known labels are wrong"}
 
@@ -38,14 +36,19 @@ def frontiers(results: dict[str, Any]) -> Figure:
     preset = PRESETS[results["preset"]]
     figure = Figure((11, 5), dpi=DOTS_PER_INCH, layout="constrained")
     for panel, arm in zip(figure.subplots(1, len(ARMS)), ARMS, strict=True):
-        for loss, colour in COLOURS.items():
+        for loss in SHOWN:
             for rate, marker in zip(preset.rates, MARKERS, strict=False):
                 for seed in range(preset.seeds):
                     path = path_of(results, Run(arm, loss, rate, seed))
                     if path is None:
                         continue
                     label = f"{LOSSES[loss].title}, {rate:g}" if seed == 0 else None
-                    style = {"color": colour, "marker": marker, "markersize": 4, "label": label}
+                    style = {
+                        "color": PAINTS[loss].light,
+                        "marker": marker,
+                        "markersize": 4,
+                        "label": label,
+                    }
                     panel.plot(path.target(), path.kl(), alpha=0.4 if seed else 1, **style)
         panel.set(title=TITLES[arm], xlabel="held-out target loss, nats a token")
         panel.set_yscale("symlog", linthresh=0.05)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-import eaft_ext
 from eaft_ext.cli.batches import Batch
+from eaft_ext.cli.gates_shown import GATES
 from eaft_ext.cli.model import load, shown_name
 
 from . import texts
@@ -20,16 +20,12 @@ from .options import add_study
 from .study import ARMS, PRESETS, Run
 from .texts import K
 from .training import train
-from .weights import LOSSES
 
 FILE = "paper-regions.json"
 PROBABILITY = (0.0, 0.1, 0.3, 0.6, 0.9, 1.0)
 ENTROPY = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
 """Edges of the regions: of p(y), and of H / ln k."""
 TRAINED = ("sft", "eaft")
-GATES = {
-    name: loss.weight for name, loss in LOSSES.items() if isinstance(loss.weight, eaft_ext.Gate)
-}
 PRECISION = "bfloat16"
 
 

@@ -13,6 +13,8 @@ import torch
 
 import eaft_ext
 from eaft_ext._conflicts import CONFLICT_ENTROPY, CONFLICT_PROBABILITY, confident_conflicts
+from eaft_ext.cli.gates_shown import GATES
+from eaft_ext.cli.palette import LOSSES as PAINTS
 
 Tensor = torch.Tensor
 
@@ -95,14 +97,9 @@ class Loss:
 
 
 LOSSES: dict[str, Loss] = {
-    "sft": Loss("cross-entropy (SFT)", eaft_ext.NoGate()),
-    "eaft": Loss("EAFT", eaft_ext.EntropyGate()),
-    "mask": Loss("conflict mask", eaft_ext.ConflictGate(CONFLICT_ENTROPY, CONFLICT_PROBABILITY)),
-    "dft": Loss("DFT (weight p)", eaft_ext.ProbabilityGate()),
-    "shuffled": Loss("EAFT's gates, shuffled", shuffled),
+    **{name: Loss(PAINTS[name].title, gate) for name, gate in GATES.items()},
+    "shuffled": Loss(PAINTS["shuffled"].title, shuffled),
     "random": Loss("random mask of the same share", random_mask),
-    "eaft3": Loss("EAFT, alpha 3", eaft_ext.EntropyGate(alpha=3.0)),
-    "sigmoid": Loss("EAFT, sigmoid", eaft_ext.SigmoidGate()),
     "corner": Loss("soft corner, floor 0.1", corner),
     "falling": Loss("EAFT, alpha falls to 0", falling),
     "habit": Loss("conflicts by how often they came back", habit),

@@ -41,7 +41,7 @@ class TestWholeRun:
         status, results = demo()
         assert status == 0
         printed = capsys.readouterr().out
-        for name in ("CE", "EAFT"):
+        for name in ("SFT", "EAFT"):
             run = results["runs"][name]
             assert [step["step"] for step in run["steps"]] == [1, 2]
             assert [point["step"] for point in run["evaluations"]] == [0, 1, 2]
@@ -51,10 +51,10 @@ class TestWholeRun:
             assert f"{last['target_loss']:.4f}" in printed
             assert f"{last['drift_kl']:.4f}" in printed
             assert f"{name:<5} step 2/2" in printed
-        assert results["runs"]["CE"]["steps"][0]["gate"] == 1
+        assert results["runs"]["SFT"]["steps"][0]["gate"] == 1
         assert 0 < results["runs"]["EAFT"]["steps"][0]["gate"] < 1
         # Both start from the same model and see the same batch first.
-        first = [results["runs"][name]["steps"][0]["nll"] for name in ("CE", "EAFT")]
+        first = [results["runs"][name]["steps"][0]["nll"] for name in ("SFT", "EAFT")]
         assert first[0] == pytest.approx(first[1], rel=1e-6)
         assert results["largest_difference"] <= training.TOLERANCE
         assert not results["interrupted"]
@@ -62,9 +62,9 @@ class TestWholeRun:
         with (tmp_path / "out" / "steps.csv").open(newline="") as stream:
             lines = list(csv.DictReader(stream))
         assert [(line["run"], line["step"]) for line in lines] == [
-            (name, step) for name in ("CE", "EAFT") for step in "012"
+            (name, step) for name in ("SFT", "EAFT") for step in "012"
         ]
-        assert float(lines[2]["drift_kl"]) == results["runs"]["CE"]["evaluations"][2]["drift_kl"]
+        assert float(lines[2]["drift_kl"]) == results["runs"]["SFT"]["evaluations"][2]["drift_kl"]
         assert lines[0]["loss"] == ""
         plot = (tmp_path / "out" / "plot.png").read_bytes()
         assert plot.startswith(b"\x89PNG") and len(plot) > 20_000
@@ -105,12 +105,12 @@ class TestWholeRun:
         status, results = demo("--data", str(data), "--batch-size", "2")
         assert status == 0
         # One or two digits and the end of text, in two rows.
-        assert all(4 <= step["tokens"] <= 6 for step in results["runs"]["CE"]["steps"])
+        assert all(4 <= step["tokens"] <= 6 for step in results["runs"]["SFT"]["steps"])
 
     @pytest.mark.parametrize(
         "options", [(), pytest.param(("--fused-linear",), marks=pytest.mark.slow)]
     )
-    @pytest.mark.parametrize(("when", "steps"), [(("CE", 1), [1]), (("EAFT", 1), [2, 1])])
+    @pytest.mark.parametrize(("when", "steps"), [(("SFT", 1), [1]), (("EAFT", 1), [2, 1])])
     def test_control_c_keeps_what_is_done(
         self,
         demo: Demo,
@@ -176,8 +176,8 @@ class TestWholeRun:
         )
         status, results = demo("--data", str(text_file), *options)
         assert status == 1
-        assert f"CE, step 1: {function} gives" in capsys.readouterr().err
-        assert len(results["runs"]["CE"]["steps"]) == 1
+        assert f"SFT, step 1: {function} gives" in capsys.readouterr().err
+        assert len(results["runs"]["SFT"]["steps"]) == 1
 
     @pytest.mark.parametrize(
         ("options", "complaint"),
@@ -267,12 +267,12 @@ class TestEqualLoss:
     def test_drift_is_interpolated_at_the_lowest_common_loss(self) -> None:
         found = at_equal_loss(
             [
-                self.run("CE", (3.0, 0.0), (2.0, 0.4), (1.0, 0.6)),
+                self.run("SFT", (3.0, 0.0), (2.0, 0.4), (1.0, 0.6)),
                 self.run("EAFT", (3.0, 0.0), (2.0, 0.1), (1.5, 0.3)),
             ]
         )
         assert found.target_loss == 1.5
-        assert found.drift_kl == pytest.approx({"CE": 0.5, "EAFT": 0.3})
+        assert found.drift_kl == pytest.approx({"SFT": 0.5, "EAFT": 0.3})
 
     @pytest.mark.parametrize(
         "points",
@@ -280,6 +280,6 @@ class TestEqualLoss:
         ids=["not measured yet", "learned nothing", "not begun"],
     )
     def test_nothing_to_compare(self, points: list[tuple[float, float]]) -> None:
-        full = self.run("CE", (3.0, 0.0), (2.0, 0.4))
+        full = self.run("SFT", (3.0, 0.0), (2.0, 0.4))
         assert at_equal_loss([full, self.run("EAFT", *points)]) is None
         assert at_equal_loss([full]) is None

@@ -97,7 +97,7 @@ class TestRuns:
         natural = self.run(demo, sure_folder, data, "--natural", output="natural")
         assert natural["texts"]["labels"] == "the labels as they are"
         assert natural["base"] == planted["base"]  # the held-out text is clean in both
-        first = [results["runs"]["CE"]["steps"][0]["nll"] for results in (natural, planted)]
+        first = [results["runs"]["SFT"]["steps"][0]["nll"] for results in (natural, planted)]
         assert first[0] < first[1]
 
     def test_in_bfloat16(
@@ -121,6 +121,6 @@ class TestRuns:
         last = {name: run["evaluations"][-1] for name, run in results["runs"].items()}
         base = results["base"]
         lost = {name: point["sure_loss"] - base["sure_loss"] for name, point in last.items()}
-        assert lost["CE"] > 0
-        assert lost["EAFT"] < 0.8 * lost["CE"]
-        assert last["EAFT"]["drift_kl"] < 0.9 * last["CE"]["drift_kl"]
+        assert lost["SFT"] > 0
+        assert lost["EAFT"] < 0.8 * lost["SFT"]
+        assert last["EAFT"]["drift_kl"] < 0.9 * last["SFT"]["drift_kl"]

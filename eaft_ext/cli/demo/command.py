@@ -43,7 +43,7 @@ from .training import ReferenceMismatch, Run, train
 EVALUATION_TOKENS = 1536
 """Tokens of held-out text, and of drift text, that a measurement reads, at most."""
 
-PLAIN, EAFT = "CE", "EAFT"
+PLAIN, EAFT = "SFT", "EAFT"
 REQUIRED = ("transformers", "matplotlib", "rich")
 
 

@@ -6,12 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eaft_ext.cli.palette import LOSSES
+
 from .results import Results
 
-# EAFT is drawn thin over a broad CE, so that both are seen where they agree.
+# EAFT is drawn thin over a broad SFT, so that both are seen where they agree.
 STYLES: dict[str, dict[str, Any]] = {
-    "CE": {"color": "#f4a261", "linewidth": 5, "label": "plain cross-entropy (CE)"},
-    "EAFT": {"color": "#1b4f8a", "linewidth": 1.8, "marker": "o", "label": "EAFT"},
+    "SFT": {"color": LOSSES["sft"].light, "linewidth": 5, "label": LOSSES["sft"].title},
+    "EAFT": {
+        "color": LOSSES["eaft"].light,
+        "linewidth": 1.8,
+        "marker": "o",
+        "label": LOSSES["eaft"].title,
+    },
 }
 
 

@@ -24,6 +24,7 @@ from eaft_ext.cli.options import (
     require_extras,
 )
 from eaft_ext.cli.records import read_records
+from eaft_ext.cli.training_log import run_log
 
 from .moved import moved
 from .page import Report, write_page
@@ -59,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a second model, such as --model after tuning: what it thinks of the same tokens",
     )
+    add(
+        "--log",
+        type=Path,
+        metavar="DIR",
+        help="in place of a text: show what a training with EAFTCallback has logged in this folder",
+    )
     add("--alpha", type=positive_float, default=1.0, help="exponent of the gate" + default)
     add(
         "--normalizer",
@@ -73,7 +80,9 @@ def tokens(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read the text with the model, and show what the gate does."""
+    """Read the text with the model, or the log of a training, and show what the gate does."""
+    if arguments.log is not None:
+        return _show_log(arguments)
     require_extras(REQUIRED)
     _check_files(arguments)
     console = make_console()
@@ -121,6 +130,15 @@ def run(arguments: argparse.Namespace) -> int:
     for file in (arguments.output, arguments.plot, arguments.html):
         if file is not None:
             console.print(f"wrote {file}", highlight=False, markup=False)
+    return 0
+
+
+def _show_log(arguments: argparse.Namespace) -> int:
+    for name in ("data", "against", "html", "output"):
+        if getattr(arguments, name) is not None:
+            raise CommandError(f"--log reads no text: leave --{name} out")
+    require_extras(("rich",))
+    run_log(arguments.log, arguments.plot, make_console())
     return 0
 
 

@@ -12,7 +12,7 @@ import torch
 
 import eaft_ext
 from eaft_ext._conflicts import CONFLICT_ENTROPY, CONFLICT_PROBABILITY
-from eaft_ext._landscape import CELLS, REGIONS
+from eaft_ext._landscape import CELLS, REGIONS, counts
 from eaft_ext.cli.errors import CommandError
 from eaft_ext.cli.palette import LOSSES
 from eaft_ext.cli.palette import REGIONS as PAINTS
@@ -36,13 +36,6 @@ PLACES = {
     "open": ((0.9, 0.93), (0.988, 0.97), "right"),
 }
 """A point of each region; where its name is written, beside the tokens; its alignment."""
-
-
-def cells(columns: Columns) -> torch.Tensor:
-    """Return how many tokens are in each cell of the plane; rows are steps of the entropy."""
-    row = (columns.normalized_entropy * CELLS).long().clamp(0, CELLS - 1)
-    column = (columns.probability * CELLS).long().clamp(0, CELLS - 1)
-    return torch.bincount(row * CELLS + column, minlength=CELLS**2).view(CELLS, CELLS)
 
 
 def landscape_svg(columns: Columns, gate: eaft_ext.EntropyGate, theme: str) -> str:
@@ -90,7 +83,8 @@ def draw_landscape(
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
     look = THEMES[theme]
-    found = cells(columns).numpy()
+    everywhere = torch.ones(len(columns), dtype=torch.bool)
+    found = counts(columns.nll, columns.entropy, columns.k, everywhere).numpy()
     edges = torch.linspace(0, 1, CELLS + 1).numpy()
     ramp = colormaps[look["colours"]](torch.linspace(FAINTEST, 1, 256).numpy())
     mesh = axes.pcolormesh(

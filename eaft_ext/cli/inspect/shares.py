@@ -52,9 +52,9 @@ class Columns:
         return len(self.nll)
 
     @property
-    def probability(self) -> Tensor:
-        """Of the label."""
-        return (-self.nll).exp()
+    def entropy(self) -> Tensor:
+        """Of the k largest logits, in nats."""
+        return self.normalized_entropy * math.log(self.k)
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,7 @@ def kept(columns: Columns, chosen: eaft_ext.EntropyGate) -> dict[str, Kept]:
             weight = columns.gate
             title = gate_title(chosen)
         else:
-            entropy = columns.normalized_entropy * math.log(columns.k)
-            weight = gate.for_k(columns.k)(columns.nll, entropy)
+            weight = gate.for_k(columns.k)(columns.nll, columns.entropy)
         norm = weight * columns.gradient
         before, after = (
             {n: float(v[m].sum()) for n, m in _masks(columns).items()}

@@ -54,7 +54,7 @@ def summary(columns: Columns) -> tuple[list[str], list[list[str]]]:
     for index, region in enumerate(REGIONS):
         rows.append(row(PAINTS[region].title, columns.region == index))
     rows.append(row("all", columns.region >= 0))
-    head = ["H / ln k", "tokens", "mean nll", "mean gate", "share of CE", "share of EAFT"]
+    head = ["H / ln k", "tokens", "mean nll", "mean gate", "share of SFT", "share of EAFT"]
     return head, rows
 
 
