@@ -25,6 +25,7 @@ from demo_tiny_model import VOCABULARY, tiny_folder
 
 from eaft_ext.cli import training_report
 from eaft_ext.cli.errors import CommandError
+from eaft_ext.cli.main import main
 from eaft_ext.cli.palette import LOGGED
 from eaft_ext.cli.training_log import draw, print_log, read_log, run_log
 from eaft_ext.integrations.trainer import EAFTCallback
@@ -309,3 +310,15 @@ def test_a_picture_that_cannot_be_written(
 def test_without_a_picture(trained: tuple[Path, Any], console: Any) -> None:
     run_log(trained[0], None, console)
     assert "picture" not in console.export_text()
+
+
+def test_the_command(
+    trained: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "log.png"
+    assert main(["inspect", "--log", str(trained[0]), "--plot", str(plot)]) == 0
+    assert "gate" in capsys.readouterr().out and plot.stat().st_size > 10_000
+    assert main(["inspect", "--log", str(trained[0]), "--html", "page.html"]) == 1
+    assert "--log reads no text: leave --html out" in capsys.readouterr().err
+    assert main(["inspect", "--log", str(tmp_path)]) == 1
+    assert f"no log in {tmp_path}" in capsys.readouterr().err
