@@ -96,7 +96,11 @@ def run(arguments: argparse.Namespace) -> int:
     model.to(on).eval()
     check_length(arguments.sequence_length, model)
     rows = evaluation_rows(
-        records, tokenizer, length=arguments.sequence_length, max_tokens=arguments.tokens
+        records,
+        tokenizer,
+        length=arguments.sequence_length,
+        max_tokens=arguments.tokens,
+        turns=arguments.turns,
     )
     batches = [batch.to(on) for batch in batched(rows, arguments.batch_size)]
     gate = eaft_ext.EntropyGate(arguments.alpha, arguments.normalizer)
