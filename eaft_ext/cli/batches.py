@@ -139,8 +139,8 @@ def examples(
         yield Example(packed)
     if left_out:
         print(
-            f"{left_out} conversations are left out: their first answer begins after {length} "
-            "tokens, where a row is cut (--sequence-length)",
+            "conversations that are left out, since their first answer begins after "
+            f"{length} tokens, where a row is cut: {left_out}",
             file=sys.stderr,
         )
 

@@ -162,8 +162,9 @@ def _end_of_turn(messages: list[Message], text: str, tokenizer: Any, record: Rec
 
 
 def _example(tokens: list[int], answers: list[range]) -> Example:
+    """Return a row that ends with its last answer."""
     between = (range(a.stop, b.start) for a, b in pairwise(answers))
-    return Example(tokens, answers[0].start, tuple(between))
+    return Example(tokens[: answers[-1].stop], answers[0].start, tuple(between))
 
 
 def _prompt(messages: Sequence[Message], tokenizer: Any, record: Record) -> str:

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drift-data",
         type=Path,
         metavar="FILE",
-        help="JSONL or plain text to measure drift on (default: public-domain prose)",
+        help="data to measure drift on, as for --data (default: public-domain prose)",
     )
     add(
         "--learning-rate",
