@@ -85,13 +85,15 @@ def dataset_records(name: str, split: str, configuration: str | None, folder: bo
     try:
         if folder and any((Path(name) / file).exists() for file in SAVED):
             found = datasets.load_from_disk(name)
-            found = found[split] if isinstance(found, dict) else found
+            if isinstance(found, dict):
+                if split not in found:
+                    raise CommandError(f"{name} has no split {split!r}, only {', '.join(found)}")
+                found = found[split]
         else:
             found = datasets.load_dataset(name, configuration, split=split)
-    except KeyError:
-        raise CommandError(f"{name} has no split {split!r}, only {', '.join(found)}") from None
-    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error  # what a data file has, rather than that it failed
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         no_file = "" if folder else f"there is no file {name}, and "
         raise CommandError(f"{no_file}the data set {name} cannot be loaded: {reason}") from None
     known, others = _divided(found.column_names)
