@@ -12,12 +12,13 @@ import torch
 
 import eaft_ext
 
+from .conversations import TURNS
 from .errors import CommandError
 from .model import DEFAULT_NAME
 
 
-def require_extras(names: Iterable[str]) -> None:
-    """Check that packages are installed.
+def require_extras(names: Iterable[str], extra: str = "demo") -> None:
+    """Check that packages are installed, which an extra of this one brings.
 
     Raises:
         CommandError: some are not.
@@ -25,7 +26,8 @@ def require_extras(names: Iterable[str]) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandError(
-            f"{', '.join(missing)} not installed: pip install 'eaft_ext[demo]' brings what it needs"
+            f"{', '.join(missing)} not installed: "
+            f"pip install 'eaft_ext[{extra}]' brings what it needs"
         )
 
 
@@ -54,8 +56,15 @@ def add_reading(parser: argparse.ArgumentParser, data: str, rows: str) -> None:
         "--data",
         type=Path,
         metavar="FILE",
-        help="JSONL (text, messages, prompt/completion, instruction/output or question/answer) or "
-        f"{data} (default: the language reference inside Python)",
+        help="JSONL, JSON, CSV, TSV or Parquet (text, messages, conversations, prompt/completion, "
+        f"instruction/output or question/answer), {data}, or a data set of a hub or folder, "
+        "NAME:SPLIT (default: the language reference inside Python)",
+    )
+    add(
+        "--turns",
+        choices=TURNS,
+        default=TURNS[0],
+        help="answers of a conversation that are learned" + default,
     )
     add("--batch-size", type=positive_int, default=2, metavar="N", help=rows + default)
     add(

@@ -48,14 +48,17 @@ class TestReadingData:
             text, prompts = expected
             conversation = tuple({"role": "user", "content": prompt} for prompt in prompts)
             expected = Record(text, conversation)
-        assert read_records(path) == [expected]
+        assert list(read_records(path)) == [expected]
 
     @pytest.mark.parametrize(
         ("line", "complaint"),
         [
             ("{oops", "line 2: not JSON (Expecting property name"),
             ("[1, 2]", "line 2: expected a JSON object, got [1, 2]"),
-            ('{"body": "x"}', "line 2: expected the fields text, messages, prompt/completion"),
+            (
+                '{"body": "x"}',
+                "line 2: expected the fields text, messages, conversations, prompt/completion",
+            ),
             ('{"body": "x"}', "got ['body']"),
             ('{"text": 3}', "line 2: 'text' must be text that is not empty, got 3"),
             ('{"question": "q", "answer": " "}', "line 2: 'answer' must be text that is not empty"),

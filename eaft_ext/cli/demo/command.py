@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drift-data",
         type=Path,
         metavar="FILE",
-        help="JSONL or plain text to measure drift on (default: public-domain prose)",
+        help="data to measure drift on, as for --data (default: public-domain prose)",
     )
     add(
         "--learning-rate",
@@ -107,13 +107,14 @@ def _run(settings: Settings) -> int:
     model.to(settings.device).eval()
     check_length(settings.sequence_length, model)
 
-    def measured_on(records: list[Record]) -> list[Batch]:
+    def measured_on(records: Sequence[Record]) -> list[Batch]:
         return evaluation_batches(
             records,
             tokenizer,
             batch_size=settings.batch_size,
             length=settings.sequence_length,
             max_tokens=EVALUATION_TOKENS,
+            turns=settings.turns,
         )
 
     batches = training_batches(
@@ -123,6 +124,7 @@ def _run(settings: Settings) -> int:
         batch_size=settings.batch_size,
         length=settings.sequence_length,
         seed=settings.seed,
+        turns=settings.turns,
     )
     words = "the labels as they are"
     if not settings.natural:

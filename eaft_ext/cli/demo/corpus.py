@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from eaft_ext.cli.errors import CommandError
-from eaft_ext.cli.records import JSONL_SUFFIXES, Record, read_records
+from eaft_ext.cli.records import Part, Record, is_plain_text, read_records
 
 HELD_OUT_SHARE = 5  # one part in five
 
@@ -19,8 +20,8 @@ class Corpus:
     """Records to train on and records kept back, with no text in both."""
 
     name: str
-    train: list[Record]
-    held_out: list[Record]
+    train: Sequence[Record]
+    held_out: Sequence[Record]
 
 
 def language_reference() -> Corpus:
@@ -72,18 +73,20 @@ def prose() -> list[Record]:
 def read_corpus(path: Path) -> Corpus:
     """Return the user's own file, divided into training and held-out records.
 
-    JSONL records are divided by a hash of their content; plain text is cut once, so that its
-    last fifth is held out.
+    Records are divided by a hash of their content; plain text is cut once, so that its last fifth
+    is held out.
     """
     records = read_records(path)
-    if path.suffix.lower() in JSONL_SUFFIXES:
-        unique = list(dict.fromkeys(_content(record) for record in records))
+    if not is_plain_text(path):
+        hashes = [_hash(_content(record)) for record in records]
+        unique = sorted(set(hashes))
         if len(unique) < 2:
             raise CommandError(f"{path}: {len(unique)} different record is too few, 2 are needed")
-        chosen, _ = _divide(unique)
-        kept_back = set(chosen)
-        train = [record for record in records if _content(record) not in kept_back]
-        held_out = [record for record in records if _content(record) in kept_back]
+        kept_back = set(unique[: _held_out(len(unique))])
+        train, held_out = (
+            Part(records, (i for i, found in enumerate(hashes) if (found in kept_back) == wanted))
+            for wanted in (False, True)
+        )
         return Corpus(path.name, train, held_out)
     paragraphs = [part for part in records[0].text.split("\n\n") if part.strip()]
     if len(paragraphs) < 2:
@@ -106,6 +109,15 @@ def _content(record: Record) -> str:
 
 def _divide(items: list[str]) -> tuple[list[str], list[str]]:
     """Divide into (held-out, training) by SHA-256, the same on every machine and in every run."""
-    order = sorted(items, key=lambda item: hashlib.sha256(item.encode()).hexdigest())
-    cut = max(1, len(order) // HELD_OUT_SHARE)
+    order = sorted(items, key=_hash)
+    cut = _held_out(len(order))
     return order[:cut], order[cut:]
+
+
+def _hash(item: str) -> bytes:
+    return hashlib.sha256(item.encode()).digest()
+
+
+def _held_out(count: int) -> int:
+    """Of so many, how many are held out."""
+    return max(1, count // HELD_OUT_SHARE)

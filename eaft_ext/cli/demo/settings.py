@@ -20,6 +20,7 @@ class Settings:
     learning_rate: float
     batch_size: int
     sequence_length: int
+    turns: str
     fused_linear: bool
     natural: bool
     device: str

@@ -89,7 +89,9 @@ def run(arguments: argparse.Namespace) -> int:
     records = read_records(arguments.data) if arguments.data else language_reference().train
     readers, tokenizer = _readers(arguments, console)
     length = arguments.sequence_length
-    rows = evaluation_rows(records, tokenizer, length=length, max_tokens=arguments.tokens)
+    rows = evaluation_rows(
+        records, tokenizer, length=length, max_tokens=arguments.tokens, turns=arguments.turns
+    )
     pieces = readers[0].pieces
     with _spool(arguments) as spool:
         _read(rows, readers, spool, arguments, console)
