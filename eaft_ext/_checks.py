@@ -107,8 +107,23 @@ def check_same_dtype(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | Non
             )
 
 
-def check_chunks(op: str, chunk_size: int | None, accumulate_in_float32: bool | None) -> None:
-    """How the tokens are divided, and their gradients added up."""
+def check_chunks(
+    op: str,
+    chunk_size: int | None,
+    accumulate_in_float32: bool | None,
+    drop_below: float = 0.0,
+    z_loss: float = 0.0,
+) -> None:
+    """How the tokens are divided, their gradients added up, and which are dropped."""
+    if isinstance(drop_below, bool) or not isinstance(drop_below, (int, float)):
+        raise TypeError(f"{op}: drop_below must be a number, got {drop_below!r}")
+    if not 0 <= drop_below < 1:
+        raise ValueError(f"{op}: drop_below must be at least 0 and below 1, got {drop_below}")
+    if drop_below > 0 and z_loss != 0:
+        raise ValueError(
+            f"{op}: drop_below={drop_below} drops tokens of which a z_loss learns, got "
+            f"z_loss={z_loss}"
+        )
     if chunk_size is not None:
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, (int, torch.SymInt)):
             raise TypeError(f"{op}: chunk_size must be an int, got {chunk_size!r}")

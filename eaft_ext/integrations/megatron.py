@@ -147,6 +147,7 @@ def use_linear_gated_ce(
     vocab_size: int | None = None,
     chunk_size: int | None = None,
     accumulate_in_float32: bool | None = None,
+    drop_below: float = 0.0,
     **options: Unpack[LossKeywords],
 ) -> GatedLoss:
     r"""The same of hidden states: output layer and loss in one, a chunk of tokens at a time.
@@ -159,9 +160,10 @@ def use_linear_gated_ce(
 
     Args:
         model, vocab_size: as for :func:`use_gated_ce`.
-        chunk_size, accumulate_in_float32: as for :func:`eaft_ext.linear_gated_ce`. The weight's
-            gradient arrives in ``weight.grad``, from where Megatron-Core adds it to ``main_grad``,
-            also with ``gradient_accumulation_fusion``, which this layer then does without.
+        chunk_size, accumulate_in_float32, drop_below: as for :func:`eaft_ext.linear_gated_ce`. The
+            weight's gradient arrives in ``weight.grad``, from where Megatron-Core adds it to
+            ``main_grad``, also with ``gradient_accumulation_fusion``, which this layer then does
+            without.
 
     Other arguments, and what is returned, are as for :func:`use_gated_ce`.
 
@@ -171,13 +173,18 @@ def use_linear_gated_ce(
             forward has no ``labels``; in the forward, for one that uses its logits otherwise, or
             has a loss without them.
     """
-    token_loss(OP, k, **options)
-    check_chunks(OP, chunk_size, accumulate_in_float32)
+    z_loss = token_loss(OP, k, **options).z_loss
+    check_chunks(OP, chunk_size, accumulate_in_float32, drop_below, z_loss)
+    chunking: dict[str, Any] = {
+        "chunk_size": chunk_size,
+        "accumulate_in_float32": accumulate_in_float32,
+        "drop_below": drop_below,
+    }
     modules = _modules_of(OP, model, vocab_size)
     for module in modules:
         check_model(module)
     return GatedLoss(
-        [_LinearMethod(module, chunk_size, accumulate_in_float32) for module in modules],
+        [_LinearMethod(module, chunking) for module in modules],
         k=k,
         vocab_size=vocab_size,
         **(LOSS_DEFAULTS | dict(options)),
@@ -303,11 +310,9 @@ class _Method:
 class _LinearMethod(_Method):
     """The same, for what the output layer was given."""
 
-    def __init__(
-        self, module: nn.Module, chunk_size: int | None, accumulate_in_float32: bool | None
-    ) -> None:
+    def __init__(self, module: nn.Module, chunking: dict[str, Any]) -> None:
         super().__init__(module)
-        self.chunk_size, self.accumulate_in_float32 = chunk_size, accumulate_in_float32
+        self.chunking = chunking
         # A pipeline stage without one computes no loss.
         has_layer = getattr(module, "output_layer", None) is not None
         self.layer = OutputLayer(module) if has_layer else None
@@ -335,8 +340,7 @@ class _LinearMethod(_Method):
             logits.layer.bias,
             group=group,
             reduce_hidden_gradient=reduces,
-            chunk_size=self.chunk_size,
-            accumulate_in_float32=self.accumulate_in_float32,
+            **self.chunking,
             **self._options(),
         )
         return self._result(loss, stats)

@@ -54,6 +54,7 @@ def use_linear_gated_ce(
     *,
     chunk_size: int | None = None,
     accumulate_in_float32: bool | None = None,
+    drop_below: float = 0.0,
     logits_in_evaluation: bool = True,
     watch_steps: bool = True,
     **options: Unpack[LossKeywords],
@@ -117,6 +118,7 @@ def use_linear_gated_ce(
         k=k,
         chunk_size=chunk_size,
         accumulate_in_float32=accumulate_in_float32,
+        drop_below=drop_below,
         logits_in_evaluation=logits_in_evaluation,
         watch_steps=watch_steps,
         **options,
@@ -135,12 +137,13 @@ def _install(
     k: int | None,
     chunk_size: int | None = None,
     accumulate_in_float32: bool | None = None,
+    drop_below: float = 0.0,
     logits_in_evaluation: bool = True,
     watch_steps: bool = True,
     **options: Any,
 ) -> LinearGatedLoss:
-    token_loss(OP, k, **options)
-    check_chunks(OP, chunk_size, accumulate_in_float32)
+    z_loss = token_loss(OP, k, **options).z_loss
+    check_chunks(OP, chunk_size, accumulate_in_float32, drop_below, z_loss)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{OP}: model must be a module, got {type(model).__name__}")
     for name, value in (
@@ -160,6 +163,7 @@ def _install(
         k=k,
         chunk_size=chunk_size,
         accumulate_in_float32=accumulate_in_float32,
+        drop_below=drop_below,
         **(LOSS_DEFAULTS | dict(options)),
     )
 
@@ -247,7 +251,8 @@ class LinearGatedLoss:
         if self.given_map != LogitMap():
             self.check_given(call.name, self.model_map)
         options, labels = call.options_and_labels(logits)
-        del options["chunk_size"], options["accumulate_in_float32"]
+        for name in ("chunk_size", "accumulate_in_float32", "drop_below"):
+            del options[name]
         self.note_vocab(logits.size(-1))
         loss, self.stats = eaft_ext.gated_ce(logits, labels, return_stats=True, **options)
         self.steps.asked()

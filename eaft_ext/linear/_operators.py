@@ -28,8 +28,9 @@ from eaft_ext._registration import (
     stats_dtype,
 )
 from eaft_ext._scalar_loss import scaled
-from eaft_ext.gates import BUILT_IN
+from eaft_ext.gates import BUILT_IN, NoGate
 from eaft_ext.linear._chunks import VECTOR, BiasSum, Chunk, WeightSum, chunks_of, put
+from eaft_ext.linear._dropped import Weights, dropped, kept_rows, moved_up
 from eaft_ext.linear._rows import Rows, RowsOfBackward
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._group import all_gather, all_reduce
@@ -37,11 +38,13 @@ from eaft_ext.parallel._shard import VocabShard, num_words
 from eaft_ext.reference import weigh
 
 # by_kernel: not in plain PyTorch. accumulate_in_float32: the weight's gradient; None: if it is
-# small. total: words of all shards. reduce_hidden: add up the hidden's gradients of the group.
+# small. drop_below: see _dropped.py. total: words of all shards. reduce_hidden: add up the hidden's
+# gradients of the group.
 _OPTIONS = (
     "int k, str gate, float[] gate_parameters, int ignore_index, float[] family, int num_extra, "
-    "bool by_kernel, SymInt? chunk_size, bool? accumulate_in_float32, SymInt vocab_start, "
-    "SymInt? vocab_size, SymInt total, str? group, int group_size, bool reduce_hidden"
+    "bool by_kernel, SymInt? chunk_size, bool? accumulate_in_float32, float drop_below, "
+    "SymInt vocab_start, SymInt? vocab_size, SymInt total, str? group, int group_size, "
+    "bool reduce_hidden"
 )
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 # -> loss, nll, entropy, gate, row_max, log_sum, extra
@@ -52,15 +55,15 @@ define(
 # -> the gradients of hidden, weight and bias for those that are wanted, else tensors of no elements
 define(
     "eaft_ext::linear_gated_ce_backward",
-    "(Tensor upstream, Tensor gate_weight, Tensor row_max, Tensor log_sum, bool[] wanted, "
-    f"{_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    "(Tensor upstream, Tensor nll, Tensor gate_weight, Tensor row_max, Tensor log_sum, "
+    f"bool[] wanted, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
-# -> sum(token_weight * loss) / divisor, nll, entropy, gate, extra, and the gradients of the first,
-# as above
+# -> sum(token_weight * loss) / divisor, nll, entropy, gate, extra, the tokens that have no part in
+# the gradients, and the gradients of the first, as above
 define(
     "eaft_ext::linear_gated_ce_forward_with_grad",
     f"({_INPUTS}, Tensor divisor, Tensor? token_weight, bool[] wanted, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -76,6 +79,7 @@ class _Options(NamedTuple):
     by_kernel: bool
     chunk_size: int | None
     accumulate_in_float32: bool | None
+    drop_below: float
     vocab_start: int
     vocab_size: int | None
     total: int
@@ -114,10 +118,19 @@ class _Exchange:
 
 
 class _Call:
-    """What the operators have in common: the chunks, and how their logits become losses."""
+    """What the operators have in common: the chunks, and how their logits become losses.
+
+    The chunks are of tokens that are not ignored; in a backward, of those with a gradient.
+    """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        *options: Any,
+        of_backward: Weights | None = None,
     ) -> None:
         self.options = given = _Options(*options)
         self.shape = labels.shape
@@ -149,6 +162,9 @@ class _Call:
             on_cpu = labels.device.type == "cpu"
             check_label_values("linear_gated_ce", labels, words, given.ignore_index, always=on_cpu)
         valid = self.labels != given.ignore_index
+        if of_backward is not None:
+            muted = of_backward._replace(upstream=torch.where(valid, of_backward.upstream, 0))
+            valid &= ~dropped(self.rows.of_token, muted, given.drop_below)
         # The same in all processes: they shall have as many chunks.
         row_bytes = -(-given.total // given.group_size) * hidden.element_size()
         self.chunks = chunks_of(valid, row_bytes, given.chunk_size)
@@ -168,6 +184,24 @@ class _Call:
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
         return hidden, logits
+
+    def without_dropped(
+        self, chunk: Chunk, hidden: Tensor, gradient: Tensor, weights: Weights
+    ) -> tuple[Chunk, Tensor, Tensor]:
+        """The chunk, its hidden and the gradient of its logits, in place, without dropped rows."""
+        of_token, drop_below = self.rows.of_token, self.options.drop_below
+        # Tokens of weight 0 are ignored; the gates alone can make others.
+        all_count = of_token.z_loss != 0 or isinstance(of_token.gate, NoGate)
+        capturing = gradient.is_cuda and torch.cuda.is_current_stream_capturing()
+        if capturing or (all_count and drop_below == 0):
+            return chunk, hidden, gradient
+        kept = kept_rows(dropped(of_token, weights, drop_below))
+        if kept is None:
+            return chunk, hidden, gradient
+        gradient, order = moved_up(gradient, kept)
+        where = chunk.where
+        where = where.start + order if isinstance(where, slice) else where[order]
+        return Chunk(where, len(order)), hidden[order], gradient
 
     def stats(self, count: int) -> list[Tensor]:
         """Zeros for every token, (T), and last those for what is told besides, (num_extra, T)."""
@@ -204,6 +238,8 @@ class _Gradients:
 
     def add(self, chunk: Chunk, hidden: Tensor, gradient: Tensor) -> None:
         """``gradient`` is that of the chunk's logits; ``hidden`` is not needed afterwards."""
+        if chunk.size == 0:
+            return
         if self._weight is not None:
             self._weight.add(gradient, hidden)
         if self._bias is not None:
@@ -257,6 +293,7 @@ def _(
 @impl("eaft_ext::linear_gated_ce_backward", "CompositeExplicitAutograd")
 def _(
     upstream: Tensor,
+    nll: Tensor,
     gate_weight: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
@@ -268,9 +305,10 @@ def _(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with _autocast_off(hidden):
-        call = _Call(hidden, weight, bias, labels, *options)
-        gradients = _Gradients(call, wanted, weight, bias)
         stats = [stat.reshape(-1) for stat in (upstream, gate_weight, row_max, log_sum)]
+        weights = Weights(stats[0], stats[1], nll.reshape(-1))
+        call = _Call(hidden, weight, bias, labels, *options, of_backward=weights)
+        gradients = _Gradients(call, wanted, weight, bias)
         for chunk in call.chunks:
             rows, logits = call.logits(chunk)
             given = RowsOfBackward(*(stat[chunk.where] for stat in stats))
@@ -294,19 +332,25 @@ def _(
         call = _Call(hidden, weight, bias, labels, *options)
         gradients = _Gradients(call, wanted, weight, bias)
         loss, *stats = call.stats(4)
+        gone = torch.zeros_like(call.labels, dtype=torch.bool)
         upstream = divisor.reciprocal().expand(call.labels.shape)
         if token_weight is not None:
             upstream = weigh(upstream, token_weight.reshape(-1).to(upstream.dtype))
         for chunk in call.chunks:
             rows, logits = call.logits(chunk)
-            of_chunk = call.rows.losses_and_gradient_(
-                upstream[chunk.where], logits, call.labels[chunk.where]
-            )
+            given = upstream[chunk.where]
+            of_chunk = call.rows.losses_and_gradient_(given, logits, call.labels[chunk.where])
             call.put((loss, *stats), chunk, of_chunk)
-            gradients.add(chunk, rows, logits)
+            weights = Weights(given, gate=of_chunk[3], nll=of_chunk[1])
+            left, *others = call.without_dropped(chunk, rows, logits, weights)
+            if left is not chunk:
+                gone[chunk.where] = True
+                gone[left.where] = False
+            gradients.add(left, *others)
         if token_weight is not None:
             loss = weigh(loss, token_weight.reshape(-1).to(loss.dtype))
-        return loss.sum() / divisor, *call.shaped(stats), *gradients.results(hidden.shape)
+        told = (*stats, gone)
+        return loss.sum() / divisor, *call.shaped(told), *gradients.results(hidden.shape)
 
 
 def _fake_gradients(
@@ -332,6 +376,7 @@ def _(
 @register_fake("eaft_ext::linear_gated_ce_backward")
 def _(
     upstream: Tensor,
+    nll: Tensor,
     gate_weight: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
@@ -356,7 +401,8 @@ def _(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     total, *stats = fake_stats(hidden, 4)
-    stats.append(fake_extra(hidden, _Options(*options).num_extra))
+    gone = torch.empty_like(stats[0], dtype=torch.bool)
+    stats += [fake_extra(hidden, _Options(*options).num_extra), gone]
     return total.new_empty(()), *stats, *_fake_gradients(wanted, hidden, weight, bias)
 
 
@@ -369,7 +415,7 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     hidden, weight, bias, labels, *ctx.options = inputs
     _, nll, entropy, gate, row_max, log_sum, extra = output
     ctx.mark_non_differentiable(nll, entropy, gate, row_max, log_sum, extra)
-    ctx.save_for_backward(hidden, weight, bias, labels, gate, row_max, log_sum)
+    ctx.save_for_backward(hidden, weight, bias, labels, nll, gate, row_max, log_sum)
     ctx.set_materialize_grads(False)
 
 
@@ -377,9 +423,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     rest = (None,) * (1 + len(ctx.options))
     if grad_loss is None:
         return None, None, None, *rest
-    hidden, weight, bias, labels, gate, row_max, log_sum = ctx.saved_tensors
+    hidden, weight, bias, labels, nll, gate, row_max, log_sum = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
-    stats = (grad_loss, gate, row_max, log_sum)
+    stats = (grad_loss, nll, gate, row_max, log_sum)
     gradients = ops.linear_gated_ce_backward(
         *stats, wanted, hidden, weight, bias, labels, *ctx.options
     )
@@ -391,7 +437,7 @@ def _save_forward_with_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.num_inputs, ctx.wanted = len(inputs), inputs[6]
     _, *others = output
     ctx.mark_non_differentiable(*others)
-    gradients = others[4:]
+    gradients = others[5:]
     ctx.save_for_backward(
         *(g for g, is_wanted in zip(gradients, ctx.wanted, strict=True) if is_wanted)
     )

@@ -68,10 +68,11 @@ class WeightShard(NamedTuple):
 
 
 class Chunking(NamedTuple):
-    """How the tokens are divided, and the gradients of their chunks added up."""
+    """How the tokens are divided, the gradients of their chunks added up, and rows dropped."""
 
     chunk_size: int | None
     accumulate_in_float32: bool | None
+    drop_below: float = 0.0
 
 
 def reduced_loss(
@@ -114,10 +115,11 @@ def reduced_loss(
     if at_once:
         dtype = stats_dtype(hidden)
         divisor = torch.ones((), dtype=dtype, device=hidden.device) * reduce.divisor(valid, dtype)
-        loss, nll, entropy, given, extra, *_ = ops.linear_gated_ce_forward_with_grad(
+        loss, nll, entropy, given, extra, gone, *_ = ops.linear_gated_ce_forward_with_grad(
             hidden, weight, bias, labels, divisor, reduce.token_weight, wanted, *options
         )
-        return loss, of_token.stats(nll, entropy, given, valid, extra)
+        stats = of_token.stats(nll, entropy, given, valid, extra)
+        return loss, stats._replace(dropped=gone) if chunking.drop_below else stats
     loss, nll, entropy, given, _, _, extra = ops.linear_gated_ce_forward(
         hidden, weight, bias, labels, *options
     )

@@ -148,7 +148,7 @@ def linear_gated_ce_of_dtensor(
         check_linear(op, hidden, weight, bias)
         check_labels(op, labels)
         of_token, reduce = checked(op, k, hidden, "hidden", return_stats=return_stats, **options)
-        check_chunks(op, *chunking)
+        check_chunks(op, *chunking, of_token.z_loss)
         given = labels
         product, labels, rows, columns = _local_call(op, hidden, weight, labels, bias, dim)
         reduce = rows.local_reduce(op, reduce, given, hidden, product.hidden, "hidden")
@@ -164,7 +164,7 @@ def linear_gated_ce_of_dtensor(
             labels,
             of_token,
             reduce,
-            chunking.chunk_size,
+            chunking,
             reduce_hidden=False,
         )
         shard = WeightShard.of(columns, member, reduce_hidden=False)

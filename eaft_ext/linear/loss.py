@@ -34,6 +34,7 @@ def linear_gated_ce(
     *,
     chunk_size: int | None = ...,
     accumulate_in_float32: bool | None = ...,
+    drop_below: float = ...,
     return_stats: Literal[False] = ...,
     **options: Unpack[Keywords],
 ) -> Tensor: ...
@@ -47,6 +48,7 @@ def linear_gated_ce(
     *,
     chunk_size: int | None = ...,
     accumulate_in_float32: bool | None = ...,
+    drop_below: float = ...,
     return_stats: Literal[True, "full"],
     **options: Unpack[Keywords],
 ) -> tuple[Tensor, TokenStats]: ...
@@ -60,6 +62,7 @@ def linear_gated_ce(
     *,
     chunk_size: int | None = None,
     accumulate_in_float32: bool | None = None,
+    drop_below: float = 0.0,
     return_stats: ReturnStats = False,
     **options: Unpack[Keywords],
 ) -> Tensor | tuple[Tensor, TokenStats]:
@@ -69,7 +72,8 @@ def linear_gated_ce(
     weight and bias, while the logits of one chunk are in memory. A "mean" or "sum" computes the
     gradients together with the loss: three products of (tokens, H, V), like a plain output layer.
     Losses per token, gates of your own and float16 keep a few numbers for each token and compute
-    the logits once more in the backward, a fourth product. What needs no gradient has no product::
+    the logits once more in the backward, a fourth product. What needs no gradient has no product,
+    and a token whose gate or upstream gradient is 0 has a part in the first one alone::
 
         x     = hidden @ weight.T + bias                       logits of a chunk
         loss  = g * nll                                        as gated_ce has it
@@ -97,6 +101,13 @@ def linear_gated_ce(
             4 V H bytes, so that it is rounded once and not once per chunk. On the CPU that product
             is then computed in float32, too. None: if the bytes are at most an eighth of those
             above.
+        drop_below: leave out of the gradients, too, tokens that teach next to nothing: in each
+            chunk those with the smallest ``s = |u| g (1 - p(y))``, as many as have together at most
+            this share of the sum of all s; from 0, none, to below 1, and not beside a z_loss. Their
+            dhidden is 0, and ``|dweight - exact| <= sqrt(2) sum of their s |hidden|``, in the
+            Frobenius norm, times the logit_scale. Loss and stats are of all tokens. In a backward
+            that computes the logits again, the tokens of all chunks are one. While a CUDA graph is
+            captured, and under ``torch.func``, none is left out.
 
     Other arguments are those of :func:`eaft_ext.gated_ce`.
 
@@ -117,7 +128,7 @@ def linear_gated_ce(
     :func:`eaft_ext.vocab_parallel_linear_gated_ce`.
     """
     op = "linear_gated_ce"
-    chunking = Chunking(chunk_size, accumulate_in_float32)
+    chunking = Chunking(chunk_size, accumulate_in_float32, drop_below)
     if is_dtensor(hidden):
         from eaft_ext.linear.dtensor import linear_gated_ce_of_dtensor
 
@@ -131,7 +142,7 @@ def linear_gated_ce(
     check_placement(op, labels, hidden, "hidden")
     check_weight_values(op, reduce.token_weight, labels, of_token.ignore_index)
     labels, reduce = reduce.without_muted(labels, of_token)
-    check_chunks(op, *chunking)
+    check_chunks(op, *chunking, of_token.z_loss)
     if is_dtensor(weight) or is_dtensor(bias):
         from eaft_ext.linear.dtensor import gathered
 

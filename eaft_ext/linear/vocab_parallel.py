@@ -40,7 +40,7 @@ def compare_calls(
     labels: Tensor,
     of_token: TokenLoss,
     reduce: Reduce,
-    chunk_size: int | None,
+    chunking: Chunking,
     reduce_hidden: bool,
 ) -> None:
     """Raise where the processes do not mean the same: then their exchanges would not fit."""
@@ -53,7 +53,8 @@ def compare_calls(
         "the dtype of the hidden": str(hidden.dtype),
         "the device of the hidden": hidden.device.type,
         "whether the hidden has a gradient": torch.is_grad_enabled() and hidden.requires_grad,
-        "chunk_size": chunk_size,
+        "chunk_size": chunking.chunk_size,
+        "drop_below": chunking.drop_below,
         "reduce_hidden_gradient": reduce_hidden,
     }
     if labels.device.type == "cpu" or wants_value_checks():
@@ -83,6 +84,7 @@ def vocab_parallel_linear_gated_ce(
     reduce_hidden_gradient: bool = ...,
     chunk_size: int | None = ...,
     accumulate_in_float32: bool | None = ...,
+    drop_below: float = ...,
     return_stats: Literal[False] = ...,
     **options: Unpack[Keywords],
 ) -> Tensor: ...
@@ -100,6 +102,7 @@ def vocab_parallel_linear_gated_ce(
     reduce_hidden_gradient: bool = ...,
     chunk_size: int | None = ...,
     accumulate_in_float32: bool | None = ...,
+    drop_below: float = ...,
     return_stats: Literal[True, "full"],
     **options: Unpack[Keywords],
 ) -> tuple[Tensor, TokenStats]: ...
@@ -117,6 +120,7 @@ def vocab_parallel_linear_gated_ce(
     reduce_hidden_gradient: bool = True,
     chunk_size: int | None = None,
     accumulate_in_float32: bool | None = None,
+    drop_below: float = 0.0,
     return_stats: ReturnStats = False,
     **options: Unpack[Keywords],
 ) -> Tensor | tuple[Tensor, TokenStats]:
@@ -141,7 +145,8 @@ def vocab_parallel_linear_gated_ce(
         reduce_hidden_gradient: False leaves in each process the part of the hidden's gradient that
             is due to its rows, for a backward that adds the parts up itself, such as that of
             Megatron-LM's gather of a sequence-parallel hidden.
-        chunk_size: as for :func:`eaft_ext.linear_gated_ce`, and the same in all processes.
+        chunk_size, drop_below: as for :func:`eaft_ext.linear_gated_ce`, and the same in all
+            processes, which drop the same tokens where their upstream gradients are the same.
 
     Other arguments, and what is returned, are as for :func:`eaft_ext.linear_gated_ce`. Loss and
     stats are the same bits in all processes.
@@ -151,6 +156,7 @@ def vocab_parallel_linear_gated_ce(
             :func:`eaft_ext.vocab_parallel_gated_ce` does that, also for the whole weight in each.
         RuntimeError: under ``torch.func`` and in forward mode; from a second derivative.
     """
+    chunking = Chunking(chunk_size, accumulate_in_float32, drop_below)
     with _agreement.told_to_others() as others:
         member = check_group(_OP, group)
         others.are(member.group)
@@ -165,7 +171,7 @@ def vocab_parallel_linear_gated_ce(
         check_placement(_OP, labels, hidden, "hidden")
         of_token, reduce = checked(_OP, k, hidden, "hidden", return_stats=return_stats, **options)
         check_weight_values(_OP, reduce.token_weight, labels, of_token.ignore_index)
-        check_chunks(_OP, chunk_size, accumulate_in_float32)
+        check_chunks(_OP, *chunking, of_token.z_loss)
         shard = check_shard(_OP, weight_shard.size(0), member, vocab_start, vocab_size)
         if shard.total is None:
             raise ValueError(
@@ -184,10 +190,9 @@ def vocab_parallel_linear_gated_ce(
         labels,
         of_token,
         reduce,
-        chunk_size,
+        chunking,
         reduce_hidden_gradient,
     )
-    chunking = Chunking(chunk_size, accumulate_in_float32)
     rows = WeightShard.of(shard, member, reduce_hidden_gradient)
     loss, stats = reduced_loss(product, labels, of_token, reduce, chunking, rows)
     return (loss, stats) if return_stats else loss

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gate_cases import FAMILY, GATES
-from inputs import TRAPS, make, same_bits, upstream_of
+from inputs import TOLD, TRAPS, make, same_bits, upstream_of
 from parity import Outcome, assert_same_stats
 from tolerances import LOSS_FACTOR, assert_within
 from torch import Tensor
@@ -208,7 +208,7 @@ def test_ignored_tokens(device: str, dtype: torch.dtype, k: int | None) -> None:
     found = _full_stats(
         logits.masked_fill(ignored[:, None], math.nan), labels, [20, 25, 15], **options
     )
-    for name, a, b in zip(kept._fields, found, kept, strict=True):
+    for name, a, b in zip(TOLD, found, kept, strict=False):
         assert not a[ignored].any(), name
         assert same_bits(a[~ignored], b[~ignored]), name
 

@@ -15,8 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from eaft_ext.reference import TokenStats
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IGNORED = -100
+
+TOLD = tuple(name for name in TokenStats._fields if name != "dropped")
+"""The stats that a loss of logits has, with a z_loss and ``return_stats="full"``."""
 
 Builder = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
 
