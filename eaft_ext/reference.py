@@ -45,19 +45,9 @@ class TokenStats(NamedTuple):
     vocab_entropy: Tensor | None = None
     """The entropy in nats over the whole vocabulary, with ``return_stats="full"``; else None."""
     dropped: Tensor | None = None
-    """Whether the gradients are made without the token, bool: :func:`eaft_ext.linear_gated_ce` with
-    a ``drop_below`` and a "mean" or "sum" says it, else it is None. The share of tokens that are
-    dropped is ``dropped.sum() / valid.sum()``, and that of their scores :meth:`dropped_share`."""
-
-    def dropped_share(self) -> Tensor:
-        """The dropped tokens' part of ``sum of g (1 - p(y))``; 0 where nothing was dropped.
-
-        Without label smoothing, and where all tokens have the same weight.
-        """
-        score = self.gate * -torch.expm1(-self.nll)
-        if self.dropped is None:
-            return score.new_zeros(())
-        return (score * self.dropped).sum() / score.sum().clamp(min=torch.finfo(score.dtype).tiny)
+    """Whether a ``drop_below`` left the token out of the gradients; None without one, and for
+    losses that are not reduced. The share of the scores s = gate * -expm1(-nll) that went with
+    them is ``(s * dropped).sum() / s.sum()``."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
         """The same with ``function`` of each of those that are there."""

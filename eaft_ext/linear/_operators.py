@@ -171,7 +171,10 @@ class _Call:
         # Rows begin where vectors can be loaded, whatever V is.
         longest = max((chunk.size for chunk in self.chunks), default=0)
         width = -(-words // VECTOR) * VECTOR
-        self._buffer = hidden.new_empty(longest, width)[:, :words]
+        buffer = hidden.new_empty(longest, width)
+        # Some CPUs' products in bfloat16 read beyond a row, and multiply what is there by 0.
+        buffer[:, words:] = 0
+        self._buffer = buffer[:, :words]
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Hidden (rows, H) of a chunk, and its logits (rows, V), over those of the last one."""

@@ -211,9 +211,7 @@ def test_drop_below(
         assert stats.dropped is None
     else:
         assert torch.equal(stats.dropped, expected)
-        part = (score * expected).sum() / score.sum() if smoothing == 0 else stats.dropped_share()
-        torch.testing.assert_close(stats.dropped_share(), part)
-        assert stats.dropped_share() <= share or smoothing
+        assert (score * stats.dropped).sum() <= share * score.sum() * (1 + 1e-5)
     if dtype == torch.bfloat16:
         return
     hidden, weight, _ = (tensor.double() for tensor in inputs)

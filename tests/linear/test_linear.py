@@ -111,6 +111,22 @@ def test_is_the_unfused_loss(
     _assert_parity(inputs, labels, gate=gate, reduction=reduction, chunk_size=chunk_size)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("vocab_size", [97, 101, 104, 50_257])
+def test_nothing_is_read_that_was_not_written(
+    device: str, dtype: torch.dtype, vocab_size: int, reduction: str, route: str
+) -> None:
+    """Rows of logits are longer than the vocabulary; what is behind it, NaN here, has no part."""
+    inputs, labels = _inputs(device, dtype, num_tokens=67, vocab_size=vocab_size, hidden_size=24)
+    upstream = torch.ones(67 if reduction == "none" else (), device=device)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills fresh memory with NaN
+    try:
+        *_, found = _gradients(linear_gated_ce, inputs, labels, upstream, reduction=reduction)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(gradient.isfinite().all() for gradient in found.values())
+
+
 class _OwnEntropyGate(EntropyGate):
     """The same function, which no kernel knows, and which depends on k."""
 

@@ -282,6 +282,6 @@ def test_meta_tensors(k: int | None) -> None:
     logits = torch.empty(2, 3, V, dtype=torch.bfloat16, device="meta", requires_grad=True)
     labels = torch.empty(2, 3, dtype=torch.int64, device="meta")
     stats = _stats(logits, labels, k=k, z_loss=1e-3)
-    for name, value in stats._asdict().items():
+    for name, value in zip(TOLD, stats, strict=False):
         dtype = torch.bool if name in ("valid", "correct") else torch.float32
         assert value.is_meta and value.shape == (2, 3) and value.dtype == dtype, name
