@@ -6,12 +6,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paper import fidelity, frontiers, page, regions, step
+from paper import dropping, fidelity, frontiers, page, regions, step
 
 COMMANDS = {
     "fidelity": fidelity,
     "frontiers": frontiers,
     "regions": regions,
+    "dropping": dropping,
     "step": step,
     "page": page,
 }

@@ -13,7 +13,7 @@ from harness.machine import FOLDER, ROOT
 from PIL import Image
 from reports.pages import fill
 
-from . import fidelity, frontiers, plots, regions, report, step
+from . import dropping, fidelity, frontiers, plots, regions, report, step
 from .study import ARMS
 
 PAGE, README = "docs/paper.md", "README.md"
@@ -21,6 +21,7 @@ Block = Callable[[Any], str]
 BLOCKS: dict[str, dict[str, Block]] = {
     fidelity.FILE: {"fidelity": report.fidelity, "costs": report.costs},
     regions.FILE: {"regions": report.regions},
+    dropping.FILE: {"dropping": report.dropping},
     step.FILE: {"step": report.step},
     frontiers.FILE: {
         "study": report.study,

@@ -156,6 +156,31 @@ def step(results: Results) -> str:
     return "\n\n".join([table(head, rows), _machine(results)])
 
 
+def dropping(results: Results) -> str:
+    """Rows in the products, time and errors of each gate, text by text."""
+    parts = []
+    for name, found in results["texts"].items():
+        rows = []
+        for gate, of_gate in found["gates"].items():
+            title = f"hard, {gate[4:]} % muted" if gate.startswith("hard") else LOSSES[gate].title
+            rounding = " / ".join(f"{error:.1e}" for error in of_gate["rounding"])
+            for share, of_share in of_gate["shares"].items():
+                errors = " / ".join(f"{error:.1e}" for error in of_share["errors"])
+                rows.append(
+                    [
+                        title,
+                        share,
+                        f"{100 * of_share['rows']:.1f} %",
+                        f"{of_share['over products']:.2f}",
+                        MISSING if share == "0" else errors,
+                        rounding,
+                    ]
+                )
+        head = ["gate", "`drop_below`", "rows", "time", "errors", "of bfloat16"]
+        parts += [f"{name.capitalize()}, {results['tokens']:,} tokens:", table(head, rows)]
+    return "\n\n".join([*parts, _machine(results)])
+
+
 def sentences(results: Results) -> str:
     """The verdict, for and against."""
     planted, natural = (comparison(results, arm, "eaft") for arm in ("planted", "natural"))

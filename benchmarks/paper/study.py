@@ -107,7 +107,7 @@ class Run:
 
 
 def runs_of(preset: Preset) -> list[Run]:
-    """Those that say most first: one seed at two rates, other seeds, other rates, the rest."""
+    """Those that say most first: one seed at two rates, other seeds, candidates, other rates."""
 
     def grid(losses: tuple[str, ...], rates: tuple[float, ...], seeds: range) -> list[Run]:
         product = itertools.product(seeds, rates, losses, preset.arms)
@@ -118,6 +118,6 @@ def runs_of(preset: Preset) -> list[Run]:
     runs += grid(preset.losses, first, range(1, preset.seeds))
     # Whether bfloat16 changes anything.
     runs += [Run("planted", loss, preset.rates[0], 0, "float32") for loss in preset.losses[:2]]
-    runs += grid(preset.losses, others[1:], range(1))
     runs += grid(preset.candidates, first, range(1))
+    runs += grid(preset.losses, others[1:], range(1))
     return runs

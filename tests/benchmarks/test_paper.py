@@ -183,6 +183,7 @@ def test_commands(tmp_path: Path) -> None:
     sizes = {"fidelity": ("--tokens", 200, "--rows", 16), "regions": ("--preset", "tiny")}
     sizes["frontiers"] = ("--preset", "tiny")
     sizes["step"] = ("--length", 16, "--most", 1)
+    sizes["dropping"] = ("--preset", "tiny", "--tokens", 6, "--rounds", 1)
     for name, more in sizes.items():
         of_data = () if name == "step" else ("--data", data)
         done = command(name, *more, *given, *of_data)
