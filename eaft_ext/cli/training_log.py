@@ -31,8 +31,6 @@ def run_log(folder: Path, plot: Path | None, console: Any) -> None:
         CommandError: there is no such log, or the picture cannot be written.
     """
     require_extras(("rich",) if plot is None else ("rich", "matplotlib"))
-    if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
-        raise CommandError(f"cannot write {plot}: not a file in a folder that exists")
     found = _find(folder)
     console.print(f"The log of {found.source}", highlight=False, markup=False)
     print_log(console, found.history)
@@ -40,8 +38,8 @@ def run_log(folder: Path, plot: Path | None, console: Any) -> None:
         return
     try:
         draw(found.history, plot)
-    except (OSError, ValueError) as error:  # ValueError: matplotlib does not know such files
-        raise CommandError(f"cannot write {plot}: {error}") from None
+    except OSError as error:
+        raise CommandError(f"cannot write --plot {plot}: {error.strerror}") from None
     console.print(f"Its picture is {plot}", highlight=False, markup=False)
 
 

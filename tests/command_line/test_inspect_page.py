@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -262,3 +263,87 @@ def test_complaints(
     assert inspect(sure_folder, data, *options) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"eaft-ext inspect: {complaint}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("twice", [("--data", "--html"), ("--output", "--html")])
+def test_a_file_that_is_given_twice(
+    sure_folder: Path,
+    tmp_path: Path,
+    twice: tuple[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The data, and what was written before, stay."""
+    data = write_texts(tmp_path / "data.jsonl", PLAIN)
+    before = data.read_bytes()
+    file = data if "--data" in twice else tmp_path / "other"
+    more = () if "--data" in twice else ("--output", str(file))
+    assert inspect(sure_folder, data, "--html", f"{tmp_path}/./{file.name}", *more) == 1
+    one, other = (name.removeprefix("--") for name in twice)
+    assert f"--{one} and --{other} are the same file" in capsys.readouterr().err
+    assert data.read_bytes() == before
+
+
+def test_rows_are_made_for_the_first_model(
+    sure_folder: Path, tuned_folder: Path, tmp_path: Path
+) -> None:
+    """A second model with a chat template changes nothing of what the first is shown."""
+    chat = tmp_path / "chat"
+    shutil.copytree(tuned_folder, chat)
+    (chat / "chat_template.jinja").write_text(
+        "{% for message in messages %}[{{ message.role }}] {{ message.content }} {% endfor %}"
+    )
+    data = write_texts(tmp_path / "data.jsonl", PLAIN)
+    alone, beside = tmp_path / "alone.jsonl", tmp_path / "beside.jsonl"
+    assert inspect(sure_folder, data, "--output", str(alone)) == 0
+    assert inspect(sure_folder, data, "--against", str(chat), "--output", str(beside)) == 0
+    without = [{k: v for k, v in token.items() if k != "after"} for token in tokens_of(beside)]
+    assert without == tokens_of(alone)
+
+
+def test_a_model_that_was_trained_on_begins_anew(
+    sure_folder: Path, tuned_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(sure_folder, model)
+    data = write_texts(tmp_path / "data.jsonl", PLAIN)
+    output, alone = tmp_path / "tokens.jsonl", tmp_path / "alone.jsonl"
+    original = command.read
+
+    def stopped(some: Any, first: int, *others: Any) -> Any:
+        if first == 10:
+            raise KeyboardInterrupt
+        return original(some, first, *others)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "read", stopped)
+        assert inspect(model, data, "--output", str(output)) == 130
+    shutil.copy(tuned_folder / "model.safetensors", model)
+    assert inspect(model, data, "--output", str(output)) == 0
+    assert inspect(tuned_folder, data, "--output", str(alone)) == 0
+    assert output.read_bytes() == alone.read_bytes()
+
+
+def test_a_row_without_a_token_to_predict_is_not_left_out(
+    sure_folder: Path, tmp_path: Path
+) -> None:
+    """The last row is cut within its prompt."""
+    data = write_texts(tmp_path / "data.jsonl", PLAIN)
+    html, output = tmp_path / "page.html", tmp_path / "tokens.jsonl"
+    files = ("--html", str(html), "--output", str(output))
+    for count in range(100, 130):
+        assert inspect(sure_folder, data, *files, "--tokens", str(count)) == 0
+        rows = {token["row"] for token in tokens_of(output)}
+        assert "are not shown" not in html.read_text("utf-8")
+        if f"<dd>{len(rows) + 1}</dd>" in html.read_text("utf-8"):
+            return
+    pytest.fail("no row was cut within its prompt")
+
+
+def test_names_that_try_to_break_the_page(sure_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "<b>\N{RIGHT-TO-LEFT OVERRIDE}x"
+    folder.mkdir()
+    data = write_texts(folder / "data.jsonl", PLAIN)
+    html = tmp_path / "page.html"
+    assert inspect(sure_folder, data, "--html", str(html)) == 0
+    text = html.read_text("utf-8")
+    assert "\N{RIGHT-TO-LEFT OVERRIDE}" not in text and "&lt;b&gt;[U+202E]x" in text

@@ -11,7 +11,7 @@ from eaft_ext import EntropyGate
 from eaft_ext._landscape import REGIONS
 from eaft_ext.cli.gates_shown import GATES
 from eaft_ext.cli.inspect.moved import moved
-from eaft_ext.cli.inspect.shares import Columns, kept, shares
+from eaft_ext.cli.inspect.shares import CARRIED, Columns, carriers, kept, shares
 from eaft_ext.cli.inspect.tokens import View
 
 K = 7
@@ -73,7 +73,22 @@ def test_kept(gate: EntropyGate) -> None:
             assert one.kept[region] == pytest.approx(expected)
             assert one.share[region] == pytest.approx(float(norm[mask].sum() / norm.sum()))
         assert math.isnan(one.kept["open"]) and one.share["all"] == pytest.approx(1)
+    assert "eaft3" not in kept(_columns(1, GATES["eaft3"]), GATES["eaft3"])
     assert found["sft"].kept["conflict"] == 1 and found["mask"].kept["conflict"] == 0
+
+
+@pytest.mark.parametrize("gate", [EntropyGate(), EntropyGate(2.0, 1.5)])
+def test_carriers(gate: EntropyGate) -> None:
+    """As many tokens as are needed, and no fewer."""
+    columns = _columns(4, gate)
+    for name, (_, found) in carriers(columns, gate).items():
+        used = gate if name == "eaft" else GATES[name]
+        score = used.for_k(K)(columns.nll, columns.entropy) * (1 - torch.exp(-columns.nll))
+        largest = score.sort(descending=True)[0]
+        for part, share in zip(CARRIED, found, strict=True):
+            count = round(share * len(columns))
+            assert largest[:count].sum() >= part * score.sum() * (1 - 1e-12)
+            assert largest[: count - 1].sum() < part * score.sum()
 
 
 def test_moved() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--against",
         metavar="NAME",
-        help="a second model, such as --model after tuning: what it thinks of the same tokens",
+        help="a second model, such as --model after tuning: what it thinks of the same tokens, in "
+        "rows made as for --model",
     )
     add(
         "--log",
@@ -76,7 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def tokens(text: str) -> int:
     """A whole number from 1, or all."""
-    return sys.maxsize if text == "all" else positive_int(text)
+    if text == "all":
+        return sys.maxsize
+    try:
+        return positive_int(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, and it is not all") from None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -93,14 +100,14 @@ def run(arguments: argparse.Namespace) -> int:
         records, tokenizer, length=length, max_tokens=arguments.tokens, turns=arguments.turns
     )
     pieces = readers[0].pieces
+    within = count_tokens(rows)
+    if not any(any(row.learned) for row in rows):
+        raise CommandError(
+            f"the {within} tokens that were read are all of a prompt: pass more --tokens"
+        )
     with _spool(arguments) as spool:
         _read(rows, readers, spool, arguments, console)
         columns = [Columns.of(views, readers[0].k) for views in _views(spool, len(readers))]
-        within = count_tokens(rows)
-        if not len(columns[0]):
-            raise CommandError(
-                f"the {within} tokens that were read are all of a prompt: pass more --tokens"
-            )
         gate = readers[0].gate
         names = [shown_name(arguments.model)]
         names += [shown_name(arguments.against)] if arguments.against else []
@@ -108,11 +115,11 @@ def run(arguments: argparse.Namespace) -> int:
         predicted = len(columns[0])
         all_of_it = f", all that rows of {length} have" if within < arguments.tokens else ""
         title = (
-            f"{names[0]}, {predicted} tokens of {source}, {gate}\n"
+            f"{names[0]}, {predicted} tokens of {source}, {gate_title(gate)}\n"
             f"{within} tokens were read{all_of_it}; {within - predicted} are of prompts, or begin "
             "a row, and are not predicted."
         )
-        print_report(console, title, columns[0], most_muted(spool, arguments.show))
+        print_report(console, title, columns[0], gate, most_muted(spool, arguments.show))
         if arguments.plot is not None:
             write_plot(columns[0], gate, f"{names[0]} on {source}", arguments.plot)
         if arguments.html is not None:
@@ -122,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "tokens read": f"{within:,}{all_of_it}",
                 "texts": f"{len(rows):,}",
                 "gate": gate_title(gate),
-                "k": str(arguments.k),
+                "k, largest logits of the entropy": str(readers[0].k),
                 "eaft_ext": eaft_ext.__version__,
             }
             report = Report(f"{' and '.join(names)} on {Path(source).name}", facts, gate, names)
@@ -136,19 +143,23 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _show_log(arguments: argparse.Namespace) -> int:
-    for name in ("data", "against", "html", "output"):
+    for name in ("model", "data", "against", "html", "output"):
         if getattr(arguments, name) is not None:
-            raise CommandError(f"--log reads no text: leave --{name} out")
-    require_extras(("rich",))
+            raise CommandError(f"--log has a table and a --plot: leave --{name} out")
+    _check_files(arguments)
     run_log(arguments.log, arguments.plot, make_console())
     return 0
 
 
 def _check_files(arguments: argparse.Namespace) -> None:
-    for name in ("output", "html", "plot"):
-        file: Path | None = getattr(arguments, name)
-        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+    names = ("data", "output", "html", "plot")
+    files = {name: file for name in names if (file := getattr(arguments, name)) is not None}
+    for name, file in files.items():
+        if name != "data" and (file.is_dir() or not file.parent.is_dir()):
             raise CommandError(f"cannot write --{name} {file}: not a file in a folder that exists")
+    for (one, file), (other, its_file) in combinations(files.items(), 2):
+        if file.resolve() == its_file.resolve():
+            raise CommandError(f"--{one} and --{other} are the same file, {file}")
     plot: Path | None = arguments.plot
     if plot is not None and plot.suffix.lower() not in PLOTS:
         raise CommandError(f"--plot must end in {', '.join(PLOTS)}, got {plot}")
@@ -157,11 +168,11 @@ def _check_files(arguments: argparse.Namespace) -> None:
 
 
 def _readers(arguments: argparse.Namespace, console: Any) -> tuple[list[Reader], Any]:
-    """A reader for each model, and the tokenizer, which has to be the same."""
+    """A reader for each model, and the first one's tokenizer, whose words the second has too."""
     on = arguments.device or default_device()
     gate = eaft_ext.EntropyGate(arguments.alpha, arguments.normalizer)
     readers = []
-    vocabularies = []
+    tokenizers = []
     names = [arguments.model] + ([arguments.against] if arguments.against else [])
     for name in names:
         with console.status("loading the model"):
@@ -170,13 +181,13 @@ def _readers(arguments: argparse.Namespace, console: Any) -> tuple[list[Reader],
         model.to(on).eval()
         vocabulary = int(model.config.get_text_config().vocab_size)
         readers.append(Reader(model, Pieces(tokenizer), min(arguments.k, vocabulary), gate))
-        vocabularies.append(tokenizer.get_vocab())
-    if vocabularies[0] != vocabularies[-1]:
+        tokenizers.append(tokenizer)
+    if tokenizers[0].get_vocab() != tokenizers[-1].get_vocab():
         raise CommandError(
             f"--against {arguments.against}: its tokenizer is another than that of "
             f"{shown_name(arguments.model)}, so that their tokens cannot be compared"
         )
-    return readers, tokenizer
+    return readers, tokenizers[0]
 
 
 @contextlib.contextmanager
@@ -188,10 +199,8 @@ def _spool(arguments: argparse.Namespace) -> Iterator[Spool]:
         if name not in ("output", "html", "plot", "show", "run", "program")
     }
     settings["version"] = eaft_ext.__version__
-    if arguments.data is not None:
-        with contextlib.suppress(OSError):
-            state = arguments.data.stat()
-            settings["data"] += f", {state.st_size} bytes, {state.st_mtime_ns}"
+    for name in ("data", "model", "against"):
+        settings[name] += _state_of(getattr(arguments, name))
     if arguments.output is not None:
         yield Spool(arguments.output, settings)
         return
@@ -201,6 +210,14 @@ def _spool(arguments: argparse.Namespace) -> Iterator[Spool]:
         spool = Spool(beside or Path(scratch) / "tokens", settings)
         yield spool
         spool.path.unlink(missing_ok=True)
+
+
+def _state_of(name: Path | str | None) -> str:
+    """Sizes and times of the files that are there; another state of them is other data."""
+    path = Path(name or "")
+    files = [path, *sorted(path.iterdir())] if name and path.is_dir() else [path]
+    states = ((file.name, file.stat()) for file in files if name and file.exists())
+    return "".join(f", {name} {state.st_size} {state.st_mtime_ns}" for name, state in states)
 
 
 def _read(

@@ -14,7 +14,6 @@ import eaft_ext
 from eaft_ext._conflicts import CONFLICT_ENTROPY, CONFLICT_PROBABILITY
 from eaft_ext._landscape import CELLS, REGIONS, counts
 from eaft_ext.cli.errors import CommandError
-from eaft_ext.cli.palette import LOSSES
 from eaft_ext.cli.palette import REGIONS as PAINTS
 
 from .shares import Columns, kept, shares
@@ -68,10 +67,13 @@ def write_plot(columns: Columns, gate: eaft_ext.EntropyGate, title: str, path: P
         draw_landscape(figure, left, columns, gate, "light")
         draw_bars(right, columns, gate)
         figure.suptitle(title, fontsize=11)
+        unfinished = path.with_name(f"{path.stem}.new{path.suffix}")
         try:
-            figure.savefig(path)
-        except (OSError, ValueError) as error:
-            raise CommandError(f"cannot write --plot {path}: {error}") from None
+            figure.savefig(unfinished)
+            unfinished.replace(path)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise CommandError(f"cannot write --plot {path}: {error.strerror}") from None
 
 
 def draw_landscape(
@@ -120,20 +122,17 @@ def draw_landscape(
 
 
 def _draw_gate(axes: Any, columns: Columns, gate: eaft_ext.EntropyGate, theme: str) -> None:
-    """Lines where the gate has a level."""
-    middles = (torch.arange(1, 201, dtype=torch.float64) - 0.5) / 200
-    entropy, probability = torch.meshgrid(middles, middles, indexing="ij")
-    weight = gate.for_k(columns.k)(-probability.log(), entropy * math.log(columns.k))
-    lines = axes.contour(
-        middles.numpy(),
-        middles.numpy(),
-        weight.numpy(),
-        levels=LEVELS,
-        colors=getattr(LOSSES["eaft"], theme),
-        linestyles="dashed",
-        linewidths=1,
-    )
-    axes.clabel(lines, fmt=lambda level: f"gate {level:g}", fontsize=8)
+    """Lines where the gate, which knows the entropy alone, has a level."""
+    look = THEMES[theme]
+    ground = {"facecolor": look["ground"], "edgecolor": "none", "pad": 0.8}
+    for level in LEVELS:
+        entropy = level ** (1 / gate.alpha) * (gate.normalizer or math.log(columns.k))
+        height = entropy / math.log(columns.k)
+        if height >= 1:
+            continue
+        axes.axhline(height, color=look["ground"], linewidth=2.5)
+        axes.axhline(height, color=look["ink"], linewidth=1, linestyle="dashed")
+        axes.text(0.5, height, f"gate {level:g}", fontsize=8, ha="center", va="center", bbox=ground)
 
 
 def draw_bars(axes: Any, columns: Columns, gate: eaft_ext.EntropyGate) -> None:

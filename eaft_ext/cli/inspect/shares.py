@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,17 +35,11 @@ class Columns:
     @staticmethod
     def of(views: Iterable[View], k: int) -> Columns:
         """Those of the views."""
-        rows = [
-            (
-                view.nll,
-                view.normalized_entropy,
-                view.gate,
-                view.gradient,
-                REGIONS.index(view.region),
-            )
-            for view in views
-        ]
-        table = torch.tensor(rows, dtype=torch.float64).view(-1, 5)
+        flat = array("d")
+        for view in views:
+            numbers = (view.nll, view.normalized_entropy, view.gate, view.gradient)
+            flat.extend((*numbers, REGIONS.index(view.region)))
+        table = torch.tensor(flat, dtype=torch.float64).view(-1, 5)
         nll, entropy, gate, gradient, region = table.unbind(1)
         return Columns(nll, entropy, gate, gradient, region.long(), k)
 
@@ -59,7 +54,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Share:
-    """A region's part of all tokens, of their loss and of their gradients' norms, and means in it.
+    """A region's part of all tokens, of their loss and of their gradients' norms; its mean gate.
 
     ``learned`` is its part of the gradients' norms times the gate. What cannot be said is NaN.
     """
@@ -69,7 +64,6 @@ class Share:
     of_loss: float
     of_gradient: float
     learned: float
-    mean_nll: float
     mean_gate: float
 
 
@@ -90,7 +84,6 @@ def _share(columns: Columns, mask: Tensor) -> Share:
         of_loss=part(columns.nll),
         of_gradient=part(columns.gradient),
         learned=part(columns.gate * columns.gradient),
-        mean_nll=_ratio(float(columns.nll[mask].sum()), count),
         mean_gate=_ratio(float(columns.gate[mask].sum()), count),
     )
 
@@ -107,13 +100,7 @@ class Kept:
 def kept(columns: Columns, chosen: eaft_ext.EntropyGate) -> dict[str, Kept]:
     """Return what each gate keeps, by the loss's short name; ``chosen`` is EAFT's place."""
     found = {}
-    for name, gate in GATES.items():
-        title = LOSSES[name].title
-        if name == "eaft":
-            weight = columns.gate
-            title = gate_title(chosen)
-        else:
-            weight = gate.for_k(columns.k)(columns.nll, columns.entropy)
+    for name, title, weight in _weights(columns, chosen):
         norm = weight * columns.gradient
         before, after = (
             {n: float(v[m].sum()) for n, m in _masks(columns).items()}
@@ -125,6 +112,34 @@ def kept(columns: Columns, chosen: eaft_ext.EntropyGate) -> dict[str, Kept]:
             {n: _ratio(after[n], after["all"]) for n in before},
         )
     return found
+
+
+CARRIED = (0.9, 0.99, 0.999)
+"""Parts of the sum of all scores."""
+
+
+def carriers(columns: Columns, chosen: eaft_ext.EntropyGate) -> dict[str, tuple[str, list[float]]]:
+    """Return, for each gate, the least share of tokens that has each part of the sum of scores.
+
+    A score is g (1 - p(y)), as for ``drop_below`` of :func:`eaft_ext.linear_gated_ce`: one less a
+    part is what that can be, one less a share what it saves.
+    """
+    found = {}
+    for name, title, weight in _weights(columns, chosen):
+        scores = (weight * -torch.expm1(-columns.nll)).sort(descending=True)[0].cumsum(0)
+        needed = [int((scores < part * scores[-1]).sum()) + 1 for part in CARRIED]
+        is_any = bool(scores[-1] > 0)
+        found[name] = (title, [n / len(columns) if is_any else math.nan for n in needed])
+    return found
+
+
+def _weights(columns: Columns, chosen: eaft_ext.EntropyGate) -> Iterator[tuple[str, str, Tensor]]:
+    """Each gate's short name, title and weights, with ``chosen`` in EAFT's place."""
+    for name, gate in GATES.items():
+        if name == "eaft":
+            yield name, gate_title(chosen), columns.gate
+        elif gate != chosen:
+            yield name, LOSSES[name].title, gate.for_k(columns.k)(columns.nll, columns.entropy)
 
 
 def gate_title(gate: eaft_ext.EntropyGate) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+import eaft_ext
 from eaft_ext._landscape import REGIONS
 from eaft_ext.cli.palette import REGION_BOUNDS
 from eaft_ext.cli.palette import REGIONS as PAINTS
 
-from .shares import Columns
+from .shares import CARRIED, Columns, carriers
 from .tokens import Token
 
 ENTROPIES = (0.0, 0.1, 0.3, 0.6, math.inf)
@@ -58,7 +59,9 @@ def summary(columns: Columns) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def print_report(console: Any, title: str, columns: Columns, muted: list[Token]) -> None:
+def print_report(
+    console: Any, title: str, columns: Columns, gate: eaft_ext.EntropyGate, muted: list[Token]
+) -> None:
     """Print the table, and the tokens of which the most is muted."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -74,6 +77,13 @@ def print_report(console: Any, title: str, columns: Columns, muted: list[Token])
     console.print(view)
     bounds = "; ".join(f"{PAINTS[name].title}: {REGION_BOUNDS[name]}" for name in REGIONS)
     console.print(f"{bounds}. The shares are of the sum of nll and of gate * nll.", highlight=False)
+    view = Table("loss", *(f"{100 * part:g} %" for part in CARRIED), box=SIMPLE_HEAD)
+    for column in view.columns[1:]:
+        column.justify = "right"
+    for name, some in carriers(columns, gate).values():
+        view.add_row(name, *("-" if math.isnan(one) else f"{one:.1%}" for one in some))
+    console.print("Tokens with so much of what is learned, the sum of gate * (1 - p):")
+    console.print(view)
     console.print("Most muted, by (1 - gate) * nll:", highlight=False)
     view = Table("text", "token", "p", "likeliest", "p", "H / ln k", "gate", box=SIMPLE_HEAD)
     view.columns[0].justify = "right"

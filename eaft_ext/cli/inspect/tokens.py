@@ -45,8 +45,8 @@ class View:
 
     @property
     def muted(self) -> float:
-        """The part of its cross-entropy that is not learned from."""
-        return (1 - self.gate) * self.nll
+        """The part of its cross-entropy that is not learned from; below 0 for a gate above 1."""
+        return 0.0 if self.gate == 1 else (1 - self.gate) * self.nll
 
     @property
     def is_conflict(self) -> bool:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,7 +23,7 @@ from eaft_ext.cli.palette import REGIONS as PAINTS
 from ..moved import Moved
 from ..pieces import Pieces
 from ..plot import landscape_svg
-from ..shares import Columns, kept, shares
+from ..shares import CARRIED, Columns, carriers, kept, shares
 from ..tokens import Token, View
 from .safe import safe
 
@@ -39,25 +40,35 @@ class Report:
     gate: eaft_ext.EntropyGate
     models: list[str]
 
+    def safe(self) -> Report:
+        """The same, as a page shows it."""
+        facts = {name: safe(value) for name, value in self.facts.items()}
+        return Report(safe(self.title), facts, self.gate, [safe(name) for name in self.models])
+
 
 def write_page(
     report: Report,
     columns: Columns,
     moved: Moved | None,
     rows: list[Example],
-    tokens: Iterable[Token],
+    spool: Iterable[Token],
     pieces: Pieces,
     path: Path,
 ) -> None:
-    """Write the page. ``tokens`` come row by row, in order."""
-    texts, data = _texts(rows, tokens, pieces)
+    """Write the page. ``spool`` has the tokens row by row, in order, each time it is asked."""
+    shown, with_tokens = _shown_rows(spool)
+    texts, data = _texts(rows, spool, pieces, shown)
+    report = report.safe()
     data["models"] = report.models
+    data["ln_k"] = math.log(columns.k)
     script, style = (_file(name) for name in ("page.js", "page.css"))
     html = _template().render(
         report=report,
         columns=columns,
         shares=shares(columns),
         kept=kept(columns, report.gate),
+        carriers=carriers(columns, report.gate),
+        carried=CARRIED,
         moved=moved,
         regions=PAINTS,
         bounds=REGION_BOUNDS,
@@ -66,15 +77,20 @@ def write_page(
             theme: landscape_svg(columns, report.gate, theme) for theme in ("light", "dark")
         },
         texts=texts,
-        left_out=len(rows) - len(texts),
+        left_out=with_tokens - len(texts),
+        largest_gate=float(columns.gate.max()),
+        is_finite=bool(columns.nll.isfinite().all()),
         data=_json(data),
         script=script,
         style=style + _colours(),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+    unfinished = path.with_name(path.name + ".new")
     try:
-        path.write_text(html, "utf-8", newline="\n")
+        unfinished.write_text(html, "utf-8", newline="\n")
+        unfinished.replace(path)
     except OSError as error:
+        unfinished.unlink(missing_ok=True)
         raise CommandError(f"cannot write --html {path}: {error.strerror}") from None
 
 
@@ -102,7 +118,10 @@ def _colours() -> str:
 
     def of(theme: str) -> str:
         paints = {**{f"region-{n}": p for n, p in PAINTS.items()}, **LOSSES}
-        return "".join(f"--{name}:{getattr(paint, theme)};" for name, paint in paints.items())
+        colours = {name: getattr(paint, theme) for name, paint in paints.items()}
+        tint = bytes.fromhex(colours["eaft"].removeprefix("#"))
+        colours["tint"] = ",".join(map(str, tint))
+        return "".join(f"--{name}:{colour};" for name, colour in colours.items())
 
     dark = f"@media (prefers-color-scheme: dark){{:root{{{of('dark')}}}}}"
     return f"\n:root{{{of('light')}}}\n{dark}\n"
@@ -116,54 +135,58 @@ def _json(data: Any) -> str:
 
 @dataclass(frozen=True)
 class Text:
-    """A row: its number, its text, and how much of its loss is muted."""
+    """A row: its number, its text, its place among the rows by muted loss, and its conflicts."""
 
     row: int
     text: str
-    muted: float
+    rank: int
     conflicts: int
 
 
-def _texts(
-    rows: list[Example], tokens: Iterable[Token], pieces: Pieces
-) -> tuple[list[Text], dict[str, Any]]:
-    """The rows that are shown, in order, and what the script knows of their tokens."""
-    by_row = [(row, list(some)) for row, some in groupby(tokens, lambda token: token.row)]
-    muted = {row: sum(token.view.muted for token in some) for row, some in by_row}
+def _shown_rows(spool: Iterable[Token]) -> tuple[dict[int, int], int]:
+    """The rows that are shown, with the rank of their muted loss, and how many have tokens."""
+    muted: dict[int, float] = {}
+    counts: Counter[int] = Counter()
+    for token in spool:
+        loss = muted.get(token.row, 0.0) + token.view.muted
+        muted[token.row] = 0.0 if math.isnan(loss) else loss
+        counts[token.row] += 1
+    shown: dict[int, int] = {}
     room = MOST_TOKENS
-    shown: set[int] = set()
-    for row, some in sorted(by_row, key=lambda item: -muted[item[0]]):
-        room -= len(some)
+    for row in sorted(muted, key=lambda row: -muted[row]):
+        room -= counts[row]
         if room < 0 and shown:
             break
-        shown.add(row)
+        shown[row] = len(shown)
+    return shown, len(muted)
+
+
+def _texts(
+    rows: list[Example], spool: Iterable[Token], pieces: Pieces, shown: dict[int, int]
+) -> tuple[list[Text], dict[str, Any]]:
+    """The rows that are shown, in order, and what the script knows of their tokens."""
     words = Words()
     texts: list[Text] = []
-    data: dict[str, Any] = {"regions": list(REGIONS), "rows": [], "views": []}
-    for row, some in by_row:
+    data: dict[str, Any] = {"regions": list(REGIONS), "rows": []}
+    for row, of_row in groupby(spool, lambda token: token.row):
         if row not in shown:
             continue
+        some = list(of_row)
         said = [safe(piece) for piece in pieces.of(rows[row].tokens)]
         conflicts = sum(token.view.is_conflict for token in some)
-        texts.append(Text(row, "".join(said), muted[row], conflicts))
+        texts.append(Text(row, "".join(said), shown[row], conflicts))
+        views = [
+            [token.view for token in some],
+            [token.after for token in some if token.after is not None],
+        ]
         data["rows"].append(
             {
                 "lengths": [_utf16(piece) for piece in said],
                 "positions": [token.position + 1 for token in some],
-                "views": [
-                    _packed(
-                        [view for token in some if (view := _view(token, name)) is not None], words
-                    )
-                    for name in ("view", "after")
-                ],
+                "views": [_packed(of_model, words) for of_model in views],
             }
         )
     return texts, {**data, "words": words.all}
-
-
-def _view(token: Token, name: str) -> View | None:
-    view: View | None = getattr(token, name)
-    return view
 
 
 class Words:
@@ -186,7 +209,6 @@ def _packed(views: list[View], words: Words) -> dict[str, Any]:
     """The views of a row, a list for each number; of the likeliest, one after another."""
     return {
         "nll": [_digits(view.nll) for view in views],
-        "entropy": [_digits(view.entropy) for view in views],
         "normalized": [_digits(view.normalized_entropy) for view in views],
         "gate": [_digits(view.gate) for view in views],
         "region": "".join(str(REGIONS.index(view.region)) for view in views),

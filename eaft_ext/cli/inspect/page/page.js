@@ -28,7 +28,7 @@
     return {
       nll,
       p: Math.exp(-nll),
-      entropy: packed.entropy[index],
+      entropy: packed.normalized[index] * data.ln_k,
       normalized: packed.normalized[index],
       gate: packed.gate[index],
       region: data.regions[Number(packed.region[index])],
@@ -66,7 +66,12 @@
     return viewed.get(key);
   }
   const textOf = (token) => whole[token.row].slice(token.begin, token.end);
-  const muted = (token) => (1 - view(token).gate) * view(token).nll;
+  const mutedOf = (seen) => (seen.gate === 1 ? 0 : (1 - seen.gate) * seen.nll);
+  const muted = (token) => mutedOf(view(token));
+  function change(token) {
+    const [before, after] = [view(token).nll, view(token, 1).nll];
+    return before === after ? 0 : after - before; // both may be infinite
+  }
   const three = (value) => (Number.isFinite(value) ? value.toFixed(3) : "\u221e");
   const chance = (p) => (p >= 0.001 || p === 0 ? p.toFixed(3) : p.toExponential(1));
   function visible(text) {
@@ -95,7 +100,9 @@
       if (plain) parts.append(plain);
       plain = "";
       const seen = view(tokens[index]);
-      const span = element("span", seen.region === "conflict" ? "token conflict" : "token", text);
+      const span = element("span", "token", text);
+      span.classList.toggle("conflict", seen.region === "conflict");
+      span.classList.toggle("break", /^\n+$/.test(text));
       span.dataset.weight = Math.round(10 * Math.min(1, Math.max(0, seen.gate)));
       span.dataset.token = index;
       span.tabIndex = -1;
@@ -168,13 +175,13 @@
     line("H, nats", (v) => three(v.entropy));
     line("H / ln k", (v) => three(v.normalized));
     line("gate", (v) => three(v.gate));
-    line("muted, nats", (v) => three((1 - v.gate) * v.nll));
+    line("muted, nats", (v) => three(mutedOf(v)));
     const said = element("div", "beside");
     said.append(likeliestTable(seen, `${names[0]} would have said`));
     if (after) said.append(likeliestTable(after, `${names[1]} would have said`));
     card.append(numbers, said);
   }
-  function show(token, beside, pinned) {
+  function show(token, beside, pinned, from = beside) {
     document.querySelector(".token.open")?.classList.remove("open");
     fill(token);
     card.hidden = false;
@@ -187,7 +194,7 @@
     const fits = below + card.offsetHeight <= window.innerHeight || box.top < card.offsetHeight + 6;
     card.style.top = `${window.scrollY + (fits ? below : box.top - card.offsetHeight - 6)}px`;
     if (pinned) {
-      origin = beside;
+      origin = from;
       card.querySelector(".close").focus({ preventScroll: true });
     }
   }
@@ -195,7 +202,7 @@
     if (card.hidden) return;
     card.hidden = true;
     document.querySelector(".token.open")?.classList.remove("open");
-    if (back && origin) origin.focus({ preventScroll: true });
+    if (back && origin) origin.focus();
     origin = null;
   }
 
@@ -221,16 +228,23 @@
     const found = tokenOf(event.target);
     if (!found) return;
     const [token, span] = found;
-    const firstOf = (row) => data.rows.slice(0, row).reduce((sum, one) => sum + one.positions.length, 0);
+    const beside = (step) => {
+      // In the order of the screen.
+      const all = [...rows.children];
+      const article = all[all.indexOf(articles[token.row]) + step];
+      return article && places[Number(article.dataset.index)].filter((index) => index >= 0);
+    };
+    const here = places[token.row].filter((index) => index >= 0);
+    const at = here.indexOf(token.index);
     const to = {
-      ArrowRight: token.index + 1,
-      ArrowLeft: token.index - 1,
-      ArrowDown: token.row + 1 < data.rows.length ? firstOf(token.row + 1) : tokens.length - 1,
-      ArrowUp: firstOf(Math.max(0, token.row - 1)),
-    }[event.key];
-    if (to !== undefined) {
+      ArrowRight: here[at + 1] ?? beside(1)?.[0],
+      ArrowLeft: here[at - 1] ?? beside(-1)?.at(-1),
+      ArrowDown: beside(1)?.[0] ?? here.at(-1),
+      ArrowUp: beside(-1)?.[0] ?? here[0],
+    };
+    if (event.key in to) {
       event.preventDefault();
-      goTo(to).focus();
+      if (to[event.key] !== undefined) goTo(to[event.key]).focus();
     } else if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
       show(token, span, true);
@@ -239,6 +253,10 @@
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") hide(true);
   });
+  card.addEventListener("focusout", (event) => {
+    if (event.relatedTarget && !card.contains(event.relatedTarget)) hide(false);
+  });
+  addEventListener("beforeprint", () => bodies.forEach((_, row) => build(row)));
   document.addEventListener("click", (event) => {
     if (origin && !card.contains(event.target) && !tokenOf(event.target) && !event.target.closest("[data-goto]")) hide(false);
   });
@@ -252,8 +270,8 @@
     nll: (token) => -view(token).nll,
     sure: (token) => view(token).normalized,
     gate: (token) => -view(token).gate,
-    learned: (token) => view(token, 1).nll - view(token).nll,
-    lost: (token) => view(token).nll - view(token, 1).nll,
+    learned: change,
+    lost: (token) => -change(token),
     text: (token) => token.index,
   };
   let listed = [];
@@ -303,7 +321,7 @@
         (!word || textOf(token).toLowerCase().includes(word)),
     );
     const keys = new Map(listed.map((token) => [token, key(token)]));
-    // The order of the text where keys are equal, or both infinite.
+    // The order of the text where keys are equal.
     listed.sort((a, b) => (keys.get(a) < keys.get(b) ? -1 : keys.get(a) > keys.get(b) ? 1 : a.index - b.index));
     drawn = 0;
     body.replaceChildren();
@@ -317,7 +335,7 @@
     if (!button) return;
     const span = goTo(Number(button.dataset.goto));
     span.scrollIntoView({ block: "center", behavior: "instant" });
-    show(tokens[current], span, true);
+    show(tokens[current], span, true, button);
   });
   document.addEventListener("click", (event) => {
     const button = event.target.closest("[data-filter]");
@@ -330,7 +348,12 @@
   });
   document.getElementById("order").addEventListener("change", (event) => {
     const by = event.target.value;
-    const key = by === "text" ? (article) => Number(article.dataset.index) : (article) => -Number(article.dataset[by]);
+    const keys = {
+      text: (article) => Number(article.dataset.index),
+      rank: (article) => Number(article.dataset.rank),
+      conflicts: (article) => -Number(article.dataset.conflicts),
+    };
+    const key = keys[by];
     rows.append(...[...articles].sort((a, b) => key(a) - key(b) || a.dataset.index - b.dataset.index));
   });
 

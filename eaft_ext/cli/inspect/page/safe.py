@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 
 _DIRECTIONS = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
-_UNSEEN = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{_DIRECTIONS}\u2028\u2029\ud800-\udfff\ufeff]")
+_NO_WIDTH = "\u00ad\u200b\u2060-\u2064\u206a-\u206f\ufeff\ufff9-\ufffb"
+_UNSEEN = re.compile(
+    f"[\x00-\x08\x0b-\x1f\x7f-\x9f{_DIRECTIONS}{_NO_WIDTH}\u2028\u2029\ud800-\udfff]"
+)
 
 
 def safe(text: str) -> str:
