@@ -1,5 +1,6 @@
 """What is compared where the output layer is part of the loss; each gives both its gradients."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ PRODUCTS = "products"
 OURS = "linear_gated_ce"
 FLOAT32 = f"{OURS}_float32"
 NO_GATE = f"{OURS}_no_gate"
+HALF, TENTH = f"{OURS}_half_muted", f"{OURS}_tenth_left"
 UNFUSED = "gated_ce_of_linear"
 UNFUSED_INPLACE = f"{UNFUSED}_inplace"
 EAGER = "eager"
@@ -107,6 +109,25 @@ def _ours(**options: Any) -> Build:
     return plain(partial(eaft_ext.linear_gated_ce, **options))
 
 
+def muting(percent: int) -> Build:
+    """Ours, with a hard gate that mutes so many of the tokens of the first batch of a shape."""
+
+    def build() -> Function:
+        gates: dict[torch.Size, eaft_ext.HardGate] = {}
+
+        def function(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+            if hidden.shape not in gates:
+                given = (hidden.detach(), weight.detach(), labels)
+                _, stats = eaft_ext.linear_gated_ce(*given, return_stats=True)
+                at = stats.entropy[stats.valid].quantile(percent / 100) / math.log(20)
+                gates[hidden.shape] = eaft_ext.HardGate(float(at))
+            return eaft_ext.linear_gated_ce(hidden, weight, labels, gate=gates[hidden.shape])
+
+        return function
+
+    return build
+
+
 INPLACE = partial(eaft_ext.gated_ce, inplace_backward=True)
 IN_FLOAT32 = _ours(accumulate_in_float32=True)
 # Its logits stay on chip, and are computed anew in the backward; it leaves out blocks of the
@@ -119,6 +140,8 @@ LINEAR_CONTENDERS = (
     _loss(FLOAT32, "the same, summed in float32", IN_FLOAT32, dtypes=BFLOAT16),
     # On a GPU, as its peers.
     _loss(NO_GATE, "the same, no gate", _ours(gate=eaft_ext.NoGate()), devices=GPU),
+    _loss(HALF, "the same, half of the tokens muted", muting(50), devices=GPU),
+    _loss(TENTH, "the same, 90 % of the tokens muted", muting(90), devices=GPU),
     _loss(UNFUSED, "`gated_ce` of all logits", of_logits(eaft_ext.gated_ce)),
     _loss(UNFUSED_INPLACE, "the same, in place", of_logits(INPLACE)),
     _loss(EAGER, "eager EAFT of all logits", of_logits(eager_eaft)),
