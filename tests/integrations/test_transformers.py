@@ -80,9 +80,11 @@ def test_options_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eaft_ext, "linear_gated_ce", spy)
     model = build("llama")
     tokens, labels = batch()
-    use_linear_gated_ce(model, chunk_size=3, accumulate_in_float32=True)
+    given = {"chunk_size": 3, "accumulate_in_float32": True, "drop_below": 0.5}
+    gated = use_linear_gated_ce(model, **given)
     model(tokens, labels=labels)
-    assert (seen["chunk_size"], seen["accumulate_in_float32"]) == (3, True)
+    assert {name: seen[name] for name in given} == given
+    assert gated.stats is not None and gated.stats.dropped.any()
 
 
 def test_num_items_in_batch() -> None:

@@ -254,6 +254,7 @@ def test_options_are_checked_at_once() -> None:
     refused(model, "ignore_index must be an int, got None", ignore_index=None)
     refused(model, "chunk_size must be an int, got '4'", chunk_size="4")
     refused(model, "accumulate_in_float32 must be True, False", accumulate_in_float32="no")
-    for options in ({"k": 1}, {"chunk_size": 0}):
+    refused(model, "drop_below must be a number, got '0'", drop_below="0")
+    for options in ({"k": 1}, {"chunk_size": 0}, {"drop_below": 0.1, "z_loss": 0.1}):
         with pytest.raises(ValueError, match=r"^use_linear_gated_ce: "):
             use_linear_gated_ce(model, **options)

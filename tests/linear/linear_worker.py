@@ -43,6 +43,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "chunk_size": 4,
     },
 }
+# Of a vocabulary in shards: every process drops the same tokens. Where the tokens are divided, too,
+# each drops of its own.
+DROPPING: dict[str, dict[str, Any]] = {
+    "dropped": {"drop_below": 0.2, "chunk_size": 5, "alpha": 2.0},
+    "dropped_of_none": {"drop_below": 0.2, "reduction": "none", "chunk_size": 5},
+}
 # Of the rows of the weight: those before each process's own, and after the last one.
 UNEVEN = {1: [0, V], 2: [0, 7, V], 3: [0, 30, 30, V]}
 PADDING = 3
@@ -372,9 +378,11 @@ def main(rank: int, world_size: int) -> dict[str, Any]:
     """All cases that so many processes can have."""
     found: dict[str, Any] = {}
     kinds = ["even", "parts", *(["uneven"] if world_size in UNEVEN else [])]
-    for option, options in OPTIONS.items():
+    for option, options in (OPTIONS | DROPPING).items():
         for kind in kinds:
             found[f"{kind} {option}"] = run_shards(rank, world_size, kind, options)
+        if option in DROPPING:
+            continue
         for name, placed in placements_of(world_size).items():
             found[f"{name} {option}"] = run_dtensors(*placed, options)
     for how in ("inside", "outside"):

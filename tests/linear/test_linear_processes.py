@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from linear_cases import HIDDEN, V, linear_inputs
-from linear_worker import ERRORS, OPTIONS, UNEVEN, own_rows, placements_of, scalar
+from linear_worker import DROPPING, ERRORS, OPTIONS, UNEVEN, own_rows, placements_of, scalar
 from spawned import Runs, by_size
 from torch import Tensor
 
@@ -34,12 +34,17 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def _alone(option: str) -> dict[str, Any]:
-    """The unfused loss of one process."""
+    """The unfused loss of one process; the linear one where tokens are dropped."""
     *leaves, labels = linear_inputs()
     hidden, weight, bias = (leaf.requires_grad_() for leaf in leaves)
-    options = {name: value for name, value in OPTIONS[option].items() if name != "chunk_size"}
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    loss, stats = eaft_ext.gated_ce(logits, labels, **({"return_stats": True} | options))
+    options = {"return_stats": True} | (OPTIONS | DROPPING)[option]
+    if option in DROPPING:
+        loss, stats = eaft_ext.linear_gated_ce(hidden, weight, labels, bias, **options)
+        assert stats.dropped is None or 0 < stats.dropped.sum() < len(labels)
+    else:
+        options.pop("chunk_size", None)
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        loss, stats = eaft_ext.gated_ce(logits, labels, **options)
     scalar(loss).backward()
     gradients = dict(zip(NAMES, (leaf.grad for leaf in (hidden, weight, bias)), strict=True))
     return {"loss": loss.detach(), "stats": stats, **gradients}
@@ -60,7 +65,7 @@ def _compare(found: dict[str, Any], expected: dict[str, Any], *names: str) -> No
         _close(a, b, name)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", [*OPTIONS, *DROPPING])
 @pytest.mark.parametrize(("world_size", "kind"), by_size(SHARDS))
 def test_shards(results: Results, world_size: int, kind: str, option: str) -> None:
     expected = _alone(option)
