@@ -27,6 +27,7 @@ BLOCKS: dict[str, dict[str, Block]] = {
         "study": report.study,
         "verdict": report.sentences,
         "precision": report.precision,
+        "beyond": report.beyond,
         **{f"ends-{arm}": lambda results, arm=arm: report.ends(results, arm) for arm in ARMS},
         **{
             f"verdicts-{arm}": lambda results, arm=arm: report.verdicts(results, arm)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from reports.tables import MISSING, table
 
-from .study import PRESETS, Preset, Run
+from .study import ARMS, PRESETS, Preset, Run
 from .verdict import Comparison, Path, compare, frontier, path_of
 from .weights import LOSSES
 
@@ -95,16 +95,41 @@ def verdicts(results: Results, arm: str) -> str:
     return table([*head, "over rates", "at target loss", "rates"], rows)
 
 
-def comparison(results: Results, arm: str, loss: str) -> Comparison | None:
-    """Against cross-entropy at the first rate, over the seeds that both have."""
+def beyond(results: Results) -> str:
+    """Each loss beside cross-entropy and EAFT in both arms, and which lie ahead of both there."""
+    preset = PRESETS[results["preset"]]
+    rows, ahead = [], {"surely": [], "perhaps": []}
+    for loss in (*preset.losses, *preset.candidates):
+        found = [comparison(results, arm, loss, other) for other in ("sft", "eaft") for arm in ARMS]
+        if loss in ("sft", "eaft") or not any(found):
+            continue
+        shown = (
+            MISSING if one is None else f"{one.ratio:.2f} ({one.low:.2f} to {one.high:.2f})"
+            for one in found
+        )
+        rows.append([LOSSES[loss].title, *shown])
+        if all(one is not None and one.ratio < 1 for one in found):
+            sure = all(one is not None and one.high < 1 for one in found)
+            ahead["surely" if sure else "perhaps"].append(LOSSES[loss].title)
+    head = [f"{arm}, {name}" for name in ("of SFT's", "of EAFT's") for arm in ARMS]
+    surely, perhaps = (", ".join(ahead[name]) or "none" for name in ("surely", "perhaps"))
+    return "\n\n".join(
+        [
+            table(["loss", *head], rows),
+            f"Ahead of cross-entropy and of EAFT in both arms, with intervals below 1: {surely}. "
+            f"With a ratio below 1 in all four: {perhaps}.",
+        ]
+    )
+
+
+def comparison(results: Results, arm: str, loss: str, other: str = "sft") -> Comparison | None:
+    """Against another loss at the first rate, over the seeds that both have."""
     preset = PRESETS[results["preset"]]
     pairs = []
     for seed in range(preset.seeds):
-        one, other = (
-            path_of(results, Run(arm, name, preset.rates[0], seed)) for name in (loss, "sft")
-        )
-        if one is not None and other is not None:
-            pairs.append((one, other))
+        pair = [path_of(results, Run(arm, name, preset.rates[0], seed)) for name in (loss, other)]
+        if pair[0] is not None and pair[1] is not None:
+            pairs.append((pair[0], pair[1]))
     return compare(pairs, np.random.default_rng(0)) if pairs else None
 
 
