@@ -111,7 +111,8 @@ def _run(run: Run) -> tuple[str, dict[str, Any], dict[str, Any]]:
     here = _Workplace
     if run.precision not in here.rulers:
         file = here.scratch / f"{run.precision}-{os.getpid()}.pt"
-        here.rulers[run.precision] = Ruler(here.base, here.texts, run.precision, file)
+        words = texts.edits(here.texts.train, here.candidates)
+        here.rulers[run.precision] = Ruler(here.base, here.texts, words, run.precision, file)
     ruler = here.rulers[run.precision]
     began = time.perf_counter()
     batches, wrong = texts.steps_of(

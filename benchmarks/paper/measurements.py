@@ -11,8 +11,9 @@ import torch
 import eaft_ext
 from eaft_ext._conflicts import confident_conflicts, sure
 from eaft_ext.cli.batches import IGNORE_INDEX, Batch
+from eaft_ext.cli.demo.planted import sure_and_right
 
-from .texts import K, Texts
+from .texts import K, Texts, edited
 
 REGIONS = ("sure", "conflict", "unsure")
 """Of held-out tokens, by the base model: sure and not in conflict, in conflict, the rest."""
@@ -20,13 +21,19 @@ REGIONS = ("sure", "conflict", "unsure")
 
 @dataclass
 class Measured:
-    """Sums over the tokens of each row, in nats; counts are those of ``Counts``."""
+    """Sums over the tokens of each row, in nats; counts are those of ``Counts``.
+
+    ``new_nll`` and ``old_nll`` are of the target's tokens that the counterfactual arm would edit,
+    with the word that they would have, and with their own.
+    """
 
     step: int
     target_nll: dict[str, list[float]] = field(default_factory=lambda: {r: [] for r in REGIONS})
     target_kl: list[float] = field(default_factory=list)
     drift_nll: list[float] = field(default_factory=list)
     drift_kl: list[float] = field(default_factory=list)
+    new_nll: list[float] = field(default_factory=list)
+    old_nll: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -35,6 +42,7 @@ class Counts:
 
     target: dict[str, list[int]] = field(default_factory=lambda: {r: [] for r in REGIONS})
     drift: list[int] = field(default_factory=list)
+    edited: list[int] = field(default_factory=list)
 
 
 class Ruler:
@@ -43,11 +51,14 @@ class Ruler:
     They are in float16: normalised again, KL(base || base) is below 1e-6 nats.
     """
 
-    def __init__(self, base: Any, texts: Texts, precision: str, file: Path) -> None:
+    def __init__(
+        self, base: Any, texts: Texts, words: torch.Tensor, precision: str, file: Path
+    ) -> None:
         self._texts = texts
         self._precision = precision
         self.counts = Counts()
         self._regions: list[torch.Tensor] = []
+        self._edited: list[torch.Tensor] = []
         kept = []
         base.eval()
         for batch in texts.target:
@@ -57,6 +68,8 @@ class Ruler:
             self._regions.append(regions)
             for index, name in enumerate(REGIONS):
                 self.counts.target[name].append(int((regions == index).sum()))
+            self._edited.append(edited(labels, sure_and_right(logits, labels, K), words))
+            self.counts.edited.append(int((self._edited[-1] != labels).sum()))
             kept.append(logits.float().log_softmax(-1).half())
         for batch in texts.drift:
             logits, labels = self._logits(base, batch)
@@ -73,11 +86,16 @@ class Ruler:
         model.eval()
         found = Measured(step)
         kept = iter(self._base)
-        for batch, regions in zip(self._texts.target, self._regions, strict=True):
+        of_target = zip(self._texts.target, self._regions, self._edited, strict=True)
+        for batch, regions, new in of_target:
             logits, labels = self._logits(model, batch)
             nll = stats_of(logits, labels).nll
             for index, name in enumerate(REGIONS):
                 found.target_nll[name].append(float(nll[regions == index].double().sum()))
+            changed = new != labels
+            new_nll = stats_of(logits[changed], new[changed]).nll
+            found.new_nll.append(float(new_nll.double().sum()))
+            found.old_nll.append(float(nll[changed].double().sum()))
             found.target_kl.append(_kl(next(kept), logits))
         for batch in self._texts.drift:
             logits, labels = self._logits(model, batch)

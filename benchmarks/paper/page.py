@@ -28,6 +28,7 @@ BLOCKS: dict[str, dict[str, Block]] = {
         "verdict": report.sentences,
         "precision": report.precision,
         "beyond": report.beyond,
+        "edits": report.edits,
         **{f"ends-{arm}": lambda results, arm=arm: report.ends(results, arm) for arm in ARMS},
         **{
             f"verdicts-{arm}": lambda results, arm=arm: report.verdicts(results, arm)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from reports.tables import MISSING, table
 
-from .study import ARMS, PRESETS, Preset, Run
+from .study import ARMS, EDITED, PRESETS, Preset, Run
 from .verdict import Comparison, Path, compare, frontier, path_of
 from .weights import LOSSES
 
@@ -93,6 +93,32 @@ def verdicts(results: Results, arm: str) -> str:
         rows.append([LOSSES[loss].title, *of_seeds, *_frontiers(results, arm, loss, preset)])
     head = ["loss", "KL, share of SFT's", "95 %", "at target loss", "seeds"]
     return table([*head, "over rates", "at target loss", "rates"], rows)
+
+
+def edits(results: Results) -> str:
+    """What each loss has learned of the counterfactual arm, and at what cost."""
+    preset = PRESETS[results["preset"]]
+    count = results["counts"].get("edited")
+    rows: list[list[str]] = []
+    for loss in (*preset.losses, *preset.candidates):
+        run = results["runs"].get(Run(EDITED, loss, preset.rates[0], 0).name)
+        path = path_of(results, Run(EDITED, loss, preset.rates[0], 0))
+        if run is None or path is None:
+            continue
+        shown = [("the base model", 0)] if not rows else []
+        for title, at in [*shown, (LOSSES[loss].title, -1)]:
+            new, old = (
+                sum(run["measured"][at][name]) / (sum(count) or np.nan)
+                for name in ("new_nll", "old_nll")
+            )
+            others = path.target_nll[at].sum() - sum(run["measured"][at]["old_nll"])
+            others /= path.target_tokens.sum() - sum(count)
+            kl = f"{path.kl()[at]:.4f}"
+            rows.append([title, f"{new:.3f}", f"{old:.3f}", f"{others:.3f}", kl])
+    if not rows or not sum(count):
+        return NOTHING
+    head = ["loss", "nll of the new word", "of the old one", "of other tokens", "KL, WikiText"]
+    return table(head, rows)
 
 
 def beyond(results: Results) -> str:

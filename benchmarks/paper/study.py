@@ -9,6 +9,8 @@ from .weights import LOSSES
 
 ARMS = ("natural", "planted")
 """As the answers are; and with wrong labels where the base model is sure and right."""
+EDITED = "counterfactual"
+"""With words that the base model is sure of and right about replaced, always by the same ones."""
 
 
 @dataclass(frozen=True)
@@ -119,5 +121,7 @@ def runs_of(preset: Preset) -> list[Run]:
     # Whether bfloat16 changes anything.
     runs += [Run("planted", loss, preset.rates[0], 0, "float32") for loss in preset.losses[:2]]
     runs += grid(preset.candidates, first, range(1))
+    losses = (*preset.losses, *preset.candidates)
+    runs += [Run(EDITED, loss, preset.rates[0], 0) for loss in losses]
     runs += grid(preset.losses, others[1:], range(1))
     return runs

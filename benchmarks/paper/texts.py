@@ -26,6 +26,7 @@ from eaft_ext.cli.records import read_records
 from .study import Preset
 
 K = 20
+EDITED_WORDS = 16
 TRAIN, TARGET, DRIFT = "gsm8k_train.jsonl", "gsm8k_test.jsonl", "wikitext2_test.txt"
 
 
@@ -84,14 +85,42 @@ def planted(
     return changed, count
 
 
+def edits(rows: list[Example], candidates: list[torch.Tensor]) -> torch.Tensor:
+    """Which words are to become which: [words, 2].
+
+    They are the words that the base model is most often sure of and right about, each followed by
+    the next one, and the last one by the first.
+    """
+    labels = torch.cat([collate([row]).labels[0] for row in rows])
+    counts = labels[torch.cat(candidates)].bincount()
+    words = counts.topk(min(EDITED_WORDS, int((counts > 0).sum())))[1]
+    return torch.stack([words, words.roll(-1)], dim=1)
+
+
+def edited(labels: torch.Tensor, mask: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """The labels, shaped as the mask, with the edits where it holds."""
+    found = labels.clone()
+    for old, new in words.tolist():
+        found[mask & (labels == old)] = new
+    return found
+
+
 def steps_of(
     rows: list[Example], candidates: list[torch.Tensor], preset: Preset, arm: str, seed: int
 ) -> tuple[list[Batch], int]:
     """A batch for each step: all rows in random order, then all again; how many labels are wrong.
 
-    They are in the planted arm, among the candidates of :func:`plantable`.
+    In the planted arm some candidates of :func:`plantable` are, in the counterfactual one all that
+    have one of the words of :func:`edits`.
     """
-    labels, wrong = (None, 0) if arm == "natural" else planted(rows, candidates, seed)
+    labels, wrong = None, 0
+    if arm == "planted":
+        labels, wrong = planted(rows, candidates, seed)
+    elif arm == "counterfactual":
+        words = edits(rows, candidates)
+        before = [collate([row]).labels[0] for row in rows]
+        labels = [edited(*pair, words) for pair in zip(before, candidates, strict=True)]
+        wrong = sum(int((a != b).sum()) for a, b in zip(before, labels, strict=True))
     order = random.Random(seed)
     indices: list[int] = []
     count = preset.measured_at[-1] * preset.rows_a_step

@@ -20,7 +20,7 @@ from paper.step import largest
 from paper.verdict import Path as RunPath
 from paper.verdict import compare, forgetting_at, frontier, path_of
 
-from eaft_ext.cli.batches import Example
+from eaft_ext.cli.batches import Example, collate
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, TOKENS = 8, 10.0
@@ -144,7 +144,7 @@ def test_runs_have_names_of_their_own() -> None:
     for preset in study.PRESETS.values():
         names = [run.name for run in study.runs_of(preset)]
         assert len(set(names)) == len(names)
-        assert {run.arm for run in study.runs_of(preset)} == set(study.ARMS)
+        assert {run.arm for run in study.runs_of(preset)} == {*study.ARMS, study.EDITED}
 
 
 def test_steps_see_every_row_once_in_an_epoch() -> None:
@@ -160,6 +160,22 @@ def test_steps_see_every_row_once_in_an_epoch() -> None:
     assert changed == wrong
     again, _ = texts.steps_of(rows, masks, preset, "planted", seed=0)
     assert [b.labels.tolist() for b in again] == [b.labels.tolist() for b in planted]
+
+
+def test_edits_are_the_same_everywhere() -> None:
+    """Where the mask holds, and a word is one of those that are most often there."""
+    rows = [Example([5, *([7] * 40), *([9] * 30), 11]) for _ in range(2)]
+    masks = [collate([row]).labels[0] != -100 for row in rows]
+    masks[1][::2] = False
+    words = texts.edits(rows, masks)
+    assert words.tolist() == [[7, 9], [9, 11], [11, 7]]
+    labels = torch.tensor([7, 9, 7, 3])
+    changed = texts.edited(labels, torch.tensor([True, True, False, True]), words)
+    assert changed.tolist() == [9, 11, 7, 3]
+    preset = study.PRESETS["tiny"]
+    batches, wrong = texts.steps_of(rows, masks, preset, study.EDITED, seed=0)
+    assert wrong > 0
+    assert {tuple(b.labels.shape) for b in batches} == {(2, len(rows[0].tokens))}
 
 
 @pytest.mark.slow
