@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -190,11 +192,9 @@ def test_a_run_that_was_stopped_goes_on(
     assert left == {"data.jsonl", "whole.html", "again.html", *([tokens.name] if more else [])}
 
 
-def test_other_settings_begin_anew(
-    sure_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = write_texts(tmp_path / "data.jsonl", PLAIN)
-    output = tmp_path / "tokens.jsonl"
+@contextmanager
+def stopped_at_half_time() -> Iterator[None]:
+    """As by Ctrl-C when the eleventh row comes."""
     original = command.read
 
     def stopped(some: Any, first: int, *others: Any) -> Any:
@@ -202,8 +202,15 @@ def test_other_settings_begin_anew(
             raise KeyboardInterrupt
         return original(some, first, *others)
 
-    with monkeypatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(command, "read", stopped)
+        yield
+
+
+def test_other_settings_begin_anew(sure_folder: Path, tmp_path: Path) -> None:
+    data = write_texts(tmp_path / "data.jsonl", PLAIN)
+    output = tmp_path / "tokens.jsonl"
+    with stopped_at_half_time():
         assert inspect(sure_folder, data, "--output", str(output)) == 130
     assert inspect(sure_folder, data, "--output", str(output), "--alpha", "2") == 0
     tokens = tokens_of(output)
@@ -301,21 +308,13 @@ def test_rows_are_made_for_the_first_model(
 
 
 def test_a_model_that_was_trained_on_begins_anew(
-    sure_folder: Path, tuned_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sure_folder: Path, tuned_folder: Path, tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(sure_folder, model)
     data = write_texts(tmp_path / "data.jsonl", PLAIN)
     output, alone = tmp_path / "tokens.jsonl", tmp_path / "alone.jsonl"
-    original = command.read
-
-    def stopped(some: Any, first: int, *others: Any) -> Any:
-        if first == 10:
-            raise KeyboardInterrupt
-        return original(some, first, *others)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(command, "read", stopped)
+    with stopped_at_half_time():
         assert inspect(model, data, "--output", str(output)) == 130
     shutil.copy(tuned_folder / "model.safetensors", model)
     assert inspect(model, data, "--output", str(output)) == 0
