@@ -52,7 +52,8 @@ def dropped(of_token: TokenLoss, weights: Weights, drop_below: float) -> Tensor:
         return weightless
     score = scores(of_token, weights)
     ordered, order = score.sort(stable=True)
-    total = ordered.cumsum(0, dtype=torch.float64)
+    # MPS has no float64.
+    total = ordered.cumsum(0, dtype=None if score.device.type == "mps" else torch.float64)
     small = torch.empty_like(weightless)
     small[order] = (total <= drop_below * total[-1:]) & total[-1:].isfinite()
     return weightless | small
@@ -74,8 +75,7 @@ def kept_rows(gone: Tensor) -> Tensor | None:
 def moved_up(rows: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Make the first rows of ``rows`` those of ``kept``; return them, and which each one was.
 
-    Rows from behind take the places of those that go: no more are moved than go or stay, a few at a
-    time.
+    Rows from behind take the places of those that go: no more are moved than go or stay.
     """
     count = len(kept)
     order = torch.arange(count)
@@ -84,7 +84,18 @@ def moved_up(rows: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     free[kept[stay]] = False
     holes, movers = free.nonzero().squeeze(1), kept[~stay]
     order[holes] = movers
+    move = _move_one_by_one if rows.device.type == "cpu" else _move_some_at_a_time
+    move(rows, holes, movers)
+    return rows[:count], order.to(rows.device)
+
+
+def _move_one_by_one(rows: Tensor, holes: Tensor, movers: Tensor) -> None:
+    """On a CPU fresh memory for several takes longer than to copy them."""
+    for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
+        rows[hole] = rows[mover]
+
+
+def _move_some_at_a_time(rows: Tensor, holes: Tensor, movers: Tensor) -> None:
     step = max(1, SLICE_BYTES // max(1, rows.size(1) * rows.element_size()))
     for some, sources in zip(holes.split(step), movers.split(step), strict=True):
         rows.index_copy_(0, some.to(rows.device), rows[sources.to(rows.device)])
-    return rows[:count], order.to(rows.device)

@@ -241,9 +241,12 @@ def test_scores_are_half_of_the_norm(device: str) -> None:
 @pytest.mark.parametrize(
     "kept", [[], [0], [5], [0, 1, 2], [3, 4, 5], [0, 2, 4], [1, 3, 5], [0, 1, 2, 3, 4, 5]]
 )
-@pytest.mark.parametrize("step", [1, 2, 100])
-def test_rows_move_up_in_place(kept: list[int], step: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(_dropped, "SLICE_BYTES", step * 3 * 4)
+@pytest.mark.parametrize("step", [None, 1, 2, 100])
+def test_rows_move_up_in_place(kept: list[int], step: int | None, monkeypatch: Any) -> None:
+    """One by one as on a CPU, and some at a time as elsewhere."""
+    if step is not None:
+        monkeypatch.setattr(_dropped, "SLICE_BYTES", step * 3 * 4)
+        monkeypatch.setattr(_dropped, "_move_one_by_one", _dropped._move_some_at_a_time)
     rows = torch.arange(18.0).view(6, 3)
     before = rows.clone()
     found, order = moved_up(rows, torch.tensor(kept, dtype=torch.int64))
