@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -68,11 +69,33 @@ class Chunk(NamedTuple):
     size: int
 
 
-def chunks_of(valid: Tensor, row_bytes: int, chunk_size: int | None) -> list[Chunk]:
-    """The tokens that are ``valid``, (T), in chunks; the others are in none.
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens that have a part: ``kept`` are their indices, None if that is all of them.
+
+    There are ``count``, and at most ``size`` of them in a chunk.
+    """
+
+    kept: Tensor | None
+    count: int
+    size: int
+
+    def chunk(self, start: int, stop: int) -> Chunk:
+        """Those from ``start`` to ``stop``."""
+        where = slice(start, stop) if self.kept is None else self.kept[start:stop]
+        return Chunk(where, stop - start)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All of them."""
+        for start in range(0, self.count, self.size):
+            yield self.chunk(start, min(start + self.size, self.count))
+
+
+def tokens_of(valid: Tensor, row_bytes: int, chunk_size: int | None) -> Tokens:
+    """The tokens that are ``valid``, (T), and how long their chunks are.
 
     To know how many there are takes a synchronisation. While a CUDA graph is captured there can be
-    none: then all tokens are in chunks, and the kernels skip those that are not valid.
+    none: then all tokens have a part, and the kernels skip those that are not valid.
     """
     num_tokens = valid.numel()
     capturing = valid.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -81,12 +104,7 @@ def chunks_of(valid: Tensor, row_bytes: int, chunk_size: int | None) -> list[Chu
         kept = None
     count = num_tokens if kept is None else len(kept)
     size = chunk_size or default_chunk_size(count, row_bytes, valid.device)
-    chunks = []
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        where = slice(start, stop) if kept is None else kept[start:stop]
-        chunks.append(Chunk(where, stop - start))
-    return chunks
+    return Tokens(kept, count, max(1, min(size, count)))
 
 
 def sum_dtype(

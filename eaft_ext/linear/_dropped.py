@@ -72,8 +72,8 @@ def kept_rows(gone: Tensor) -> Tensor | None:
     return None if len(kept) == len(stays) else kept
 
 
-def moved_up(rows: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Make the first rows of ``rows`` those of ``kept``; return them, and which each one was.
+def moved_up(rows: Tensor, kept: Tensor) -> Tensor:
+    """Make the first rows of ``rows`` those of ``kept``; return which each one was.
 
     Rows from behind take the places of those that go: no more are moved than go or stay.
     """
@@ -86,7 +86,7 @@ def moved_up(rows: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     order[holes] = movers
     move = _move_one_by_one if rows.device.type == "cpu" else _move_some_at_a_time
     move(rows, holes, movers)
-    return rows[:count], order.to(rows.device)
+    return order.to(rows.device)
 
 
 def _move_one_by_one(rows: Tensor, holes: Tensor, movers: Tensor) -> None:

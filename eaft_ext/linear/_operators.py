@@ -29,7 +29,7 @@ from eaft_ext._registration import (
 )
 from eaft_ext._scalar_loss import scaled
 from eaft_ext.gates import BUILT_IN, NoGate
-from eaft_ext.linear._chunks import VECTOR, BiasSum, Chunk, WeightSum, chunks_of, put
+from eaft_ext.linear._chunks import VECTOR, BiasSum, Chunk, WeightSum, put, tokens_of
 from eaft_ext.linear._dropped import Weights, dropped, kept_rows, moved_up
 from eaft_ext.linear._rows import Rows, RowsOfBackward
 from eaft_ext.parallel import _agreement
@@ -167,21 +167,20 @@ class _Call:
             valid &= ~dropped(self.rows.of_token, muted, given.drop_below)
         # The same in all processes: they shall have as many chunks.
         row_bytes = -(-given.total // given.group_size) * hidden.element_size()
-        self.chunks = chunks_of(valid, row_bytes, given.chunk_size)
+        self.tokens = tokens_of(valid, row_bytes, given.chunk_size)
         # Rows begin where vectors can be loaded, whatever V is.
-        longest = max((chunk.size for chunk in self.chunks), default=0)
         width = -(-words // VECTOR) * VECTOR
-        buffer = hidden.new_empty(longest, width)
+        buffer = hidden.new_empty(min(self.tokens.size, self.tokens.count), width)
         # Some CPUs' products in bfloat16 read beyond a row, and multiply what is there by 0.
         buffer[:, words:] = 0
-        self._buffer = buffer[:, :words]
+        self.buffer = buffer[:, :words]
 
-    def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Hidden (rows, H) of a chunk, and its logits (rows, V), over those of the last one."""
+    def logits(self, chunk: Chunk, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Hidden (rows, H) of a chunk, and its logits (rows, V), in the buffer from a row on."""
         if self._exchange is not None:
             self._exchange.chunk = chunk
         hidden = self.hidden[chunk.where]
-        logits = self._buffer[: chunk.size]
+        logits = self.buffer[first : first + chunk.size]
         if self.bias is None:
             torch.mm(hidden, self.weight.t(), out=logits)
         else:
@@ -190,21 +189,21 @@ class _Call:
 
     def without_dropped(
         self, chunk: Chunk, hidden: Tensor, gradient: Tensor, weights: Weights
-    ) -> tuple[Chunk, Tensor, Tensor]:
-        """The chunk, its hidden and the gradient of its logits, in place, without dropped rows."""
+    ) -> tuple[Chunk, Tensor]:
+        """The chunk and its hidden without dropped rows; the others' gradients move up in place."""
         of_token, drop_below = self.rows.of_token, self.options.drop_below
         # Tokens of weight 0 are ignored; the gates alone can make others.
         all_count = of_token.z_loss != 0 or isinstance(of_token.gate, NoGate)
         capturing = gradient.is_cuda and torch.cuda.is_current_stream_capturing()
         if capturing or (all_count and drop_below == 0):
-            return chunk, hidden, gradient
+            return chunk, hidden
         kept = kept_rows(dropped(of_token, weights, drop_below))
         if kept is None:
-            return chunk, hidden, gradient
-        gradient, order = moved_up(gradient, kept)
+            return chunk, hidden
+        order = moved_up(gradient, kept)
         where = chunk.where
         where = where.start + order if isinstance(where, slice) else where[order]
-        return Chunk(where, len(order)), hidden[order], gradient
+        return Chunk(where, len(order)), hidden[order]
 
     def stats(self, count: int) -> list[Tensor]:
         """Zeros for every token, (T), and last those for what is told besides, (num_extra, T)."""
@@ -236,13 +235,12 @@ class _Gradients:
         self._hidden = call.hidden.new_zeros(call.hidden.shape) if wants_hidden else None
         self._weight = None
         if wants_weight:
-            self._weight = WeightSum(weight, len(call.chunks), call.options.accumulate_in_float32)
+            num_chunks = -(-call.tokens.count // call.tokens.size)
+            self._weight = WeightSum(weight, num_chunks, call.options.accumulate_in_float32)
         self._bias = BiasSum(bias) if wants_bias and bias is not None else None
 
     def add(self, chunk: Chunk, hidden: Tensor, gradient: Tensor) -> None:
         """``gradient`` is that of the chunk's logits; ``hidden`` is not needed afterwards."""
-        if chunk.size == 0:
-            return
         if self._weight is not None:
             self._weight.add(gradient, hidden)
         if self._bias is not None:
@@ -271,6 +269,52 @@ class _Gradients:
         )
 
 
+class _Pending:
+    """Rows whose products are still to be made, in the first rows of the buffer.
+
+    They are of one chunk, or what several have left: products of few rows take as long as those of
+    many, since they read or write the whole weight.
+    """
+
+    def __init__(self, call: _Call, gradients: _Gradients) -> None:
+        self._call, self._gradients = call, gradients
+        self._start = 0
+        self._parts: list[tuple[Chunk, Tensor]] = []
+        self.count = 0
+
+    def next_chunk(self) -> Chunk | None:
+        """The next tokens, as many as there is room for in the buffer; None at the end."""
+        tokens = self._call.tokens
+        start = self._start
+        self._start = min(start + tokens.size - self.count, tokens.count)
+        return tokens.chunk(start, self._start) if self._start > start else None
+
+    def add(self, chunk: Chunk, hidden: Tensor) -> None:
+        """Rows that are in the buffer already, behind those that are pending."""
+        if chunk.size:
+            self._parts.append((chunk, hidden))
+            self.count += chunk.size
+        tokens = self._call.tokens
+        if self.count and (self._start == tokens.count or 2 * self.count >= tokens.size):
+            gradient = self._call.buffer[: self.count]
+            self._gradients.add(*_together(self._parts), gradient)
+            self._parts, self.count = [], 0
+
+
+def _together(parts: list[tuple[Chunk, Tensor]]) -> tuple[Chunk, Tensor]:
+    """One chunk of all, and its hidden."""
+    if len(parts) == 1:
+        return parts[0]
+    places = [
+        torch.arange(where.start, where.stop, device=hidden.device)
+        if isinstance(where := chunk.where, slice)
+        else where
+        for chunk, hidden in parts
+    ]
+    where = torch.cat(places)
+    return Chunk(where, len(where)), torch.cat([hidden for _, hidden in parts])
+
+
 def _autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
     """Operands have the dtype that they are to be multiplied in."""
     device = tensor.device.type
@@ -286,7 +330,7 @@ def _(
     with _autocast_off(hidden):
         call = _Call(hidden, weight, bias, labels, *options)
         stats = call.stats(6)
-        for chunk in call.chunks:
+        for chunk in call.tokens.chunks():
             _, logits = call.logits(chunk)
             of_chunk = call.rows.losses(logits, call.labels[chunk.where])
             call.put(stats, chunk, of_chunk)
@@ -312,7 +356,7 @@ def _(
         weights = Weights(stats[0], stats[1], nll.reshape(-1))
         call = _Call(hidden, weight, bias, labels, *options, of_backward=weights)
         gradients = _Gradients(call, wanted, weight, bias)
-        for chunk in call.chunks:
+        for chunk in call.tokens.chunks():
             rows, logits = call.logits(chunk)
             given = RowsOfBackward(*(stat[chunk.where] for stat in stats))
             call.rows.gradient_(given, logits, call.labels[chunk.where])
@@ -339,17 +383,18 @@ def _(
         upstream = divisor.reciprocal().expand(call.labels.shape)
         if token_weight is not None:
             upstream = weigh(upstream, token_weight.reshape(-1).to(upstream.dtype))
-        for chunk in call.chunks:
-            rows, logits = call.logits(chunk)
+        pending = _Pending(call, gradients)
+        while (chunk := pending.next_chunk()) is not None:
+            rows, logits = call.logits(chunk, pending.count)
             given = upstream[chunk.where]
             of_chunk = call.rows.losses_and_gradient_(given, logits, call.labels[chunk.where])
             call.put((loss, *stats), chunk, of_chunk)
             weights = Weights(given, gate=of_chunk[3], nll=of_chunk[1])
-            left, *others = call.without_dropped(chunk, rows, logits, weights)
+            left, rows = call.without_dropped(chunk, rows, logits, weights)
             if left is not chunk:
                 gone[chunk.where] = True
                 gone[left.where] = False
-            gradients.add(left, *others)
+            pending.add(left, rows)
         if token_weight is not None:
             loss = weigh(loss, token_weight.reshape(-1).to(loss.dtype))
         told = (*stats, gone)
