@@ -31,6 +31,7 @@ from eaft_ext._scalar_loss import scaled
 from eaft_ext.gates import BUILT_IN, NoGate
 from eaft_ext.linear._chunks import VECTOR, BiasSum, Chunk, WeightSum, put, tokens_of
 from eaft_ext.linear._dropped import Weights, dropped, kept_rows, moved_up
+from eaft_ext.linear._pending import Pending
 from eaft_ext.linear._rows import Rows, RowsOfBackward
 from eaft_ext.parallel import _agreement
 from eaft_ext.parallel._group import all_gather, all_reduce
@@ -171,8 +172,9 @@ class _Call:
         # Rows begin where vectors can be loaded, whatever V is.
         width = -(-words // VECTOR) * VECTOR
         buffer = hidden.new_empty(min(self.tokens.size, self.tokens.count), width)
-        # Some CPUs' products in bfloat16 read beyond a row, and multiply what is there by 0.
-        buffer[:, words:] = 0
+        if hidden.device.type == "cpu" and hidden.element_size() == 2:
+            # Some CPUs' products in bfloat16 read beyond a row, and multiply what is there by 0.
+            buffer[:, words:] = 0
         self.buffer = buffer[:, :words]
 
     def logits(self, chunk: Chunk, first: int = 0) -> tuple[Tensor, Tensor]:
@@ -269,52 +271,6 @@ class _Gradients:
         )
 
 
-class _Pending:
-    """Rows whose products are still to be made, in the first rows of the buffer.
-
-    They are of one chunk, or what several have left: products of few rows take as long as those of
-    many, since they read or write the whole weight.
-    """
-
-    def __init__(self, call: _Call, gradients: _Gradients) -> None:
-        self._call, self._gradients = call, gradients
-        self._start = 0
-        self._parts: list[tuple[Chunk, Tensor]] = []
-        self.count = 0
-
-    def next_chunk(self) -> Chunk | None:
-        """The next tokens, as many as there is room for in the buffer; None at the end."""
-        tokens = self._call.tokens
-        start = self._start
-        self._start = min(start + tokens.size - self.count, tokens.count)
-        return tokens.chunk(start, self._start) if self._start > start else None
-
-    def add(self, chunk: Chunk, hidden: Tensor) -> None:
-        """Rows that are in the buffer already, behind those that are pending."""
-        if chunk.size:
-            self._parts.append((chunk, hidden))
-            self.count += chunk.size
-        tokens = self._call.tokens
-        if self.count and (self._start == tokens.count or 2 * self.count >= tokens.size):
-            gradient = self._call.buffer[: self.count]
-            self._gradients.add(*_together(self._parts), gradient)
-            self._parts, self.count = [], 0
-
-
-def _together(parts: list[tuple[Chunk, Tensor]]) -> tuple[Chunk, Tensor]:
-    """One chunk of all, and its hidden."""
-    if len(parts) == 1:
-        return parts[0]
-    places = [
-        torch.arange(where.start, where.stop, device=hidden.device)
-        if isinstance(where := chunk.where, slice)
-        else where
-        for chunk, hidden in parts
-    ]
-    where = torch.cat(places)
-    return Chunk(where, len(where)), torch.cat([hidden for _, hidden in parts])
-
-
 def _autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
     """Operands have the dtype that they are to be multiplied in."""
     device = tensor.device.type
@@ -383,7 +339,7 @@ def _(
         upstream = divisor.reciprocal().expand(call.labels.shape)
         if token_weight is not None:
             upstream = weigh(upstream, token_weight.reshape(-1).to(upstream.dtype))
-        pending = _Pending(call, gradients)
+        pending = Pending(call.tokens, call.buffer, gradients.add)
         while (chunk := pending.next_chunk()) is not None:
             rows, logits = call.logits(chunk, pending.count)
             given = upstream[chunk.where]

@@ -367,13 +367,14 @@ def _arguments_of_a_product(
     k, num_extra = inputs.pop("k", FORWARD_OPTIONS[0]), inputs.pop("num_extra", 0)
     hidden, weight, bias, labels = linear_inputs(dtype=dtype, device=device, **inputs)
     gate = FORWARD_OPTIONS[1:]
-    options = (k, *gate, [], num_extra, True, 4, None, 0, None, len(weight), None, 1, False)
+    chunking, shard = (4, None, 0.0), (0, None, len(weight), None, 1, False)
+    options = (k, *gate, [], num_extra, True, *chunking, *shard)
     if by_columns:
         weight = weight.t().contiguous().t()
     given = (hidden, weight, bias if wanted[2] else None, labels)
     if op == "linear_gated_ce_backward":
-        *_, gate, row_max, log_sum, _ = ops.linear_gated_ce_forward(*given, *options)
-        return gate * 2, gate, row_max, log_sum, wanted, *given, *options
+        _, nll, _, *stats, _ = ops.linear_gated_ce_forward(*given, *options)
+        return stats[0] * 2, nll, *stats, wanted, *given, *options
     for tensor, wants in zip(given[:3], wanted, strict=True):
         if tensor is not None:
             tensor.requires_grad_(wants)
