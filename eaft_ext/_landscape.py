@@ -16,6 +16,9 @@ from eaft_ext._conflicts import CONFLICT_PROBABILITY, sure
 CELLS = 40
 """Steps of each axis, equal ones; the regions' bounds, 0.1 and 0.3, lie between two."""
 
+FAINTEST = 0.15
+"""Where a ramp of colours begins, as a share of it, so that a cell of a single token is seen."""
+
 REGIONS = ("conflict", "known", "unlikely", "open")
 """Sure of something else; sure, and of the label; unsure, of what is unlikely or not."""
 

@@ -11,6 +11,7 @@ import torch
 
 from eaft_ext.cli.batches import Batch
 from eaft_ext.cli.gates_shown import GATES
+from eaft_ext.cli.inspect.tokens import gradient_norm
 from eaft_ext.cli.model import load, shown_name
 
 from . import texts
@@ -76,9 +77,8 @@ def plane(model: Any, batches: list[Batch]) -> dict[str, Any]:
     for batch in batches:
         logits, labels = logits_of(model, batch, PRECISION)
         stats = stats_of(logits, labels)
-        p = logits.float().softmax(-1)
         of_label = (-stats.nll).exp()
-        norm = (p.square().sum(-1) - 2 * of_label + 1).clamp(min=0).sqrt()
+        norm = gradient_norm(logits.float().log_softmax(-1), of_label)
         row = torch.bucketize(stats.entropy / math.log(K), torch.tensor(ENTROPY[1:-1]))
         column = torch.bucketize(of_label, torch.tensor(PROBABILITY[1:-1]))
         found["tokens"].index_put_((row, column), torch.ones_like(norm), accumulate=True)

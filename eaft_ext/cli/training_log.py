@@ -17,6 +17,7 @@ from typing import Any
 from .errors import CommandError
 from .options import require_extras
 from .training_report import draw, print_log
+from .written import written_whole
 
 __all__ = ["draw", "print_log", "read_log", "run_log"]
 
@@ -36,10 +37,8 @@ def run_log(folder: Path, plot: Path | None, console: Any) -> None:
     print_log(console, found.history)
     if plot is None:
         return
-    try:
-        draw(found.history, plot)
-    except OSError as error:
-        raise CommandError(f"cannot write --plot {plot}: {error.strerror}") from None
+    with written_whole(plot, "--plot") as unfinished:
+        draw(found.history, unfinished)
     console.print(f"Its picture is {plot}", highlight=False, markup=False)
 
 

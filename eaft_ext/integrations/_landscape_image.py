@@ -16,16 +16,13 @@ from transformers.integrations.integration_utils import (
 )
 
 from eaft_ext._conflicts import CONFLICT_ENTROPY, CONFLICT_PROBABILITY
-from eaft_ext._landscape import CELLS
+from eaft_ext._landscape import CELLS, FAINTEST
 
 PIXELS = 6
 """Of a cell, each way."""
 
 GROUND, FULL, BOUND = (250, 250, 247), (27, 79, 138), (194, 37, 92)
 """Red, green and blue of a cell without tokens, of the one with most, and of the corner's edges."""
-
-FAINTEST = 0.15
-"""Of the way from ``GROUND`` to ``FULL``: a single token is still seen."""
 
 
 def check_pillow() -> None:

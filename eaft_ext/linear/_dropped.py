@@ -44,8 +44,6 @@ def dropped(of_token: TokenLoss, weights: Weights, drop_below: float) -> Tensor:
     ``drop_below`` of the sum of all. What is not finite stays, and so does all beside it.
     """
     upstream, gate, _ = weights
-    if len(upstream) == 0:
-        return torch.zeros_like(upstream, dtype=torch.bool)
     # A z-loss is of all rows, whatever their gates.
     weightless = (upstream if of_token.z_loss else upstream * gate) == 0
     if drop_below == 0:

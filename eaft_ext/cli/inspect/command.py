@@ -214,9 +214,11 @@ def _spool(arguments: argparse.Namespace) -> Iterator[Spool]:
 
 def _state_of(name: Path | str | None) -> str:
     """Sizes and times of the files that are there; another state of them is other data."""
-    path = Path(name or "")
-    files = [path, *sorted(path.iterdir())] if name and path.is_dir() else [path]
-    states = ((file.name, file.stat()) for file in files if name and file.exists())
+    if name is None:
+        return ""
+    path = Path(name)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    states = ((file.name, file.stat()) for file in files if file.exists())
     return "".join(f", {name} {state.st_size} {state.st_mtime_ns}" for name, state in states)
 
 

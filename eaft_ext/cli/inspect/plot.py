@@ -12,9 +12,9 @@ import torch
 
 import eaft_ext
 from eaft_ext._conflicts import CONFLICT_ENTROPY, CONFLICT_PROBABILITY
-from eaft_ext._landscape import CELLS, REGIONS, counts
-from eaft_ext.cli.errors import CommandError
+from eaft_ext._landscape import CELLS, FAINTEST, REGIONS, counts
 from eaft_ext.cli.palette import REGIONS as PAINTS
+from eaft_ext.cli.written import written_whole
 
 from .shares import Columns, kept, shares
 
@@ -25,9 +25,6 @@ THEMES: dict[str, dict[str, Any]] = {
     "light": {"ink": "#212529", "ground": "#ffffff", "colours": "Blues"},
     "dark": {"ink": "#e9ecef", "ground": "#14171a", "colours": "Blues_r"},
 }
-FAINTEST = 0.15
-"""Where a ramp of colours begins, so that a single token is seen."""
-
 PLACES = {
     "conflict": ((0.05, 0.1), (0.13, 0.03), "left"),
     "known": ((0.95, 0.1), (0.87, 0.03), "right"),
@@ -67,13 +64,8 @@ def write_plot(columns: Columns, gate: eaft_ext.EntropyGate, title: str, path: P
         draw_landscape(figure, left, columns, gate, "light")
         draw_bars(right, columns, gate)
         figure.suptitle(title, fontsize=11)
-        unfinished = path.with_name(f"{path.stem}.new{path.suffix}")
-        try:
+        with written_whole(path, "--plot") as unfinished:
             figure.savefig(unfinished)
-            unfinished.replace(path)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise CommandError(f"cannot write --plot {path}: {error.strerror}") from None
 
 
 def draw_landscape(

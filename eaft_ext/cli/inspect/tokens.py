@@ -93,7 +93,6 @@ class Reader:
             raise CommandError("the model's logits are NaN: it cannot be looked at")
         log_p = logits.float().log_softmax(-1)
         of_label = (-stats.nll).exp()
-        squares = log_p.mul(2).exp_().sum(-1)
         likeliest = eaft_ext.topk(logits, min(LIKELIEST, logits.size(-1)))[1]
         columns = [
             tensor.tolist()
@@ -103,7 +102,7 @@ class Reader:
                 stats.entropy,
                 stats.entropy / math.log(within) if within > 1 else stats.entropy,
                 stats.gate,
-                (squares - 2 * of_label + 1).clamp(min=0).sqrt(),
+                gradient_norm(log_p, of_label),
                 _landscape.regions(stats.nll, stats.entropy, within),
                 likeliest,
                 log_p.gather(-1, likeliest).exp(),
@@ -119,6 +118,12 @@ class Reader:
             p, nll, entropy, normalized, gate, gradient = numbers
             name = _landscape.REGIONS[region]
             yield View(p, nll, entropy, normalized, gate, gradient, name, said)
+
+
+def gradient_norm(log_p: torch.Tensor, of_label: torch.Tensor) -> torch.Tensor:
+    """Return |p - onehot(y)| of each row of ln p; ``of_label`` are the p(y)."""
+    squares = log_p.mul(2).exp_().sum(-1)
+    return (squares - 2 * of_label + 1).clamp(min=0).sqrt()
 
 
 def read(

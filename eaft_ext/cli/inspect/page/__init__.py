@@ -16,13 +16,13 @@ from typing import Any
 import eaft_ext
 from eaft_ext._landscape import REGIONS
 from eaft_ext.cli.batches import Example
-from eaft_ext.cli.errors import CommandError
 from eaft_ext.cli.palette import LOSSES, REGION_BOUNDS
 from eaft_ext.cli.palette import REGIONS as PAINTS
+from eaft_ext.cli.written import written_whole
 
 from ..moved import Moved
 from ..pieces import Pieces
-from ..plot import landscape_svg
+from ..plot import THEMES, landscape_svg
 from ..shares import CARRIED, Columns, carriers, kept, shares
 from ..tokens import Token, View
 from .safe import safe
@@ -64,7 +64,6 @@ def write_page(
     script, style = (_file(name) for name in ("page.js", "page.css"))
     html = _template().render(
         report=report,
-        columns=columns,
         shares=shares(columns),
         kept=kept(columns, report.gate),
         carriers=carriers(columns, report.gate),
@@ -73,9 +72,7 @@ def write_page(
         regions=PAINTS,
         bounds=REGION_BOUNDS,
         losses=LOSSES,
-        landscapes={
-            theme: landscape_svg(columns, report.gate, theme) for theme in ("light", "dark")
-        },
+        landscapes={theme: landscape_svg(columns, report.gate, theme) for theme in THEMES},
         texts=texts,
         left_out=with_tokens - len(texts),
         largest_gate=float(columns.gate.max()),
@@ -85,13 +82,8 @@ def write_page(
         style=style + _colours(),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    unfinished = path.with_name(path.name + ".new")
-    try:
+    with written_whole(path, "--html") as unfinished:
         unfinished.write_text(html, "utf-8", newline="\n")
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise CommandError(f"cannot write --html {path}: {error.strerror}") from None
 
 
 def _template() -> Any:
@@ -121,6 +113,7 @@ def _colours() -> str:
         colours = {name: getattr(paint, theme) for name, paint in paints.items()}
         tint = bytes.fromhex(colours["eaft"].removeprefix("#"))
         colours["tint"] = ",".join(map(str, tint))
+        colours |= {name: THEMES[theme][name] for name in ("ink", "ground")}
         return "".join(f"--{name}:{colour};" for name, colour in colours.items())
 
     dark = f"@media (prefers-color-scheme: dark){{:root{{{of('dark')}}}}}"

@@ -47,7 +47,6 @@
       tokens.push({
         index: tokens.length,
         row: index,
-        position,
         begin: begins[position],
         end: begins[position + 1],
         first: row.views[0],
