@@ -51,7 +51,7 @@ def _add_surrounding_torch() -> bool:
 
 
 def _requires_torch() -> list[str]:
-    return [] if _add_surrounding_torch() else ["torch>=2.8"]
+    return [] if _add_surrounding_torch() else ["torch>=2.10"]
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:

@@ -1,4 +1,7 @@
-"""The compiled part of eaft_ext: what it is built from, for which CUDA, and what torch it needs.
+"""The compiled part of eaft_ext: what it is built from, and for which CUDA.
+
+Two files: ``_operators``, the operators on torch's stable ABI, which any torch from the oldest on
+loads, and any Python; and ``_C``, a Python module that tells how they were built.
 
 Environment: ``EAFT_EXT_CUDA=1`` insists on CUDA, ``0`` leaves it out; ``CUDA_HOME``,
 ``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` mean what they mean to torch. All else: pyproject.toml.
@@ -15,10 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
-OLDEST_TORCH = "2.8"
+OLDEST_TORCH = "2.10"
 CUDA_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
@@ -85,15 +88,29 @@ def set_cuda_environment(home: Path) -> None:
 def compile_arguments() -> dict[str, list[str]]:
     """Flags for the host compiler and nvcc. The C++ standard is torch's to choose."""
     if sys.platform == "win32":
-        return {"cxx": ["/O2", "/openmp"]}
+        return {"cxx": ["/O2"]}
     # NaN and infinity keep their meaning; only errno and floating-point traps are given up, which
     # lets the compiler vectorise comparisons.
-    cxx = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+    cxx = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+    cxx += ["-g0", "-Wall", "-Wextra"]
     cxx += ["-Wno-unused-parameter", "-Wno-unknown-pragmas"]  # torch's own headers
-    if sys.platform == "linux":
-        cxx.append("-fopenmp")  # at::parallel_for is inline and empty without it
     nvcc = ["-O3", "--expt-relaxed-constexpr", "-Xptxas", "-warn-spills,-warn-lmem-usage"]
     return {"cxx": cxx, "nvcc": nvcc}
+
+
+def target_version() -> str:
+    """The oldest torch as its headers want it: 2.10 is 0x020a000000000000."""
+    major, minor = map(int, OLDEST_TORCH.split("."))
+    return f"0x{major:02x}{minor:02x}000000000000"
+
+
+def pybind11_headers(torch_folder: Path) -> str:
+    """Of pybind11, or those that torch brings, where it is not installed."""
+    if importlib.util.find_spec("pybind11") is None:
+        return str(torch_folder / "include")
+    import pybind11
+
+    return str(pybind11.get_include())
 
 
 def extension() -> dict[str, Any]:
@@ -114,33 +131,52 @@ def extension() -> dict[str, Any]:
 
     class BuildExtension(cpp_extension.BuildExtension):  # type: ignore[misc]
         def build_extensions(self) -> None:
+            version = self.distribution.get_version().split("+")[0]
             for built in self.extensions:
-                version = self.distribution.get_version()
                 built.define_macros.append(("EAFT_EXT_VERSION", f'"{version}"'))
             super().build_extensions()
 
-    files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
-    macros: list[tuple[str, str]] = []
+        def get_ext_filename(self, name: str) -> str:
+            """The operators are no Python module, and the same for every Python."""
+            if name.endswith("_operators"):
+                return str(Path(*name.split(".")).with_suffix(".so"))
+            return str(super().get_ext_filename(name))
+
+    macros = [("EAFT_EXT_TORCH_VERSION", f'"{torch.__version__}"')]
+    files = sources("csrc/ops.cpp", "csrc/cpu/*.cpp")
+    stable = [("TORCH_TARGET_VERSION", target_version()), ("TORCH_STABLE_ONLY", None)]
     kind = cpp_extension.CppExtension
     if cuda_home is not None:
         files += sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
+        stable.append(("USE_CUDA", None))  # the part of the stable ABI that is for CUDA
         macros.append(("EAFT_EXT_CUDA_VERSION", f'"{torch.version.cuda}"'))
         macros.append(("EAFT_EXT_CUDA_ARCH_LIST", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'))
         kind = cpp_extension.CUDAExtension
     print(f"eaft_ext: torch {torch.__version__}, CUDA toolkit {cuda_home or 'not used'}")
+    operators = kind(
+        name="eaft_ext._operators",
+        sources=files,
+        depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
+        define_macros=stable,
+        extra_compile_args=compile_arguments(),
+        py_limited_api=True,
+    )
+    module = Extension(
+        name="eaft_ext._C",
+        sources=["csrc/module.cpp"],
+        depends=["csrc/core/limits.h"],
+        include_dirs=[pybind11_headers(Path(torch.__file__).parent)],
+        define_macros=macros,
+        extra_compile_args={"cxx": compile_arguments()["cxx"]},
+        language="c++",
+    )
+    release = "cu" + torch.version.cuda.replace(".", "") if cuda_home is not None else "cpu"
     return {
-        "install_requires": [f"torch=={release[0]}.{release[1]}.*"],
-        "ext_modules": [
-            kind(
-                name="eaft_ext._C",
-                sources=files,
-                depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
-                define_macros=macros,
-                extra_compile_args=compile_arguments(),
-                extra_link_args=["-fopenmp"] if sys.platform == "linux" else [],
-            )
-        ],
+        "install_requires": [f"torch>={OLDEST_TORCH}"],
+        "ext_modules": [operators, module],
         "cmdclass": {"build_ext": BuildExtension},
+        # A wheel says in its version what it was built for.
+        "options": {} if "sdist" in sys.argv else {"egg_info": {"tag_build": f"+{release}"}},
     }
 
 

@@ -2,20 +2,21 @@
 // is eaft_ext/gates.py.
 #pragma once
 
-#include <c10/util/ArrayRef.h>
-#include <c10/util/Exception.h>
-
 #include <string_view>
+#include <vector>
 
 #include "core/gates.h"
+#include "sentence.h"
 
 namespace eaft_ext {
 
 // For any k: for_k() makes it one for a k of its own.
-inline Gate gate_from_name(std::string_view name, c10::ArrayRef<double> parameters) {
+inline Gate gate_from_name(std::string_view name, const std::vector<double>& parameters) {
   const auto expect = [&](size_t least, size_t most) {
-    TORCH_CHECK_VALUE(parameters.size() >= least && parameters.size() <= most, "gate ", name,
-                      " takes from ", least, " to ", most, " parameters, got ", parameters.size());
+    if (parameters.size() < least || parameters.size() > most) {
+      fail("gate ", name, " takes from ", least, " to ", most, " parameters, got ",
+           parameters.size());
+    }
   };
   Gate gate;
   gate.normalizer_is_log_k = true;
@@ -60,8 +61,7 @@ inline Gate gate_from_name(std::string_view name, c10::ArrayRef<double> paramete
     gate.kind = GateKind::kFocal;
     gate.first = parameters[0];
   } else {
-    TORCH_CHECK_VALUE(
-        false,
+    fail(
         "gate must be none, entropy, sigmoid, hard, conflict, probability, power, threshold or "
         "focal, got ",
         name);

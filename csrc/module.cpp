@@ -1,8 +1,6 @@
-// The Python module _C: importing it registers the operators, and it tells how it was built. It
-// touches no tensors.
-#include <ATen/Version.h>
+// The Python module _C: how the compiled part was built, and its limits. It knows nothing of torch:
+// the operators are a library of their own, for every Python.
 #include <pybind11/pybind11.h>
-#include <torch/version.h>
 
 #include <string>
 
@@ -10,6 +8,9 @@
 
 #ifndef EAFT_EXT_VERSION
 #define EAFT_EXT_VERSION "unknown"
+#endif
+#ifndef EAFT_EXT_TORCH_VERSION
+#define EAFT_EXT_TORCH_VERSION "unknown"
 #endif
 #ifndef EAFT_EXT_CUDA_VERSION
 #define EAFT_EXT_CUDA_VERSION ""
@@ -33,24 +34,19 @@ std::string compiler() {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["version"] = EAFT_EXT_VERSION;
-  info["torch_version"] = TORCH_VERSION;
+  info["torch_version"] = EAFT_EXT_TORCH_VERSION;
   info["cuda_version"] = EAFT_EXT_CUDA_VERSION;
   info["cuda_arch_list"] = EAFT_EXT_CUDA_ARCH_LIST;
   info["compiler"] = compiler();
   info["cxx_standard"] = std::to_string(__cplusplus);
-#if defined(_OPENMP)
-  info["openmp"] = "yes";
-#else
-  info["openmp"] = "no";
-#endif
   return info;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The compiled part of eaft_ext: its operators, torch.ops.eaft_ext.*";
-  m.def("build_info", &build_info, "How this module was built, as strings.");
+  m.doc() = "How the compiled part of eaft_ext was built, and its limits.";
+  m.def("build_info", &build_info, "How the compiled part was built, as strings.");
   m.attr("MIN_TOP_K") = eaft_ext::kMinTopK;
   m.attr("MAX_TOP_K") = eaft_ext::kMaxTopK;
 }

@@ -15,9 +15,9 @@
 // k: of how many of the largest logits the gate's entropy is; 0 are all of them, without a
 // selection. extra (num_extra, ...): lse, 1 or 0 for whether no logit is larger than the label's,
 // and the entropy of all logits, as many of them as are asked for.
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
-TORCH_LIBRARY(eaft_ext, m) {
+STABLE_TORCH_LIBRARY(eaft_ext, m) {
   // -> loss, nll, entropy, gate, row_max, log_sum, extra. inplace_backward is for autograd: the
   // gradient then overwrites the logits.
   m.def(

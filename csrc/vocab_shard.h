@@ -1,11 +1,11 @@
 // The columns that a tensor of logits has of the vocabulary.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+
+#include "stable_torch.h"
 
 namespace eaft_ext {
 
@@ -15,17 +15,17 @@ struct VocabShard {
   int64_t num_words;  // columns that are no padding
 
   // Whole where there is no vocab_start.
-  VocabShard(const at::Tensor& logits, std::optional<int64_t> vocab_start,
+  VocabShard(const Tensor& logits, std::optional<int64_t> vocab_start,
              std::optional<int64_t> vocab_size)
       : is_whole(!vocab_start), start(vocab_start.value_or(0)), num_words(logits.size(-1)) {
     if (vocab_size) num_words = std::clamp<int64_t>(*vocab_size - start, 0, num_words);
   }
 
-  at::Tensor words(const at::Tensor& logits) const { return logits.narrow(-1, 0, num_words); }
+  Tensor words(const Tensor& logits) const { return columns(logits, 0, num_words); }
 
-  void clear_padding(const at::Tensor& gradient) const {
+  void clear_padding(const Tensor& gradient) const {
     const int64_t padding = gradient.size(-1) - num_words;
-    if (padding > 0) gradient.narrow(-1, num_words, padding).zero_();
+    if (padding > 0) set_zero(columns(gradient, num_words, padding));
   }
 };
 

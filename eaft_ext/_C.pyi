@@ -1,7 +1,7 @@
-"""The compiled part of eaft_ext: its operators, ``torch.ops.eaft_ext.*``."""
+"""How the compiled part of eaft_ext was built, and its limits."""
 
 MIN_TOP_K: int
 MAX_TOP_K: int
 
 def build_info() -> dict[str, str]:
-    """How this module was built, as strings."""
+    """How the compiled part was built, as strings."""

@@ -1,23 +1,21 @@
 // The operators on CPU tensors: allocation, division of the work over threads, registration.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <optional>
-#include <string_view>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
 #include "../checks.h"
+#include "../stable_torch.h"
 #include "row_kernels.h"
 #include "shard_kernels.h"
 #include "tensors.h"
 
 namespace eaft_ext::cpu {
 namespace {
+
+using torch::stable::get_num_threads;
+using torch::stable::parallel_for;
 
 // Where there are fewer rows than this for each thread, blocks are shared out instead of rows.
 constexpr int64_t kMinRowsPerThread = 4;
@@ -43,7 +41,7 @@ RowList rows_where(int64_t num_rows, const Predicate& predicate) {
 template <typename Body>
 void for_each_block(const RowList& list, int64_t num_blocks, const Body& body) {
   const int64_t num_items = static_cast<int64_t>(list.size()) * num_blocks;
-  at::parallel_for(0, num_items, kBlocksPerTask, [&](int64_t begin, int64_t end) {
+  parallel_for(0, num_items, kBlocksPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(list[i / num_blocks], i % num_blocks);
   });
 }
@@ -52,7 +50,7 @@ void for_each_block(const RowList& list, int64_t num_blocks, const Body& body) {
 enum class Division { kRows, kBlocks };
 
 Division division_of(const RowList& list) {
-  const bool few = static_cast<int64_t>(list.size()) < kMinRowsPerThread * at::get_num_threads();
+  const bool few = static_cast<int64_t>(list.size()) < kMinRowsPerThread * get_num_threads();
   return few ? Division::kBlocks : Division::kRows;
 }
 
@@ -66,17 +64,17 @@ void scan_rows(const Rows<const Element>& rows, const RowList& list, Division di
   const int64_t num_rows = static_cast<int64_t>(list.size());
   if (division == Division::kBlocks) {
     RowScans<Real> scans(rows, num_rows);
-    at::parallel_for(0, num_rows * num_blocks, kBlocksPerTask, [&](int64_t begin, int64_t end) {
+    parallel_for(0, num_rows * num_blocks, kBlocksPerTask, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         scan_block<kScan>(rows, list[i / num_blocks], i % num_blocks, scans[i / num_blocks]);
       }
     });
-    at::parallel_for(0, num_rows, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, num_rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) finish(list[i], scans[i]);
     });
     return;
   }
-  at::parallel_for(0, num_rows, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, num_rows, 1, [&](int64_t begin, int64_t end) {
     RowScans<Real> scans(rows, 1);
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t block = 0; block < num_blocks; ++block) {
@@ -94,9 +92,9 @@ void forward_rows(const ForwardArguments& arguments, const RowList& list, Divisi
                   const Stats& stats, const AfterRow& after_row) {
   const auto rows = rows_of<const Element>(arguments.logits, arguments.loss);
   const int64_t* labels = arguments.labels.const_data_ptr<int64_t>();
+  const auto written = stats.of_rows<Compute<Element>>();
   scan_rows<Scan::kSum, Element>(rows, list, division, [&](int64_t row, auto scan) {
-    const auto token = finish_row(rows, row, scan, labels[row], arguments.loss);
-    stats.write<Compute<Element>>(row, token);
+    written.write(row, finish_row(rows, row, scan, labels[row], arguments.loss));
     after_row(row);
   });
 }
@@ -108,9 +106,9 @@ RowList valid_rows(const ForwardArguments& arguments) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cpu(
-    const Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
-    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, bool inplace_backward,
-    c10::ArrayRef<double> family, int64_t num_extra) {
+    const Tensor& logits, const Tensor& labels, int64_t k, StringHandle gate,
+    const std::vector<double>& gate_parameters, int64_t ignore_index, bool inplace_backward,
+    const std::vector<double>& family, int64_t num_extra) {
   const char* op = "gated_ce_forward";
   const TokenLoss loss =
       checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra);
@@ -138,7 +136,7 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& logits,
   const Tensor log_sum = per_row(op, "log_sum", given.log_sum, logits);
   // Without a z-loss it is not looked at.
   const bool has_z_loss = given.loss.z_loss != 0;
-  const Tensor upstream = has_z_loss ? per_row(op, "upstream", given.upstream, logits) : weight;
+  const Tensor upstream = has_z_loss ? per_row(op, "upstream", *given.upstream, logits) : weight;
   dispatch_element(op, logits, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
     using Real = Compute<Element>;
@@ -168,14 +166,12 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& logits,
 Tensor gated_ce_backward_cpu(const Tensor& weight, const Tensor& logits, const Tensor& labels,
                              const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
                              std::optional<int64_t> vocab_start, std::optional<int64_t> vocab_size,
-                             const std::optional<Tensor>& upstream, c10::ArrayRef<double> family,
-                             std::optional<int64_t> num_words) {
+                             const std::optional<Tensor>& upstream,
+                             const std::vector<double>& family, std::optional<int64_t> num_words) {
   const char* op = "gated_ce_backward";
-  const RowsOfBackward rows =
-      checked_rows(op,
-                   {weight, labels, row_max, log_sum, upstream.value_or(Tensor()),
-                    checked_family(op, ignore_index, family)},
-                   logits, num_words);
+  const RowsOfBackward rows = checked_rows(
+      op, {weight, labels, row_max, log_sum, upstream, checked_family(op, ignore_index, family)},
+      logits, num_words);
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   return write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
     shard.clear_padding(target);
@@ -187,14 +183,12 @@ Tensor gated_ce_backward_cpu(const Tensor& weight, const Tensor& logits, const T
 void gated_ce_backward_cpu_(const Tensor& weight, Tensor& logits, const Tensor& labels,
                             const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
                             std::optional<int64_t> vocab_start, std::optional<int64_t> vocab_size,
-                            const std::optional<Tensor>& upstream, c10::ArrayRef<double> family,
-                            std::optional<int64_t> num_words) {
+                            const std::optional<Tensor>& upstream,
+                            const std::vector<double>& family, std::optional<int64_t> num_words) {
   const char* op = "gated_ce_backward_";
-  const RowsOfBackward rows =
-      checked_rows(op,
-                   {weight, labels, row_max, log_sum, upstream.value_or(Tensor()),
-                    checked_family(op, ignore_index, family)},
-                   logits, num_words);
+  const RowsOfBackward rows = checked_rows(
+      op, {weight, labels, row_max, log_sum, upstream, checked_family(op, ignore_index, family)},
+      logits, num_words);
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   if (logits.size(-1) == 0) return;
   check_writable(op, logits);
@@ -206,7 +200,7 @@ void gated_ce_backward_cpu_(const Tensor& weight, Tensor& logits, const Tensor& 
 
 Tensor gated_ce_partial_cpu(const Tensor& logits, const Tensor& raw_labels, int64_t k,
                             int64_t vocab_start, std::optional<int64_t> vocab_size,
-                            int64_t ignore_index, c10::ArrayRef<double> family,
+                            int64_t ignore_index, const std::vector<double>& family,
                             bool tells_entropy) {
   const char* op = "gated_ce_partial";
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
@@ -215,9 +209,8 @@ Tensor gated_ce_partial_cpu(const Tensor& logits, const Tensor& raw_labels, int6
   loss.k = static_cast<int>(k);
   loss.tells_entropy = tells_entropy;
   const Tensor labels = int64_labels(op, raw_labels, logits);
-  auto sizes = logits.sizes().vec();
-  sizes.back() = partial_size(loss);
-  const Tensor partials = at::empty(sizes, logits.options().dtype(stats_dtype(logits)));
+  const Tensor partials =
+      empty(sizes_of_rows(logits, partial_size(loss)), stats_dtype(logits), logits);
   dispatch_element(op, logits, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
     using Real = Compute<Element>;
@@ -242,32 +235,33 @@ Tensor gated_ce_partial_cpu(const Tensor& logits, const Tensor& raw_labels, int6
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cpu(
     const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_partials, int64_t k,
-    std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
+    StringHandle gate, const std::vector<double>& gate_parameters, int64_t ignore_index,
     int64_t vocab_start, std::optional<int64_t> vocab_size, bool inplace_backward,
-    c10::ArrayRef<double> family, std::optional<int64_t> num_words, int64_t num_extra) {
+    const std::vector<double>& family, std::optional<int64_t> num_words, int64_t num_extra) {
   const char* op = "gated_ce_merge";
+  const TokenLoss of_shard =
+      checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra);
   checked_shard(op, logits, vocab_start, vocab_size);
   if (inplace_backward && logits.size(-1) > 0) check_writable(op, logits);
   const Tensor labels = int64_labels(op, raw_labels, logits);
-  const TokenLoss loss =
-      for_words(checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra),
-                checked_num_words(op, num_words, logits));
+  const TokenLoss loss = for_words(of_shard, checked_num_words(op, num_words, logits));
   check_partials(op, raw_partials, labels, stats_dtype(logits), loss);
-  const Tensor partials = raw_partials.contiguous();
+  const Tensor partials = as_contiguous(raw_partials);
   const Stats stats(logits, num_extra);
   dispatch_element(op, logits, [&](auto* element) {
     using Real = Compute<std::remove_pointer_t<decltype(element)>>;
     const int64_t* label = labels.const_data_ptr<int64_t>();
     const Real* data = partials.const_data_ptr<Real>();
     const int64_t num_rows = labels.numel();
-    at::parallel_for(0, num_rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
+    const auto written = stats.of_rows<Real>();
+    parallel_for(0, num_rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
       std::vector<const Real*> of_shards(partials.size(0));
       for (int64_t row = begin; row < end; ++row) {
         if (label[row] == loss.ignore_index) continue;
         for (size_t shard = 0; shard < of_shards.size(); ++shard) {
           of_shards[shard] = data + (shard * num_rows + row) * partial_size(loss);
         }
-        stats.write<Real>(row, merge_row(of_shards, label[row], loss));
+        written.write(row, merge_row(of_shards, label[row], loss));
       }
     });
   });
@@ -312,12 +306,12 @@ void forward_with_grad_into(const char* op, const Tensor& gradient, const Stats&
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cpu(
     const Tensor& upstream, const Tensor& logits, const Tensor& labels, int64_t k,
-    std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
-    c10::ArrayRef<double> family, int64_t num_extra) {
+    StringHandle gate, const std::vector<double>& gate_parameters, int64_t ignore_index,
+    const std::vector<double>& family, int64_t num_extra) {
   const char* op = "gated_ce_forward_with_grad";
-  check_logits(op, logits);
   const TokenLoss loss =
       checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra);
+  check_logits(op, logits);
   const Stats stats(logits, num_extra);
   const Tensor gradient =
       write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
@@ -328,9 +322,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cpu_(
-    const Tensor& upstream, Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
-    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, c10::ArrayRef<double> family,
-    int64_t num_extra) {
+    const Tensor& upstream, Tensor& logits, const Tensor& labels, int64_t k, StringHandle gate,
+    const std::vector<double>& gate_parameters, int64_t ignore_index,
+    const std::vector<double>& family, int64_t num_extra) {
   const char* op = "gated_ce_forward_with_grad_";
   const TokenLoss loss =
       checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra);
@@ -347,7 +341,7 @@ void scale_gradient_cpu_(Tensor& gradient, const Tensor& factor) {
   check_logits(op, gradient);
   check_writable(op, gradient);
   check_factor(op, factor, gradient);
-  if (*factor.const_data_ptr<float>() != 1) gradient.mul_(factor);
+  if (*factor.const_data_ptr<float>() != 1) call_mul("aten::mul_", gradient, factor);
 }
 
 std::tuple<Tensor, Tensor> topk_cpu(const Tensor& raw_logits, int64_t k) {
@@ -355,10 +349,9 @@ std::tuple<Tensor, Tensor> topk_cpu(const Tensor& raw_logits, int64_t k) {
   check_logits(op, raw_logits);
   check_k(op, k, 1, std::min<int64_t>(kMaxTopK, raw_logits.size(-1)));
   const Tensor logits = with_readable_rows(raw_logits);
-  auto sizes = logits.sizes().vec();
-  sizes.back() = k;
-  const Tensor values = at::empty(sizes, logits.options());
-  const Tensor indices = at::empty(sizes, logits.options().dtype(at::kLong));
+  const auto sizes = sizes_of_rows(logits, k);
+  const Tensor values = empty(sizes, logits.scalar_type(), logits);
+  const Tensor indices = empty(sizes, ScalarType::Long, logits);
   dispatch_element(op, logits, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
     const auto rows = rows_of<const Element>(logits);
@@ -380,16 +373,16 @@ std::tuple<Tensor, Tensor> topk_cpu(const Tensor& raw_logits, int64_t k) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(eaft_ext, CPU, m) {
-  m.impl("gated_ce_forward", &gated_ce_forward_cpu);
-  m.impl("gated_ce_backward", &gated_ce_backward_cpu);
-  m.impl("gated_ce_backward_", &gated_ce_backward_cpu_);
-  m.impl("gated_ce_partial", &gated_ce_partial_cpu);
-  m.impl("gated_ce_merge", &gated_ce_merge_cpu);
-  m.impl("gated_ce_forward_with_grad", &gated_ce_forward_with_grad_cpu);
-  m.impl("gated_ce_forward_with_grad_", &gated_ce_forward_with_grad_cpu_);
-  m.impl("scale_gradient_", &scale_gradient_cpu_);
-  m.impl("topk", &topk_cpu);
+STABLE_TORCH_LIBRARY_IMPL(eaft_ext, CPU, m) {
+  m.impl("gated_ce_forward", TORCH_BOX(&gated_ce_forward_cpu));
+  m.impl("gated_ce_backward", TORCH_BOX(&gated_ce_backward_cpu));
+  m.impl("gated_ce_backward_", TORCH_BOX(&gated_ce_backward_cpu_));
+  m.impl("gated_ce_partial", TORCH_BOX(&gated_ce_partial_cpu));
+  m.impl("gated_ce_merge", TORCH_BOX(&gated_ce_merge_cpu));
+  m.impl("gated_ce_forward_with_grad", TORCH_BOX(&gated_ce_forward_with_grad_cpu));
+  m.impl("gated_ce_forward_with_grad_", TORCH_BOX(&gated_ce_forward_with_grad_cpu_));
+  m.impl("scale_gradient_", TORCH_BOX(&scale_gradient_cpu_));
+  m.impl("topk", TORCH_BOX(&topk_cpu));
 }
 
 }  // namespace eaft_ext::cpu

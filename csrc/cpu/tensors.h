@@ -1,43 +1,39 @@
 // Between tensors and the rows and numbers that the CPU kernels work on.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/zeros.h>
-#include <c10/util/Exception.h>
-
+#include <array>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
 
 #include "../checks.h"
+#include "../stable_torch.h"
 #include "../tensor_rows.h"
 #include "element_types.h"
 #include "row_kernels.h"
 
 namespace eaft_ext::cpu {
 
-using at::Tensor;
-
 // Calls body with a null pointer of the kernels' element type for the tensor's dtype.
 template <typename Body>
 void dispatch_element(const char* op, const Tensor& logits, const Body& body) {
   switch (logits.scalar_type()) {
-    case at::kFloat:
+    case ScalarType::Float:
       return body(static_cast<float*>(nullptr));
-    case at::kDouble:
+    case ScalarType::Double:
       return body(static_cast<double*>(nullptr));
-    case at::kBFloat16:
+    case ScalarType::BFloat16:
       return body(static_cast<BFloat16*>(nullptr));
-    case at::kHalf:
+    case ScalarType::Half:
       return body(static_cast<Half*>(nullptr));
     default:
-      TORCH_CHECK_TYPE(false, op, ": logits must be float32, bfloat16, float16 or float64, got ",
-                       logits.scalar_type());
+      fail(op, ": logits must be float32, bfloat16, float16 or float64, got ",
+           logits.scalar_type());
   }
 }
 
-inline at::ScalarType stats_dtype(const Tensor& logits) {
-  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+inline ScalarType stats_dtype(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // The rows of a tensor to be read, or, with an Element that is not const, to be written.
@@ -74,45 +70,61 @@ inline Tensor checked_labels(const char* op, const Tensor& labels, const Tensor&
       position[d] = rest % labels.size(d);
       rest /= labels.size(d);
     }
-    TORCH_CHECK_VALUE(false, op, ": the label at position ", c10::IntArrayRef(position), " is ",
-                      label[row], ", outside [0, ", vocab_size, ") and not ignore_index ",
-                      ignore_index);
+    fail(op, ": the label at position ", position, " is ", label[row], ", outside [0, ", vocab_size,
+         ") and not ignore_index ", ignore_index);
   }
   return result;
 }
 
 inline Tensor per_row(const char* op, const char* name, const Tensor& tensor,
                       const Tensor& logits) {
-  check_per_row(op, name, tensor, logits);
-  return tensor.to(stats_dtype(logits)).contiguous();
+  return eaft_ext::per_row(op, name, tensor, logits, stats_dtype(logits));
 }
+
+// Where the outputs of the forward are written, row by row.
+template <typename Real>
+struct StatsOfRows {
+  std::array<Real*, 6> stats;
+  Real* extra;
+  int num_extra;
+  int64_t num_rows;
+
+  void write(int64_t row, const TokenStats<double>& token) const {
+    const std::array<double, 6> values = {token.loss, token.nll,     token.entropy,
+                                          token.gate, token.row_max, token.log_sum};
+    for (size_t i = 0; i < values.size(); ++i) stats[i][row] = static_cast<Real>(values[i]);
+    for (int i = 0; i < num_extra; ++i) {
+      extra[i * num_rows + row] = static_cast<Real>(extra_stat(token, i));
+    }
+  }
+};
 
 // The outputs of the forward, one number a row each. Zero is what an ignored row has.
 struct Stats {
   Tensor loss, nll, entropy, gate, row_max, log_sum;
   Tensor extra;  // (num_extra, ...)
 
-  Stats(const Tensor& logits, int64_t num_extra) {
-    const auto sizes = logits.sizes().slice(0, logits.dim() - 1);
-    const auto options = logits.options().dtype(stats_dtype(logits));
-    for (Tensor* stat : {&loss, &nll, &entropy, &gate, &row_max, &log_sum}) {
-      *stat = at::zeros(sizes, options);
-    }
-    extra = at::zeros(extra_sizes(logits, num_extra), options);
-  }
+  Stats(const Tensor& logits, int64_t num_extra)
+      : loss(one_per_row(logits)),
+        nll(one_per_row(logits)),
+        entropy(one_per_row(logits)),
+        gate(one_per_row(logits)),
+        row_max(one_per_row(logits)),
+        log_sum(one_per_row(logits)),
+        extra(zeros_on_host(extra_sizes(logits, num_extra), stats_dtype(logits), logits)) {}
 
   template <typename Real>
-  void write(int64_t row, const TokenStats<double>& token) const {
-    loss.mutable_data_ptr<Real>()[row] = static_cast<Real>(token.loss);
-    nll.mutable_data_ptr<Real>()[row] = static_cast<Real>(token.nll);
-    entropy.mutable_data_ptr<Real>()[row] = static_cast<Real>(token.entropy);
-    gate.mutable_data_ptr<Real>()[row] = static_cast<Real>(token.gate);
-    row_max.mutable_data_ptr<Real>()[row] = static_cast<Real>(token.row_max);
-    log_sum.mutable_data_ptr<Real>()[row] = static_cast<Real>(token.log_sum);
-    auto* const others = extra.mutable_data_ptr<Real>();
-    for (int i = 0; i < extra.size(0); ++i) {
-      others[i * loss.numel() + row] = static_cast<Real>(extra_stat(token, i));
-    }
+  StatsOfRows<Real> of_rows() const {
+    const auto data = [](const Tensor& stat) { return stat.mutable_data_ptr<Real>(); };
+    return {{data(loss), data(nll), data(entropy), data(gate), data(row_max), data(log_sum)},
+            data(extra),
+            static_cast<int>(extra.size(0)),
+            loss.numel()};
+  }
+
+ private:
+  static Tensor one_per_row(const Tensor& logits) {
+    return zeros_on_host(logits.sizes().slice(0, logits.dim() - 1), stats_dtype(logits), logits);
   }
 };
 
@@ -123,11 +135,15 @@ struct ForwardArguments {
   TokenLoss loss;
 
   ForwardArguments(const char* op, const Tensor& raw_logits, const Tensor& raw_labels,
-                   const TokenLoss& raw_loss) {
-    check_logits(op, raw_logits);
-    logits = with_readable_rows(raw_logits);
-    labels = checked_labels(op, raw_labels, raw_logits, raw_loss.ignore_index);
-    loss = for_vocab(raw_loss, logits.size(-1));
+                   const TokenLoss& raw_loss)
+      : logits(checked(op, raw_logits)),
+        labels(checked_labels(op, raw_labels, raw_logits, raw_loss.ignore_index)),
+        loss(for_vocab(raw_loss, logits.size(-1))) {}
+
+ private:
+  static Tensor checked(const char* op, const Tensor& logits) {
+    check_logits(op, logits);
+    return with_readable_rows(logits);
   }
 };
 

@@ -1,19 +1,11 @@
 // The operators on CUDA tensors: checks, allocation, device guard, stream, registration.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mul.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <limits>
 #include <optional>
-#include <string_view>
 #include <tuple>
 
 #include "../checks.h"
+#include "../stable_torch.h"
 #include "../tensor_rows.h"
 #include "launch.h"
 #include "tensors.h"
@@ -21,24 +13,26 @@
 namespace eaft_ext::cuda {
 namespace {
 
+using torch::stable::accelerator::DeviceGuard;
+
 void run_forward(const CheckedForward& forward) {
   SplitPlan plan;
-  C10_CUDA_CHECK(plan_gated_ce_forward(forward.type, forward.arguments, &plan));
+  STD_CUDA_CHECK(plan_gated_ce_forward(forward.type, forward.arguments, &plan));
   const Tensor workspace = make_workspace(forward.logits, plan.workspace_bytes);
-  C10_CUDA_CHECK(launch_gated_ce_forward(forward.type, forward.arguments, plan,
+  STD_CUDA_CHECK(launch_gated_ce_forward(forward.type, forward.arguments, plan,
                                          workspace.mutable_data_ptr(),
-                                         c10::cuda::getCurrentCUDAStream()));
+                                         current_stream(forward.logits)));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_cuda(
-    const Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
-    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, bool inplace_backward,
-    c10::ArrayRef<double> family, int64_t num_extra) {
+    const Tensor& logits, const Tensor& labels, int64_t k, StringHandle gate,
+    const std::vector<double>& gate_parameters, int64_t ignore_index, bool inplace_backward,
+    const std::vector<double>& family, int64_t num_extra) {
   const char* op = "gated_ce_forward";
-  check_logits(op, logits);
   const TokenLoss loss =
       checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra);
-  const c10::cuda::CUDAGuard guard(logits.device());
+  check_logits(op, logits);
+  const DeviceGuard guard(logits.get_device_index());
   // Said before the work is done, not in the backward.
   if (inplace_backward) check_writable(op, logits);
   const Stats stats(logits, num_extra);
@@ -55,8 +49,9 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& logits,
   const Tensor weight = per_row(op, "weight", given.weight, logits);
   const Tensor row_max = per_row(op, "row_max", given.row_max, logits);
   const Tensor log_sum = per_row(op, "log_sum", given.log_sum, logits);
-  Tensor upstream;
-  if (given.loss.z_loss != 0) upstream = per_row(op, "upstream", given.upstream, logits);
+  // Without a z-loss it is not looked at.
+  const bool has_z_loss = given.loss.z_loss != 0;
+  const Tensor upstream = has_z_loss ? per_row(op, "upstream", *given.upstream, logits) : weight;
   BackwardArguments arguments{};
   arguments.logits = logits_arguments(op, logits);
   arguments.vocab_start = vocab_start;
@@ -65,26 +60,24 @@ void backward_into(const char* op, const Tensor& gradient, const Tensor& logits,
   arguments.labels = labels.const_data_ptr<int64_t>();
   arguments.loss = given.loss;
   arguments.weight = weight.const_data_ptr<float>();
-  arguments.upstream = upstream.defined() ? upstream.const_data_ptr<float>() : nullptr;
+  arguments.upstream = has_z_loss ? upstream.const_data_ptr<float>() : nullptr;
   arguments.row_max = row_max.const_data_ptr<float>();
   arguments.log_sum = log_sum.const_data_ptr<float>();
-  C10_CUDA_CHECK(launch_gated_ce_backward(element_type(op, logits), arguments,
-                                          c10::cuda::getCurrentCUDAStream()));
+  STD_CUDA_CHECK(
+      launch_gated_ce_backward(element_type(op, logits), arguments, current_stream(logits)));
 }
 
 Tensor gated_ce_backward_cuda(const Tensor& weight, const Tensor& logits, const Tensor& labels,
                               const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
                               std::optional<int64_t> vocab_start, std::optional<int64_t> vocab_size,
-                              const std::optional<Tensor>& upstream, c10::ArrayRef<double> family,
-                              std::optional<int64_t> num_words) {
+                              const std::optional<Tensor>& upstream,
+                              const std::vector<double>& family, std::optional<int64_t> num_words) {
   const char* op = "gated_ce_backward";
-  const RowsOfBackward rows =
-      checked_rows(op,
-                   {weight, labels, row_max, log_sum, upstream.value_or(Tensor()),
-                    checked_family(op, ignore_index, family)},
-                   logits, num_words);
+  const RowsOfBackward rows = checked_rows(
+      op, {weight, labels, row_max, log_sum, upstream, checked_family(op, ignore_index, family)},
+      logits, num_words);
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
-  const c10::cuda::CUDAGuard guard(logits.device());
+  const DeviceGuard guard(logits.get_device_index());
   return write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
     shard.clear_padding(target);
     if (shard.num_words == 0) return;
@@ -95,18 +88,16 @@ Tensor gated_ce_backward_cuda(const Tensor& weight, const Tensor& logits, const 
 void gated_ce_backward_cuda_(const Tensor& weight, Tensor& logits, const Tensor& labels,
                              const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
                              std::optional<int64_t> vocab_start, std::optional<int64_t> vocab_size,
-                             const std::optional<Tensor>& upstream, c10::ArrayRef<double> family,
-                             std::optional<int64_t> num_words) {
+                             const std::optional<Tensor>& upstream,
+                             const std::vector<double>& family, std::optional<int64_t> num_words) {
   const char* op = "gated_ce_backward_";
-  const RowsOfBackward rows =
-      checked_rows(op,
-                   {weight, labels, row_max, log_sum, upstream.value_or(Tensor()),
-                    checked_family(op, ignore_index, family)},
-                   logits, num_words);
+  const RowsOfBackward rows = checked_rows(
+      op, {weight, labels, row_max, log_sum, upstream, checked_family(op, ignore_index, family)},
+      logits, num_words);
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   if (logits.size(-1) == 0) return;
   check_writable(op, logits);
-  const c10::cuda::CUDAGuard guard(logits.device());
+  const DeviceGuard guard(logits.get_device_index());
   shard.clear_padding(logits);
   if (shard.num_words > 0) {
     const Tensor words = shard.words(logits);
@@ -117,27 +108,25 @@ void gated_ce_backward_cuda_(const Tensor& weight, Tensor& logits, const Tensor&
 
 Tensor gated_ce_partial_cuda(const Tensor& logits, const Tensor& raw_labels, int64_t k,
                              int64_t vocab_start, std::optional<int64_t> vocab_size,
-                             int64_t ignore_index, c10::ArrayRef<double> family,
+                             int64_t ignore_index, const std::vector<double>& family,
                              bool tells_entropy) {
   const char* op = "gated_ce_partial";
   const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   check_gate_k(op, k);
-  const c10::cuda::CUDAGuard guard(logits.device());
+  const DeviceGuard guard(logits.get_device_index());
   const ElementType type = element_type(op, logits);
   const Tensor labels = int64_labels(op, raw_labels, logits);
-  auto sizes = logits.sizes().vec();
   TokenLoss loss = checked_family(op, ignore_index, family);
   loss.k = static_cast<int>(k);
   loss.tells_entropy = tells_entropy;
-  sizes.back() = partial_size(loss);
-  Tensor partials = at::empty(sizes, logits.options().dtype(at::kFloat));
+  Tensor partials = empty(sizes_of_rows(logits, partial_size(loss)), ScalarType::Float, logits);
   if (shard.num_words == 0) {
-    partials.fill_(std::numeric_limits<float>::quiet_NaN());
-    partials.select(-1, kPartialLabel).copy_(labels);
-    partials.select(-1, kPartialRest).fill_(-1);
-    for (int i = partial_entropy(loss); i < partial_size(loss); ++i) {
-      partials.select(-1, i).zero_();
-    }
+    using torch::stable::fill_;
+    const auto number = [&](int i) { return torch::stable::select(partials, -1, i); };
+    fill_(partials, std::numeric_limits<double>::quiet_NaN());
+    copy_into(number(kPartialLabel), labels);
+    fill_(number(kPartialRest), -1);
+    for (int i = partial_entropy(loss); i < partial_size(loss); ++i) fill_(number(i), 0);
     return partials;
   }
   const Tensor words = with_readable_rows(shard.words(logits));
@@ -148,28 +137,28 @@ Tensor gated_ce_partial_cuda(const Tensor& logits, const Tensor& raw_labels, int
   arguments.vocab_start = shard.start;
   arguments.partials = partials.mutable_data_ptr<float>();
   SplitPlan plan;
-  C10_CUDA_CHECK(plan_gated_ce_partial(type, arguments, &plan));
+  STD_CUDA_CHECK(plan_gated_ce_partial(type, arguments, &plan));
   const Tensor workspace = make_workspace(words, plan.workspace_bytes);
-  C10_CUDA_CHECK(launch_gated_ce_partial(type, arguments, plan, workspace.mutable_data_ptr(),
-                                         c10::cuda::getCurrentCUDAStream()));
+  STD_CUDA_CHECK(launch_gated_ce_partial(type, arguments, plan, workspace.mutable_data_ptr(),
+                                         current_stream(words)));
   return partials;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merge_cuda(
     const Tensor& logits, const Tensor& raw_labels, const Tensor& raw_partials, int64_t k,
-    std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
+    StringHandle gate, const std::vector<double>& gate_parameters, int64_t ignore_index,
     int64_t vocab_start, std::optional<int64_t> vocab_size, bool inplace_backward,
-    c10::ArrayRef<double> family, std::optional<int64_t> num_words, int64_t num_extra) {
+    const std::vector<double>& family, std::optional<int64_t> num_words, int64_t num_extra) {
   const char* op = "gated_ce_merge";
+  const TokenLoss of_shard =
+      checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra);
   checked_shard(op, logits, vocab_start, vocab_size);
-  const c10::cuda::CUDAGuard guard(logits.device());
+  const DeviceGuard guard(logits.get_device_index());
   if (inplace_backward && logits.size(-1) > 0) check_writable(op, logits);
   const Tensor labels = int64_labels(op, raw_labels, logits);
-  const TokenLoss loss =
-      for_words(checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra),
-                checked_num_words(op, num_words, logits));
-  check_partials(op, raw_partials, labels, at::kFloat, loss);
-  const Tensor partials = raw_partials.contiguous();
+  const TokenLoss loss = for_words(of_shard, checked_num_words(op, num_words, logits));
+  check_partials(op, raw_partials, labels, ScalarType::Float, loss);
+  const Tensor partials = as_contiguous(raw_partials);
   const Stats stats(logits, num_extra);
   MergeArguments arguments{};
   arguments.partials = partials.const_data_ptr<float>();
@@ -178,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_merg
   arguments.labels = labels.const_data_ptr<int64_t>();
   arguments.loss = loss;
   arguments.stats = stats.pointers();
-  C10_CUDA_CHECK(launch_gated_ce_merge(arguments, c10::cuda::getCurrentCUDAStream()));
+  STD_CUDA_CHECK(launch_gated_ce_merge(arguments, current_stream(labels)));
   return {stats.loss,    stats.nll,     stats.entropy, stats.gate,
           stats.row_max, stats.log_sum, stats.extra};
 }
@@ -195,29 +184,29 @@ void forward_with_grad_into(const char* op, const Tensor& gradient, const Stats&
   arguments.gradient = gradient.mutable_data_ptr();
   arguments.gradient_layout = row_layout(gradient);
   ForwardWithGradPlan plan;
-  C10_CUDA_CHECK(plan_gated_ce_forward_with_grad(forward.type, arguments, &plan));
+  STD_CUDA_CHECK(plan_gated_ce_forward_with_grad(forward.type, arguments, &plan));
   if (plan.home == RowHome::kTwoKernels) {
     run_forward(forward);
-    const Tensor weight = at::mul(upstream, stats.gate);
+    const Tensor weight = call_mul("aten::mul", upstream, stats.gate);
     backward_into(
         op, gradient, logits,
         {weight, forward.labels, stats.row_max, stats.log_sum, upstream, forward.arguments.loss},
         0);
     return;
   }
-  C10_CUDA_CHECK(launch_gated_ce_forward_with_grad(forward.type, arguments, plan,
-                                                   c10::cuda::getCurrentCUDAStream()));
+  STD_CUDA_CHECK(
+      launch_gated_ce_forward_with_grad(forward.type, arguments, plan, current_stream(logits)));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cuda(
     const Tensor& upstream, const Tensor& logits, const Tensor& labels, int64_t k,
-    std::string_view gate, c10::ArrayRef<double> gate_parameters, int64_t ignore_index,
-    c10::ArrayRef<double> family, int64_t num_extra) {
+    StringHandle gate, const std::vector<double>& gate_parameters, int64_t ignore_index,
+    const std::vector<double>& family, int64_t num_extra) {
   const char* op = "gated_ce_forward_with_grad";
-  check_logits(op, logits);
   const TokenLoss loss =
       checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra);
-  const c10::cuda::CUDAGuard guard(logits.device());
+  check_logits(op, logits);
+  const DeviceGuard guard(logits.get_device_index());
   const Stats stats(logits, num_extra);
   const Tensor gradient =
       write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
@@ -228,14 +217,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cuda_(
-    const Tensor& upstream, Tensor& logits, const Tensor& labels, int64_t k, std::string_view gate,
-    c10::ArrayRef<double> gate_parameters, int64_t ignore_index, c10::ArrayRef<double> family,
-    int64_t num_extra) {
+    const Tensor& upstream, Tensor& logits, const Tensor& labels, int64_t k, StringHandle gate,
+    const std::vector<double>& gate_parameters, int64_t ignore_index,
+    const std::vector<double>& family, int64_t num_extra) {
   const char* op = "gated_ce_forward_with_grad_";
-  check_logits(op, logits);
   const TokenLoss loss =
       checked_token_loss(op, k, gate, gate_parameters, ignore_index, family, num_extra);
-  const c10::cuda::CUDAGuard guard(logits.device());
+  check_logits(op, logits);
+  const DeviceGuard guard(logits.get_device_index());
   check_writable(op, logits);
   const Stats stats(logits, num_extra);
   const CheckedForward forward(op, logits, labels, loss, stats);
@@ -250,15 +239,15 @@ void scale_gradient_cuda_(Tensor& gradient, const Tensor& factor) {
   check_size(op, gradient);
   check_writable(op, gradient);
   check_factor(op, factor, gradient);
-  const c10::cuda::CUDAGuard guard(gradient.device());
+  const DeviceGuard guard(gradient.get_device_index());
   ScaleGradientArguments arguments{};
   arguments.gradient = gradient.mutable_data_ptr();
   arguments.layout = row_layout(gradient);
   arguments.vocab_size = gradient.size(-1);
   arguments.num_rows = gradient.numel() / arguments.vocab_size;
   arguments.factor = factor.const_data_ptr<float>();
-  C10_CUDA_CHECK(launch_scale_gradient(element_type(op, gradient), arguments,
-                                       c10::cuda::getCurrentCUDAStream()));
+  STD_CUDA_CHECK(
+      launch_scale_gradient(element_type(op, gradient), arguments, current_stream(gradient)));
   mark_written(gradient);
 }
 
@@ -266,38 +255,37 @@ std::tuple<Tensor, Tensor> topk_cuda(const Tensor& raw_logits, int64_t k) {
   const char* op = "topk";
   check_logits(op, raw_logits);
   check_k(op, k, 1, std::min<int64_t>(kMaxTopK, raw_logits.size(-1)));
-  const c10::cuda::CUDAGuard guard(raw_logits.device());
+  const DeviceGuard guard(raw_logits.get_device_index());
   const ElementType type = element_type(op, raw_logits);
   const Tensor logits = with_readable_rows(raw_logits);
-  auto sizes = logits.sizes().vec();
-  sizes.back() = k;
-  const Tensor values = at::empty(sizes, logits.options());
-  const Tensor indices = at::empty(sizes, logits.options().dtype(at::kLong));
+  const auto sizes = sizes_of_rows(logits, k);
+  const Tensor values = empty(sizes, logits.scalar_type(), logits);
+  const Tensor indices = empty(sizes, ScalarType::Long, logits);
   TopKArguments arguments{};
   arguments.logits = logits_arguments(op, logits);
   arguments.k = static_cast<int>(k);
   arguments.values = values.mutable_data_ptr();
   arguments.indices = indices.mutable_data_ptr<int64_t>();
   SplitPlan plan;
-  C10_CUDA_CHECK(plan_topk(type, arguments, &plan));
+  STD_CUDA_CHECK(plan_topk(type, arguments, &plan));
   const Tensor workspace = make_workspace(logits, plan.workspace_bytes);
-  C10_CUDA_CHECK(launch_topk(type, arguments, plan, workspace.mutable_data_ptr(),
-                             c10::cuda::getCurrentCUDAStream()));
+  STD_CUDA_CHECK(
+      launch_topk(type, arguments, plan, workspace.mutable_data_ptr(), current_stream(logits)));
   return {values, indices};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(eaft_ext, CUDA, m) {
-  m.impl("gated_ce_forward", &gated_ce_forward_cuda);
-  m.impl("gated_ce_backward", &gated_ce_backward_cuda);
-  m.impl("gated_ce_backward_", &gated_ce_backward_cuda_);
-  m.impl("gated_ce_partial", &gated_ce_partial_cuda);
-  m.impl("gated_ce_merge", &gated_ce_merge_cuda);
-  m.impl("gated_ce_forward_with_grad", &gated_ce_forward_with_grad_cuda);
-  m.impl("gated_ce_forward_with_grad_", &gated_ce_forward_with_grad_cuda_);
-  m.impl("scale_gradient_", &scale_gradient_cuda_);
-  m.impl("topk", &topk_cuda);
+STABLE_TORCH_LIBRARY_IMPL(eaft_ext, CUDA, m) {
+  m.impl("gated_ce_forward", TORCH_BOX(&gated_ce_forward_cuda));
+  m.impl("gated_ce_backward", TORCH_BOX(&gated_ce_backward_cuda));
+  m.impl("gated_ce_backward_", TORCH_BOX(&gated_ce_backward_cuda_));
+  m.impl("gated_ce_partial", TORCH_BOX(&gated_ce_partial_cuda));
+  m.impl("gated_ce_merge", TORCH_BOX(&gated_ce_merge_cuda));
+  m.impl("gated_ce_forward_with_grad", TORCH_BOX(&gated_ce_forward_with_grad_cuda));
+  m.impl("gated_ce_forward_with_grad_", TORCH_BOX(&gated_ce_forward_with_grad_cuda_));
+  m.impl("scale_gradient_", TORCH_BOX(&scale_gradient_cuda_));
+  m.impl("topk", TORCH_BOX(&topk_cuda));
 }
 
 }  // namespace eaft_ext::cuda

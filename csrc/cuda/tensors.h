@@ -1,41 +1,37 @@
 // Between tensors and what the kernels are told.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
-
+#include <array>
 #include <cstdint>
 #include <limits>
 
 #include "../checks.h"
+#include "../stable_torch.h"
 #include "../tensor_rows.h"
 #include "arguments.h"
 
 namespace eaft_ext::cuda {
 
-using at::Tensor;
-
 inline ElementType element_type(const char* op, const Tensor& logits) {
   switch (logits.scalar_type()) {
-    case at::kFloat:
+    case ScalarType::Float:
       return ElementType::kFloat32;
-    case at::kBFloat16:
+    case ScalarType::BFloat16:
       return ElementType::kBFloat16;
-    case at::kHalf:
+    case ScalarType::Half:
       return ElementType::kFloat16;
     default:
-      TORCH_CHECK_TYPE(false, op, ": on CUDA, logits must be float32, bfloat16 or float16, got ",
-                       logits.scalar_type());
+      fail(op, ": on CUDA, logits must be float32, bfloat16 or float16, got ",
+           logits.scalar_type());
   }
 }
 
 // Rows and places in a row are numbered in 32 bits.
 inline void check_size(const char* op, const Tensor& logits) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  TORCH_CHECK_VALUE(logits.size(-1) <= kMost && logits.numel() / logits.size(-1) <= kMost, op,
-                    ": on CUDA, logits can have at most ", kMost,
-                    " rows, each of at most as many, got ", logits.sizes());
+  if (logits.size(-1) <= kMost && logits.numel() / logits.size(-1) <= kMost) return;
+  fail(op, ": on CUDA, logits can have at most ", kMost, " rows, each of at most as many, got ",
+       logits.sizes());
 }
 
 // Of logits that have readable rows.
@@ -51,13 +47,13 @@ inline LogitsArguments logits_arguments(const char* op, const Tensor& logits) {
 
 inline Tensor per_row(const char* op, const char* name, const Tensor& tensor,
                       const Tensor& logits) {
-  check_per_row(op, name, tensor, logits);
-  return tensor.to(at::kFloat).contiguous();
+  return eaft_ext::per_row(op, name, tensor, logits, ScalarType::Float);
 }
 
 // Memory for what blocks of one launch leave for the next.
 inline Tensor make_workspace(const Tensor& logits, size_t bytes) {
-  return at::empty({static_cast<int64_t>(bytes)}, logits.options().dtype(at::kByte));
+  const std::array<int64_t, 1> sizes = {static_cast<int64_t>(bytes)};
+  return empty({sizes.data(), sizes.size()}, ScalarType::Byte, logits);
 }
 
 // The outputs of the forward, one number a row each. Every one is written by the kernels.
@@ -65,13 +61,14 @@ struct Stats {
   Tensor loss, nll, entropy, gate, row_max, log_sum;
   Tensor extra;  // (num_extra, ...)
 
-  Stats(const Tensor& logits, int64_t num_extra) {
-    const auto sizes = logits.sizes().slice(0, logits.dim() - 1);
-    for (Tensor* stat : {&loss, &nll, &entropy, &gate, &row_max, &log_sum}) {
-      *stat = at::empty(sizes, logits.options().dtype(at::kFloat));
-    }
-    extra = at::empty(extra_sizes(logits, num_extra), logits.options().dtype(at::kFloat));
-  }
+  Stats(const Tensor& logits, int64_t num_extra)
+      : loss(one_per_row(logits)),
+        nll(one_per_row(logits)),
+        entropy(one_per_row(logits)),
+        gate(one_per_row(logits)),
+        row_max(one_per_row(logits)),
+        log_sum(one_per_row(logits)),
+        extra(empty(extra_sizes(logits, num_extra), ScalarType::Float, logits)) {}
 
   StatsPointers pointers() const {
     return {loss.mutable_data_ptr<float>(),
@@ -84,6 +81,11 @@ struct Stats {
             static_cast<int>(extra.size(0)),
             loss.numel()};
   }
+
+ private:
+  static Tensor one_per_row(const Tensor& logits) {
+    return empty(logits.sizes().slice(0, logits.dim() - 1), ScalarType::Float, logits);
+  }
 };
 
 // Arguments of a forward, checked once, with the tensors that they point to.
@@ -94,15 +96,22 @@ struct CheckedForward {
   ForwardArguments arguments{};
 
   CheckedForward(const char* op, const Tensor& raw_logits, const Tensor& raw_labels,
-                 const TokenLoss& loss, const Stats& stats) {
-    type = element_type(op, raw_logits);
-    logits = with_readable_rows(raw_logits);
-    labels = int64_labels(op, raw_labels, raw_logits);
+                 const TokenLoss& loss, const Stats& stats)
+      : logits(with_readable_rows(raw_logits)),
+        labels(int64_labels(op, raw_labels, raw_logits)),
+        type(element_type(op, raw_logits)) {
     arguments.logits = logits_arguments(op, logits);
     arguments.labels = labels.const_data_ptr<int64_t>();
     arguments.loss = for_vocab(loss, logits.size(-1));
     arguments.stats = stats.pointers();
   }
 };
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
 
 }  // namespace eaft_ext::cuda
