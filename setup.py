@@ -4,7 +4,9 @@ Two files: ``_operators``, the operators on torch's stable ABI, which any torch 
 loads, and any Python; and ``_C``, a Python module that tells how they were built.
 
 Environment: ``EAFT_EXT_CUDA=1`` insists on CUDA, ``0`` leaves it out; ``CUDA_HOME``,
-``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` mean what they mean to torch. All else: pyproject.toml.
+``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` mean what they mean to torch. ``EAFT_EXT_OPERATORS``: an
+``_operators`` that was built before, for another Python, to be taken as it is. All else:
+pyproject.toml.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = "2.10"
+OPERATORS = os.environ.get("EAFT_EXT_OPERATORS")
 CUDA_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
@@ -136,6 +139,14 @@ def extension() -> dict[str, Any]:
                 built.define_macros.append(("EAFT_EXT_VERSION", f'"{version}"'))
             super().build_extensions()
 
+        def build_extension(self, extension: Extension) -> None:
+            if extension.name.endswith("_operators") and OPERATORS:
+                target = Path(self.get_ext_fullpath(extension.name))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(OPERATORS, target)
+            else:
+                super().build_extension(extension)
+
         def get_ext_filename(self, name: str) -> str:
             """The operators are no Python module, and the same for every Python."""
             if name.endswith("_operators"):
@@ -159,6 +170,8 @@ def extension() -> dict[str, Any]:
         depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
         define_macros=stable,
         extra_compile_args=compile_arguments(),
+        # First: libtorch has symbols of its own copy of it.
+        libraries=["stdc++"] if sys.platform == "linux" else [],
         py_limited_api=True,
     )
     module = Extension(

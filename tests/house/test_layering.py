@@ -32,20 +32,21 @@ STANDARD = r"[a-z_]+"
 CUDA = (
     rf"{STANDARD}|cuda[a-z0-9_]*\.h|(cub|cuda|cooperative_groups|thrust)/.+|cooperative_groups\.h"
 )
-TORCH = rf"{STANDARD}|(torch|ATen|c10|pybind11)/.+"
+TORCH = rf"{STANDARD}|torch/(csrc/stable|headeronly)/.+"
 
 # For the files of the first column (the first that matches): the headers of others, and our own,
 # that they may include. Own headers are named from csrc/.
 INCLUDES = [
     (r"core/.*", STANDARD, r"core/.*"),
-    (r"cpu/(ops_cpu\.cpp|tensors\.h)", TORCH, r"(core|cpu)/.*|[^/]+\.h"),
+    (r"cpu/(ops_cpu\.cpp|tensors\.h)", STANDARD, r"(core|cpu)/.*|[^/]+\.h"),
     (r"cpu/.*", STANDARD, r"core/.*|cpu/(?!tensors\.h).*"),
-    (r"cuda/(ops_cuda\.cpp|tensors\.h)", TORCH, r"core/.*|cuda/.*\.h|[^/]+\.h"),
+    (r"cuda/(ops_cuda\.cpp|tensors\.h)", STANDARD, r"core/.*|cuda/.*\.h|[^/]+\.h"),
     (r"cuda/.*\.(cu|cuh)", CUDA, r"core/.*|cuda/(?!tensors\.h).*"),
     (r"cuda/.*\.h", CUDA, r"core/.*|cuda/(?!tensors\.h).*\.h"),
-    (r"ops\.cpp", r"torch/library\.h", r"(?!)"),
-    (r"module\.cpp", rf"{STANDARD}|pybind11/.+|(torch/version|ATen/Version)\.h", r"core/.*"),
-    (r"[^/]+\.h", TORCH, r"core/.*|[^/]+\.h"),
+    (r"ops\.cpp", r"torch/csrc/stable/library\.h", r"(?!)"),
+    (r"module\.cpp", rf"{STANDARD}|pybind11/.+", r"core/.*"),
+    (r"(stable_torch|sentence)\.h", TORCH, r"sentence\.h"),
+    (r"[^/]+\.h", STANDARD, r"core/.*|[^/]+\.h"),
 ]
 
 # What a module, or all of a package, may import of ours. "" is the package's own face, __init__.py.
@@ -203,7 +204,7 @@ def _implementations(device: str) -> dict[str, str]:
     path = CSRC / device / f"ops_{device}.cpp"
     if not path.exists():
         return {}
-    return dict(re.findall(r'm\.impl\("(\w+)",\s*&?(\w+)\)', path.read_text()))
+    return dict(re.findall(r'm\.impl\("(\w+)",\s*TORCH_BOX\(&(\w+)\)\)', path.read_text()))
 
 
 MOST_PARAMETERS = 8

@@ -61,20 +61,3 @@ def test_the_headers_are_held_to_the_oldest_torch() -> None:
     setup = (ROOT / "setup.py").read_text()
     assert f'OLDEST_TORCH = "{major}.{minor}"' in setup and "TORCH_STABLE_ONLY" in setup
     assert f'"torch>={major}.{minor}"' in (ROOT / "build_backend.py").read_text()
-
-
-def test_no_other_header_of_torch_is_included() -> None:
-    includes = {
-        (path.name, header)
-        for path in (ROOT / "csrc").rglob("*")
-        if path.suffix in (".h", ".cpp", ".cu", ".cuh")
-        for header in re.findall(
-            r'#include [<"]((?:ATen|c10|caffe2|torch)/[^>"]*)', path.read_text()
-        )
-    }
-    outside = {
-        (name, header)
-        for name, header in includes
-        if not header.startswith(("torch/csrc/stable/", "torch/headeronly/"))
-    }
-    assert includes and not outside
