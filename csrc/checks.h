@@ -40,7 +40,7 @@ inline void check_partials(const char* op, const Tensor& partials, const Tensor&
                            ScalarType dtype, const TokenLoss& loss) {
   const bool fits = partials.dim() == labels.dim() + 2 && partials.size(0) >= 1 &&
                     partials.size(-1) == partial_size(loss) &&
-                    partials.sizes().slice(1, labels.dim()) == labels.sizes();
+                    partials.sizes().slice(1, labels.dim()).equals(labels.sizes());
   if (!fits) {
     fail(op, ": partials must be (num_shards, ..., ", partial_size(loss), ") with k = ", loss.k,
          ", got ", partials.sizes(), " for labels ", labels.sizes());
@@ -54,7 +54,7 @@ inline void check_partials(const char* op, const Tensor& partials, const Tensor&
 // A tensor of one number for each row of the logits, on their device.
 inline void check_per_row(const char* op, const char* name, const Tensor& tensor,
                           const Tensor& logits) {
-  if (tensor.sizes() != logits.sizes().slice(0, logits.dim() - 1)) {
+  if (!tensor.sizes().equals(logits.sizes().slice(0, logits.dim() - 1))) {
     fail(op, ": ", name, " must have the shape of the logits without the last dimension, got ",
          tensor.sizes(), " for logits ", logits.sizes());
   }

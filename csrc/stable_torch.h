@@ -3,6 +3,7 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -34,8 +35,8 @@ class OwnedString {
   std::string_view view() const {
     size_t length;
     const char* data;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &data));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &data));
     return {data, length};
   }
 
@@ -51,7 +52,7 @@ inline Tensor empty(Sizes sizes, ScalarType dtype, const Tensor& like) {
     strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
   }
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
   if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
@@ -100,15 +101,14 @@ inline void copy_into(const Tensor& target, const Tensor& source) {
 inline Tensor call_mul(const char* op, const Tensor& first, const Tensor& second) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(first),
                                     torch::stable::detail::from(second)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(op, "Tensor", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "Tensor", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // Lets autograd notice that what it may have saved for another operator is gone. The ABI has no
 // version counters; a copy to itself moves nothing and counts as writing.
 inline void mark_written(const Tensor& tensor) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(tensor.get(), tensor.get(), 0));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(tensor.get(), tensor.get(), 0));
 }
 
 }  // namespace eaft_ext
