@@ -116,7 +116,7 @@ def test_what_is_fetched_is_one_version_with_one_hash() -> None:
 
 
 def tracked() -> list[str]:
-    """Files of the checkout, those that git does not know yet included, and none that it ignores."""
+    """Files of the checkout, and those that git does not know yet, but for what it ignores."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if found.returncode != 0:
