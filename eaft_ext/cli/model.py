@@ -166,6 +166,6 @@ def _damaged_file(folder: Path) -> Path | None:
                 return folder / name
     except FileNotFoundError as error:
         return Path(error.filename)
-    except ValueError:
+    except (ValueError, AttributeError, RecursionError):
         return folder / CHECKSUMS
     return None
