@@ -158,8 +158,9 @@ void check_backward(const RowShape& shape, GuardedRows<Element>& memory, int64_t
   for (int64_t block = 0; block < logits.num_blocks(); ++block) {
     gradient_block(logits, beside, row, block, r);
   }
-  const bool usual =
-      std::isfinite(weights.all) && std::isfinite(weights.target) && std::isfinite(weights.uniform);
+  // Else its factor may be infinite, as the loss is.
+  const bool usual = std::isfinite(weights.target) && std::isfinite(weights.uniform) &&
+                     loss.map.scale * std::fabs(weights.all) < kLargest<float>;
   if (usual) check_gradient(gradients.row(row), plain, label, loss, r);
   const auto over = memory.rows();
   for (int64_t block = 0; block < logits.num_blocks(); ++block) {
