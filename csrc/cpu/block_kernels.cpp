@@ -7,7 +7,9 @@
 
 // Clones of a function for each level of the instruction set, chosen by the loader (an ifunc),
 // where compiler and platform have them; elsewhere the one version that the build's own flags give.
-#if !defined(__x86_64__) || !defined(__linux__) || !defined(__GNUC__) || defined(__clang__)
+// The loader chooses before the thread sanitizer is there, which would then crash.
+#if !defined(__x86_64__) || !defined(__linux__) || !defined(__GNUC__) || defined(__clang__) || \
+    defined(__SANITIZE_THREAD__)
 #define EAFT_TARGET_CLONES
 #elif __GNUC__ >= 12
 #define EAFT_TARGET_CLONES \

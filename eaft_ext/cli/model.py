@@ -34,15 +34,24 @@ def load(name: str | None) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     source = str(_default_folder()) if name is None else name
+    # Without the question whether code that comes with a model shall run.
+    trusted = {"trust_remote_code": False}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()
-        raise CommandError(
-            f"cannot load --model {source}: {reason[0] if reason else type(error).__name__}"
-        ) from None
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **trusted)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, **trusted)
+    except Exception as error:  # what is broken in a file comes as whatever its reader met
+        raise CommandError(f"cannot load --model {source}: {_reason(error)}") from None
     return model.float(), tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, and the one that it announces; its type, where that says more."""
+    first, *rest = str(error).strip().splitlines() or [""]
+    if first.endswith(":") and rest:
+        first += f" {rest[0].strip()}"
+    if isinstance(error, OSError | ValueError) and first:
+        return first
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 @torch.no_grad()
@@ -157,6 +166,6 @@ def _damaged_file(folder: Path) -> Path | None:
                 return folder / name
     except FileNotFoundError as error:
         return Path(error.filename)
-    except ValueError:
+    except (ValueError, AttributeError, RecursionError):
         return folder / CHECKSUMS
     return None

@@ -109,7 +109,7 @@ def _states(folder: Path) -> Iterator[_Found]:
 def _read_state(path: Path) -> _Found:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return _Found(path, problem=f"not the state of a trainer: {error}")
     entries = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(entries, list):
@@ -140,7 +140,7 @@ def _llama_factory(folder: Path) -> Iterator[_Found]:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(entry, dict):
                 entries.append({"step": entry.get("current_steps"), **entry})

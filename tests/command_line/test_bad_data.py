@@ -74,7 +74,7 @@ from eaft_ext.cli.records import read_records, source
             b'prompt,completion\na,b\na,"b\nc,d\n',
             "{path}, line 3: not CSV (unexpected end of data)",
         ),
-        ("twice.csv", b"text,text\na,b\n", "{path}, line 1: two columns have one name: text"),
+        ("twice.csv", b"text,text\na,b\n", "{path}, line 1: two columns have one name: 'text'"),
         (
             "columns.tsv",
             b"prompt,completion\na,b\n",

@@ -148,8 +148,9 @@ class TestConvertedModel:
         [
             lambda file: file.write_bytes(file.read_bytes()[:-1] + b"\xff"),
             lambda file: file.unlink(),
+            lambda file: file.write_bytes(b"[]"),
         ],
-        ids=["changed", "missing"],
+        ids=["changed", "missing", "a list"],
     )
     @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "checksums.json"])
     def test_damaged_file_is_named_and_made_again(

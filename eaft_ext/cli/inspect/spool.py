@@ -43,7 +43,7 @@ class Spool:
                 state["settings"] == self._settings and self.path.stat().st_size >= state["size"]
             )
             return (int(state["rows"]), int(state["size"])) if known else (0, 0)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return 0, 0
 
     def append(self, tokens: Iterable[Token], rows: int) -> None:

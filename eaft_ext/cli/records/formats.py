@@ -89,7 +89,7 @@ def _conversation(messages: list[Message], where: str) -> Record:
     *before, last = messages
     if last["role"] != "assistant":
         raise CommandError(
-            f"{where}: the last message must be the assistant's, got role {last['role']!r}"
+            f"{where}: the last message must be the assistant's, got role {shown(last['role'])}"
         )
     return Record(last["content"], tuple(before), where)
 
@@ -112,7 +112,7 @@ def _parse_message(message: Any, where: str) -> Message:
     speaker = _text(message, "from", where)
     if speaker not in SPEAKERS:
         raise CommandError(
-            f"{where}: 'from' must be one of {', '.join(sorted(SPEAKERS))}, got {speaker!r}"
+            f"{where}: 'from' must be one of {', '.join(sorted(SPEAKERS))}, got {shown(speaker)}"
         )
     return _message(SPEAKERS[speaker], _text(message, "value", where))
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from eaft_ext.cli.errors import CommandError
 
 from . import lines
-from .formats import FIELDS, parse_record
+from .formats import FIELDS, parse_record, shown
 from .lines import FileRecords
 from .record import Record, Rows
 
@@ -32,7 +32,8 @@ def csv_records(file: BinaryIO, path: Path, delimiter: str) -> FileRecords:
     rows = _rows(text(), delimiter, lambda: f"{path}, line {place[1]}")
     columns = next(rows, [])
     if len(set(columns)) < len(columns):
-        raise CommandError(f"{path}, line 1: two columns have one name: {', '.join(columns)}")
+        twice = next(name for name in columns if columns.count(name) > 1)
+        raise CommandError(f"{path}, line 1: two columns have one name: {shown(twice)}")
 
     def parse(row: list[str], where: str) -> Record:
         if len(row) != len(columns):
@@ -68,8 +69,8 @@ def parquet_records(path: Path) -> Iterator[Record]:
                 for row in batch.to_pylist():
                     number += 1
                     yield parse_record({**others, **row}, f"{path}, record {number}")
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or _first_line(error)
         after = f" after record {number}" if number else ""
         raise CommandError(f"cannot read {path}{after}: {reason}") from None
 
@@ -93,7 +94,7 @@ def dataset_records(name: str, split: str, configuration: str | None, folder: bo
             found = datasets.load_dataset(name, configuration, split=split)
     except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error  # what a data file has, rather than that it failed
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        reason = _first_line(cause)
         no_file = "" if folder else f"there is no file {name}, and "
         raise CommandError(f"{no_file}the data set {name} cannot be loaded: {reason}") from None
     known, others = _divided(found.column_names)
@@ -109,6 +110,10 @@ def dataset_records(name: str, split: str, configuration: str | None, folder: bo
 
 SAVED = ("state.json", "dataset_dict.json")
 """What ``save_to_disk`` leaves in a folder: one of these."""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _divided(names: Iterable[str]) -> tuple[list[str], dict[str, None]]:

@@ -10,6 +10,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace cuda_on_host {
 
 constexpr int kMaxThreads = 1024;  // of a block
@@ -49,6 +53,10 @@ __attribute__((noinline)) inline void switch_fibers(Fiber& from, Fiber& to, int 
   if (to.started) _longjmp(to.registers, 1);
   static ucontext_t context;  // setcontext has read it when the next fiber is started
   to.started = true;
+#if defined(__SANITIZE_ADDRESS__)
+  // A fiber that was given up, as at an error, has left its frames' guards there.
+  ASAN_UNPOISON_MEMORY_REGION(stack(to_index), kStackBytes);
+#endif
   stack_end(to_index) = kStackEnd;
   getcontext(&context);
   context.uc_stack.ss_sp = stack(to_index);
