@@ -18,7 +18,8 @@ struct VocabShard {
   VocabShard(const Tensor& logits, std::optional<int64_t> vocab_start,
              std::optional<int64_t> vocab_size)
       : is_whole(!vocab_start), start(vocab_start.value_or(0)), num_words(logits.size(-1)) {
-    if (vocab_size) num_words = std::clamp<int64_t>(*vocab_size - start, 0, num_words);
+    // Compared before it is subtracted: either may be any integer.
+    if (vocab_size) num_words = *vocab_size <= start ? 0 : std::min(*vocab_size - start, num_words);
   }
 
   Tensor words(const Tensor& logits) const { return columns(logits, 0, num_words); }

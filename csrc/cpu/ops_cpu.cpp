@@ -169,10 +169,10 @@ Tensor gated_ce_backward_cpu(const Tensor& weight, const Tensor& logits, const T
                              const std::optional<Tensor>& upstream,
                              const std::vector<double>& family, std::optional<int64_t> num_words) {
   const char* op = "gated_ce_backward";
+  const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   const RowsOfBackward rows = checked_rows(
       op, {weight, labels, row_max, log_sum, upstream, checked_family(op, ignore_index, family)},
       logits, num_words);
-  const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   return write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
     shard.clear_padding(target);
     if (shard.num_words == 0) return;
@@ -186,10 +186,10 @@ void gated_ce_backward_cpu_(const Tensor& weight, Tensor& logits, const Tensor& 
                             const std::optional<Tensor>& upstream,
                             const std::vector<double>& family, std::optional<int64_t> num_words) {
   const char* op = "gated_ce_backward_";
+  const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   const RowsOfBackward rows = checked_rows(
       op, {weight, labels, row_max, log_sum, upstream, checked_family(op, ignore_index, family)},
       logits, num_words);
-  const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   if (logits.size(-1) == 0) return;
   check_writable(op, logits);
   shard.clear_padding(logits);
@@ -339,6 +339,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ce_forward_with_grad_cp
 void scale_gradient_cpu_(Tensor& gradient, const Tensor& factor) {
   const char* op = "scale_gradient_";
   check_logits(op, gradient);
+  dispatch_element(op, gradient, [](auto*) {});  // which checks the dtype
   check_writable(op, gradient);
   check_factor(op, factor, gradient);
   if (*factor.const_data_ptr<float>() != 1) call_mul("aten::mul_", gradient, factor);

@@ -73,10 +73,10 @@ Tensor gated_ce_backward_cuda(const Tensor& weight, const Tensor& logits, const 
                               const std::optional<Tensor>& upstream,
                               const std::vector<double>& family, std::optional<int64_t> num_words) {
   const char* op = "gated_ce_backward";
+  const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   const RowsOfBackward rows = checked_rows(
       op, {weight, labels, row_max, log_sum, upstream, checked_family(op, ignore_index, family)},
       logits, num_words);
-  const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   const DeviceGuard guard(logits.get_device_index());
   return write_gradient_like(logits, [&](const Tensor& source, const Tensor& target) {
     shard.clear_padding(target);
@@ -91,10 +91,10 @@ void gated_ce_backward_cuda_(const Tensor& weight, Tensor& logits, const Tensor&
                              const std::optional<Tensor>& upstream,
                              const std::vector<double>& family, std::optional<int64_t> num_words) {
   const char* op = "gated_ce_backward_";
+  const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   const RowsOfBackward rows = checked_rows(
       op, {weight, labels, row_max, log_sum, upstream, checked_family(op, ignore_index, family)},
       logits, num_words);
-  const VocabShard shard = checked_shard(op, logits, vocab_start, vocab_size);
   if (logits.size(-1) == 0) return;
   check_writable(op, logits);
   const DeviceGuard guard(logits.get_device_index());

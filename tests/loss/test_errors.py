@@ -161,3 +161,22 @@ def test_forward_with_grad_checks_its_shapes(op: str) -> None:
     with pytest.raises(ValueError, match=r"upstream must have .* got \[2\] for logits \[3, 9\]"):
         getattr(ops, op)(torch.ones(2), logits, _labels(3), 4, "none", [], -100)
     assert not logits.any()
+
+
+@pytest.mark.parametrize("op", ["gated_ce_backward", "gated_ce_backward_"])
+def test_backward_of_a_number_is_refused_in_a_sentence(op: str) -> None:
+    per_row = torch.tensor(1.0)
+    with pytest.raises(ValueError, match=r"logits must be \(\.\.\., V\) .*got \[\]"):
+        getattr(ops, op)(per_row, torch.tensor(0.5), torch.tensor(0), per_row, per_row, -100)
+
+
+def test_a_vocabulary_far_before_its_shard_leaves_no_words() -> None:
+    """A difference that an integer cannot hold must not count padding as words."""
+    logits = torch.full((1, 4), torch.nan)
+    partial = ops.gated_ce_partial(logits, _labels(1), 2, 3, -(2**63), -100)
+    assert partial.isnan().sum() == partial.size(-1) - 2
+
+
+def test_the_gradient_to_be_scaled_is_of_floats() -> None:
+    with pytest.raises(ValueError, match=r"scale_gradient_: logits must be float32.* got Int"):
+        ops.scale_gradient_(torch.ones(3, 4, dtype=torch.int32), torch.tensor(2.0))
