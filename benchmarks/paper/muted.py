@@ -32,7 +32,7 @@ PRESETS = {
     # Some 15 minutes of two CPU cores.
     "small": replace(
         study.PRESETS["small"],
-        rows=400,
+        rows=360,
         rows_a_step=1,
         length=128,
         measured_at=(50, 100, 150, 200),
