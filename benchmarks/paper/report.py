@@ -257,19 +257,21 @@ def muted(results: Results) -> str:
         dropped = np.mean([run["steps"]["dropped"] for run in runs])
         head += [f"`drop_below` {share}: {100 * dropped:.1f} % of rows dropped", "seeds"]
     ends = [run["measured"][-1]["nll"] for run in exact]
+    settings = results["settings"]
     text = (
-        f"{results['model']} on EAFT, {len(exact[0]['steps']['loss'])} steps of "
-        f"{results['settings']['rows_a_step']} answer of GSM8K, AdamW at "
-        f"{results['settings']['rates'][0]:g}, in {results['precision']}; held-out cross-entropy, "
-        f"in nats a token, as a mean over {len(exact)} seeds and their range. After the last step "
-        f"seeds differ by up to {max(ends) - min(ends):.4f}, and the runs of one seed by up to "
-        f"{max(_differences(shares, -1)):.4f}. The mean with rows dropped lies "
+        f"{results['model']} on EAFT, {len(exact[0]['steps']['loss'])} steps of AdamW at "
+        f"{settings['rates'][0]:g} in {results['precision']}, answers of GSM8K in a step: "
+        f"{settings['rows_a_step']}. Held-out cross-entropy in nats a token, as a mean over the "
+        f"seeds, of which there are {len(exact)}, and their range. After the last step the runs of "
+        f"one seed differ by up to {max(_differences(shares, -1)):.4f}"
     )
-    text += (
-        f"outside the range of those without: {', '.join(outside)}."
-        if outside
-        else "within the range of those without at every step that was measured."
-    )
+    if len(exact) == 1:
+        text += "; one seed does not say by how much seeds do."
+    else:
+        text += f", and seeds by up to {max(ends) - min(ends):.4f}. "
+        text += "The mean with rows dropped lies "
+        where = f"outside the range of those without: {', '.join(outside)}."
+        text += where if outside else "within the range of those without, at every step."
     shown = textwrap.fill(text, WIDTH, break_on_hyphens=False)
     return "\n\n".join([shown, table([*head, "same seed, at most"], rows), _machine(results)])
 

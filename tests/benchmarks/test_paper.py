@@ -152,7 +152,7 @@ class TestMuted:
 
     def test_within_what_seeds_differ_by(self) -> None:
         shown = report.muted(self.results([[2.0, 1.01], [2.0, 1.17]])).replace("\n", " ")
-        assert "seeds differ by up to 0.2000, and the runs of one seed by up to 0.0300" in shown
+        assert "one seed differ by up to 0.0300, and seeds by up to 0.2000." in shown
         assert "within the range" in shown and "outside" not in shown
         assert "25.0 % of rows dropped" in shown
 
@@ -164,6 +164,7 @@ class TestMuted:
         results = self.results([[2.0, 1.0], [2.0, 1.2]])
         del results["runs"]["3"]
         assert [len(runs) for runs in report.seeds_of(results).values()] == [1, 1]
+        assert "one seed does not say" in report.muted(results).replace("\n", " ")
         del results["runs"]["2"]
         assert report.muted(results) == report.NOTHING
 
