@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from eaft_ext import _registration, reference
+from eaft_ext import reference
 from eaft_ext._checks import (
     check_label_values,
     check_labels,
@@ -28,6 +28,7 @@ from eaft_ext._options import (
     with_keywords,
 )
 from eaft_ext._registration import gated_ce_forward
+from eaft_ext._registration import topk as topk_operator
 from eaft_ext._scalar_loss import ScalarLoss
 from eaft_ext.reference import TokenStats
 
@@ -250,6 +251,6 @@ def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     check_logits("topk", logits)
     check_k("topk", k, 1, min(logits.size(-1), MAX_TOP_K))
     if takes_kernel("topk", logits):
-        values, indices = _registration.topk(logits, k)
+        values, indices = topk_operator(logits, k)
         return values, indices
     return reference.topk(logits, k)
