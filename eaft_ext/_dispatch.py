@@ -49,10 +49,10 @@ def is_transformed(*inputs: Tensor | None) -> bool:
     """
     if _are_transforms_active():
         return True
-    if torch.compiler.is_compiling():
-        # Dynamo compiles anew for another level, but does not know which tensors are dual.
-        return forward_ad._current_level >= 0
-    return any(
+    if forward_ad._current_level < 0:
+        return False
+    # Dynamo compiles anew for another level, but does not know which tensors are dual.
+    return torch.compiler.is_compiling() or any(
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
         for tensor in inputs
     )

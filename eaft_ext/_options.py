@@ -389,7 +389,8 @@ def check_gradient_in_forward(op: str, gradient_in_forward: bool, reduction: str
 
 
 def _checked_number(op: str, name: str, value: float, bound: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    # Real alone would take longer to tell.
+    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
     value = float(value)
     # Kernels take it as a float32, in which it must neither be 0 nor infinite.

@@ -42,7 +42,45 @@ def define(op: str, schema: str) -> None:
 
 impl = _once(torch.library.impl, "CompositeExplicitAutograd")
 register_fake = _once(torch.library.register_fake, "Meta")
-register_autograd = _once(torch.library.register_autograd, "Autograd")
+_register_autograd = _once(torch.library.register_autograd, "Autograd")
+
+Operator = Callable[..., Any]
+
+
+def differentiable(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
+) -> Operator:
+    """Register the gradient of an operator; return what calls it, with all that it saves from.
+
+    What ``torch.library`` makes of a gradient is Python that the dispatcher calls, also where there
+    is nothing to save, and that asks the schema for arguments which may have been left out: on few
+    rows it takes longer than the operator. Where nothing but autograd looks on, the same functions
+    do without.
+    """
+    _register_autograd(f"eaft_ext::{name}", backward, setup_context=setup_context)
+    op: Operator = getattr(ops, name)
+
+    def below_autograd(*inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = below_autograd(*inputs)
+        assert setup_context is not None, "else it was not called"
+        setup_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(name, (torch.autograd.Function,), methods)
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return op(*inputs)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
+            return below_autograd(*inputs)
+        return op(*inputs) if setup_context is None else function.apply(*inputs)
+
+    return call
 
 
 def stats_dtype(tensor: Tensor) -> torch.dtype:
@@ -220,7 +258,7 @@ def _gradient(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
         arguments = (*arguments, grad_loss, ctx.family, ctx.num_words)
     gradient: Tensor
     if not ctx.inplace_backward:
-        gradient = ops.gated_ce_backward(*arguments)
+        gradient = gated_ce_backward(*arguments)
         return gradient
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -241,8 +279,8 @@ def _backward_merge(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tenso
     return _gradient(ctx, grad_loss), *(None,) * 12
 
 
-register_autograd("eaft_ext::gated_ce_forward", _backward, setup_context=_save_forward)
-register_autograd("eaft_ext::gated_ce_merge", _backward_merge, setup_context=_save_merge)
+gated_ce_forward = differentiable("gated_ce_forward", _backward, _save_forward)
+gated_ce_merge = differentiable("gated_ce_merge", _backward_merge, _save_merge)
 
 
 def _no_double_backward(ctx: Any, *_: Tensor) -> NoReturn:
@@ -251,7 +289,7 @@ def _no_double_backward(ctx: Any, *_: Tensor) -> NoReturn:
     )
 
 
-register_autograd("eaft_ext::gated_ce_backward", _no_double_backward)
+gated_ce_backward = differentiable("gated_ce_backward", _no_double_backward)
 
 
 def _save_topk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -266,4 +304,4 @@ def _topk_backward(ctx: Any, grad_values: Tensor, _: None) -> tuple[Tensor, None
     return zeros.scatter(-1, indices, grad_values), None
 
 
-register_autograd("eaft_ext::topk", _topk_backward, setup_context=_save_topk)
+topk = differentiable("topk", _topk_backward, _save_topk)

@@ -27,7 +27,8 @@ from eaft_ext._options import (
     checked,
     with_keywords,
 )
-from eaft_ext._registration import ops
+from eaft_ext._registration import gated_ce_forward
+from eaft_ext._registration import topk as topk_operator
 from eaft_ext._scalar_loss import ScalarLoss
 from eaft_ext.reference import TokenStats
 
@@ -46,7 +47,7 @@ def _kernel_token_losses(
     # Two losses of the same logits cannot both overwrite them.
     rest = of_token.z_loss_alone
     inplace_backward = inplace_backward and rest is None
-    loss, nll, entropy, weight, _, _, extra = ops.gated_ce_forward(
+    loss, nll, entropy, weight, _, _, extra = gated_ce_forward(
         logits,
         labels,
         *of_token.kernel_arguments(),
@@ -210,11 +211,13 @@ def gated_ce(
     check_placement(op, labels, logits)
     check_weight_values(op, reduce.token_weight, labels, of_token.ignore_index)
     labels, reduce = reduce.without_muted(labels, of_token)
-    check_label_values(op, labels, logits.size(-1), of_token.ignore_index)
+    by_kernel = takes_kernel("gated_ce_forward", logits)
+    if not (by_kernel and labels.device.type == "cpu"):  # whose kernels check them
+        check_label_values(op, labels, logits.size(-1), of_token.ignore_index)
     if gradient_in_forward and of_token.is_known_to_kernels and _can_fuse(logits):
         loss, stats = _fused_loss(logits, labels, of_token, reduce, inplace_backward)
         return (loss, stats) if return_stats else loss
-    if takes_kernel("gated_ce_forward", logits):
+    if by_kernel:
         loss, stats = _kernel_token_losses(logits, labels, of_token, inplace_backward)
     else:
         loss, stats = reference.token_losses(
@@ -248,6 +251,6 @@ def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     check_logits("topk", logits)
     check_k("topk", k, 1, min(logits.size(-1), MAX_TOP_K))
     if takes_kernel("topk", logits):
-        values, indices = ops.topk(logits, k)
+        values, indices = topk_operator(logits, k)
         return values, indices
     return reference.topk(logits, k)

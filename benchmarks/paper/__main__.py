@@ -6,13 +6,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paper import dropping, fidelity, frontiers, page, regions, step
+from paper import dropping, fidelity, frontiers, muted, page, regions, step
 
 COMMANDS = {
     "fidelity": fidelity,
     "frontiers": frontiers,
     "regions": regions,
     "dropping": dropping,
+    "muted": muted,
     "step": step,
     "page": page,
 }

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import multiprocessing
 import os
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ import torch
 
 from eaft_ext.cli.model import load, shown_name
 
-from . import texts
+from . import pool, texts
 from .files import opened, write
 from .measurements import REGIONS, Ruler
 from .options import add_study
@@ -31,9 +28,7 @@ FILE = "paper-frontiers.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     add_study(parser, FILE)
-    add = parser.add_argument
-    add("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
-    add("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    pool.add_arguments(parser.add_argument)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,30 +44,18 @@ def run(arguments: argparse.Namespace) -> int:
     results = opened(file, settings)
     runs = results.setdefault("runs", {})
     missing = [one for one in runs_of(preset) if one.name not in runs]
-    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when a process begins
+    threads = pool.threads_of(arguments.jobs)
     print(f"{len(missing)} of {len(runs_of(preset))} runs to do, {arguments.jobs} at a time")
     with tempfile.TemporaryDirectory() as scratch:
         given = (arguments.model, arguments.data, arguments.preset, Path(scratch), threads)
-        with ProcessPoolExecutor(
-            arguments.jobs, multiprocessing.get_context("spawn"), _prepare, given
-        ) as pool:
-            waiting = iter(missing)
-            under_way = {pool.submit(_run, one) for one in islice(waiting, arguments.jobs)}
-            done = 0
-            while under_way:
-                finished = next(as_completed(under_way))
-                under_way.remove(finished)
-                name, found, counts = finished.result()
-                runs[name] = found
-                results["counts"] = counts
-                write(results, file)
-                done += 1
-                elapsed = time.monotonic() - began
-                left = (len(missing) - done) * elapsed / done
-                print(f"{name}: {_told(found, counts)}; {left / 60:.0f} min left", flush=True)
-                if elapsed < arguments.minutes * 60:
-                    under_way |= {pool.submit(_run, one) for one in islice(waiting, 1)}
+        how = (arguments.jobs, arguments.minutes, _prepare, given)
+        ended = pool.in_processes(_run, missing, *how)
+        for done, (name, found, counts) in enumerate(ended, start=1):
+            runs[name] = found
+            results["counts"] = counts
+            write(results, file)
+            left = (len(missing) - done) * (time.monotonic() - began) / done
+            print(f"{name}: {_told(found, counts)}; {left / 60:.0f} min left", flush=True)
     print(f"{file}: {len(runs)} runs")
     return 0
 

@@ -13,7 +13,7 @@ from harness.machine import FOLDER, ROOT
 from PIL import Image
 from reports.pages import fill
 
-from . import dropping, fidelity, frontiers, plots, regions, report, step
+from . import dropping, fidelity, frontiers, muted, plots, regions, report, step
 from .study import ARMS
 
 PAGE, README = "docs/paper.md", "README.md"
@@ -22,6 +22,7 @@ BLOCKS: dict[str, dict[str, Block]] = {
     fidelity.FILE: {"fidelity": report.fidelity, "costs": report.costs},
     regions.FILE: {"regions": report.regions},
     dropping.FILE: {"dropping": report.dropping},
+    muted.FILE: {"muted": report.muted},
     step.FILE: {"step": report.step},
     frontiers.FILE: {
         "study": report.study,
@@ -39,6 +40,7 @@ BLOCKS: dict[str, dict[str, Block]] = {
 PLOTS = {
     frontiers.FILE: ("docs/paper-frontiers.png", plots.frontiers),
     regions.FILE: ("docs/paper-regions.png", plots.regions),
+    muted.FILE: ("docs/paper-muted.png", plots.muted),
 }
 """Each has in it of which result it is, so that an old one is found out."""
 

@@ -13,11 +13,14 @@ from matplotlib.figure import Figure
 
 from eaft_ext.cli.palette import LOSSES as PAINTS
 
+from .report import seeds_of
 from .study import ARMS, PRESETS, Run, runs_of
 from .verdict import path_of
 from .weights import LOSSES
 
 STAMP = "Source"
+SMOOTHED = 20
+"""Steps of which a training loss is shown as the mean."""
 DOTS_PER_INCH = 110
 SHOWN = ("sft", "eaft", "mask", "dft", "shuffled")
 """The losses whose frontiers are drawn."""
@@ -89,4 +92,28 @@ def regions(results: dict[str, Any]) -> Figure:
             axis.set_ticks(range(len(names)), names, fontsize=8)
         panel.set(xlabel="p(label)", ylabel="H / ln k")
     figure.suptitle("Share of the gradient's norm before training, in percent")
+    return figure
+
+
+def muted(results: dict[str, Any]) -> Figure:
+    """Training loss, smoothed, and held-out loss: a line for each seed, with and without."""
+    figure = Figure((11, 4), dpi=DOTS_PER_INCH, layout="constrained")
+    training, held_out = figure.subplots(1, 2)
+    styles = zip(seeds_of(results).items(), ("sft", "eaft"), ("-", "--"), strict=False)
+    for (share, runs), paint, line in styles:
+        for number, run in enumerate(runs):
+            label = f"drop_below={share}" if number == 0 else None
+            style = {"color": PAINTS[paint].light, "linestyle": line, "alpha": 0.7, "label": label}
+            loss = np.array(run["steps"]["loss"])
+            width = min(SMOOTHED, len(loss))
+            means = np.convolve(loss, np.full(width, 1 / width), "valid")
+            training.plot(np.arange(width, len(loss) + 1), means, **style)
+            steps = [one["step"] for one in run["measured"]]
+            nll = [one["nll"] for one in run["measured"]]
+            held_out.plot(steps, nll, marker=PAINTS[paint].sign, markersize=4, **style)
+    training.set(xlabel="step", ylabel="EAFT loss", title=f"Training, means of {SMOOTHED} steps")
+    held_out.set(xlabel="step", ylabel="nats a token", title="Held-out cross-entropy")
+    for panel in (training, held_out):
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False)
     return figure

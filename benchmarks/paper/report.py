@@ -232,6 +232,65 @@ def dropping(results: Results) -> str:
     return "\n\n".join([*parts, _machine(results)])
 
 
+def muted(results: Results) -> str:
+    """What is learned with every share of ``drop_below``, and whether that is what seeds differ by.
+
+    The verdict is of each checkpoint: the mean over the seeds lies among the losses of the runs in
+    which nothing was dropped, or not.
+    """
+    shares = seeds_of(results)
+    exact = next(iter(shares.values()), [])
+    if len(shares) < 2 or not exact:
+        return NOTHING
+    rows, outside = [], []
+    for at, step in enumerate(one["step"] for one in exact[0]["measured"]):
+        cells = [str(step)]
+        for share, runs in shares.items():
+            found = [run["measured"][at]["nll"] for run in runs]
+            cells += [f"{np.mean(found):.4f}", f"{min(found):.4f} to {max(found):.4f}"]
+            of_exact = [run["measured"][at]["nll"] for run in exact]
+            if not min(of_exact) <= np.mean(found) <= max(of_exact):
+                outside.append(f"{share} at step {step}")
+        rows.append([*cells, f"{max(_differences(shares, at)):.4f}"])
+    head = ["step"]
+    for share, runs in shares.items():
+        dropped = np.mean([run["steps"]["dropped"] for run in runs])
+        head += [f"`drop_below` {share}: {100 * dropped:.1f} % of rows dropped", "seeds"]
+    ends = [run["measured"][-1]["nll"] for run in exact]
+    settings = results["settings"]
+    text = (
+        f"{results['model']} on EAFT, {len(exact[0]['steps']['loss'])} steps of AdamW at "
+        f"{settings['rates'][0]:g} in {results['precision']}, answers of GSM8K in a step: "
+        f"{settings['rows_a_step']}. Held-out cross-entropy in nats a token, as a mean over the "
+        f"seeds, of which there are {len(exact)}, and their range. After the last step the runs of "
+        f"one seed differ by up to {max(_differences(shares, -1)):.4f}"
+    )
+    if len(exact) == 1:
+        text += "; one seed does not say by how much seeds do."
+    else:
+        text += f", and seeds by up to {max(ends) - min(ends):.4f}. "
+        text += "The mean with rows dropped lies "
+        where = f"outside the range of those without: {', '.join(outside)}."
+        text += where if outside else "within the range of those without, at every step."
+    shown = textwrap.fill(text, WIDTH, break_on_hyphens=False)
+    return "\n\n".join([shown, table([*head, "same seed, at most"], rows), _machine(results)])
+
+
+def seeds_of(results: Results) -> dict[str, list[Any]]:
+    """The runs of each share, of the seeds that have run with all shares, in the same order."""
+    by_share: dict[str, dict[int, Any]] = {}
+    for run in results["runs"].values():
+        by_share.setdefault(f"{run['drop_below']:g}", {})[run["seed"]] = run
+    seeds = sorted(set.intersection(*map(set, by_share.values()))) if by_share else []
+    return {share: [by_share[share][seed] for seed in seeds] for share in sorted(by_share)}
+
+
+def _differences(shares: dict[str, list[Any]], at: int) -> list[float]:
+    """How far apart the held-out losses of one seed are."""
+    losses = [[run["measured"][at]["nll"] for run in runs] for runs in shares.values()]
+    return [max(of_seed) - min(of_seed) for of_seed in zip(*losses, strict=True)]
+
+
 def sentences(results: Results) -> str:
     """The verdict, for and against."""
     planted, natural = (comparison(results, arm, "eaft") for arm in ("planted", "natural"))

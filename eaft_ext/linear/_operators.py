@@ -19,11 +19,10 @@ from eaft_ext._checks import check_label_values
 from eaft_ext._options import STATS_OF_EXTRA, TokenLoss, from_family
 from eaft_ext._registration import (
     define,
+    differentiable,
     fake_extra,
     fake_stats,
     impl,
-    ops,
-    register_autograd,
     register_fake,
     stats_dtype,
 )
@@ -430,9 +429,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     hidden, weight, bias, labels, nll, gate, row_max, log_sum = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
     stats = (grad_loss, nll, gate, row_max, log_sum)
-    gradients = ops.linear_gated_ce_backward(
-        *stats, wanted, hidden, weight, bias, labels, *ctx.options
-    )
+    gradients = linear_gated_ce_backward(*stats, wanted, hidden, weight, bias, labels, *ctx.options)
     found = [g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)]
     return *found, *rest
 
@@ -460,9 +457,8 @@ def _no_double_backward(ctx: Any, *_: Tensor) -> NoReturn:
     raise RuntimeError(_NO_DOUBLE_BACKWARD)
 
 
-for _name, _formula, _setup in (
-    ("linear_gated_ce_forward", _backward, _save_forward),
-    ("linear_gated_ce_forward_with_grad", _backward_with_grad, _save_forward_with_grad),
-    ("linear_gated_ce_backward", _no_double_backward, None),
-):
-    register_autograd(f"eaft_ext::{_name}", _formula, setup_context=_setup)
+linear_gated_ce_forward = differentiable("linear_gated_ce_forward", _backward, _save_forward)
+linear_gated_ce_forward_with_grad = differentiable(
+    "linear_gated_ce_forward_with_grad", _backward_with_grad, _save_forward_with_grad
+)
+linear_gated_ce_backward = differentiable("linear_gated_ce_backward", _no_double_backward)

@@ -10,8 +10,11 @@ from torch import Tensor
 from eaft_ext import reference
 from eaft_ext._dispatch import takes_kernel
 from eaft_ext._options import Reduce, TokenLoss
-from eaft_ext._registration import ops, stats_dtype
-from eaft_ext.linear import _operators as _operators  # defines them
+from eaft_ext._registration import stats_dtype
+from eaft_ext.linear._operators import (
+    linear_gated_ce_forward,
+    linear_gated_ce_forward_with_grad,
+)
 from eaft_ext.parallel._group import Member
 from eaft_ext.parallel._shard import VocabShard
 from eaft_ext.reference import TokenStats
@@ -115,12 +118,12 @@ def reduced_loss(
     if at_once:
         dtype = stats_dtype(hidden)
         divisor = torch.ones((), dtype=dtype, device=hidden.device) * reduce.divisor(valid, dtype)
-        loss, nll, entropy, given, extra, gone, *_ = ops.linear_gated_ce_forward_with_grad(
+        loss, nll, entropy, given, extra, gone, *_ = linear_gated_ce_forward_with_grad(
             hidden, weight, bias, labels, divisor, reduce.token_weight, wanted, *options
         )
         stats = of_token.stats(nll, entropy, given, valid, extra)
         return loss, stats._replace(dropped=gone) if chunking.drop_below else stats
-    loss, nll, entropy, given, _, _, extra = ops.linear_gated_ce_forward(
+    loss, nll, entropy, given, _, _, extra = linear_gated_ce_forward(
         hidden, weight, bias, labels, *options
     )
     if not of_token.is_known_to_kernels:

@@ -11,7 +11,7 @@ from torch import Tensor
 from eaft_ext import reference
 from eaft_ext._dispatch import is_transformed, takes_kernel
 from eaft_ext._options import TokenLoss
-from eaft_ext._registration import ops
+from eaft_ext._registration import gated_ce_merge, ops
 from eaft_ext.reference import TokenStats
 
 Gather = Callable[[Tensor], Tensor]
@@ -163,7 +163,7 @@ def token_losses(
         inplace = inplace_backward and has_backward and not torch.compiler.is_compiling()
         # Two losses of the same logits cannot both overwrite them.
         inplace = inplace and rest is None
-        loss, nll, entropy, weight, _, _, extra = ops.gated_ce_merge(
+        loss, nll, entropy, weight, _, _, extra = gated_ce_merge(
             logits,
             labels,
             partials,

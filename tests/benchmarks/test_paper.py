@@ -128,6 +128,47 @@ class TestWeights:
         assert second.tolist() == pytest.approx([1.0, 0.5, 1.0, 0.5])
 
 
+class TestMuted:
+    def results(self, dropping: list[list[float]]) -> dict[str, Any]:
+        """Two seeds whose held-out loss comes down to 1.0 and 1.2, beside runs that drop rows."""
+        shares = {0.0: [[2.0, 1.0], [2.0, 1.2]], 1e-3: dropping}
+        runs = [
+            {
+                "seed": seed,
+                "drop_below": share,
+                "measured": [{"step": 50 * at, "nll": nll} for at, nll in enumerate(losses)],
+                "steps": {"loss": [1.0] * 50, "dropped": [0.25 * (share > 0)] * 50},
+            }
+            for share, of_seeds in shares.items()
+            for seed, losses in enumerate(of_seeds)
+        ]
+        return {
+            "model": "one",
+            "precision": "float32",
+            "settings": {"rows_a_step": 1, "rates": [1e-4]},
+            "machine": {"model": "", "cores": 2, "torch": "", "commit": "", "date": ""},
+            "runs": {str(number): run for number, run in enumerate(runs)},
+        }
+
+    def test_within_what_seeds_differ_by(self) -> None:
+        shown = report.muted(self.results([[2.0, 1.01], [2.0, 1.17]])).replace("\n", " ")
+        assert "one seed differ by up to 0.0300, and seeds by up to 0.2000." in shown
+        assert "within the range" in shown and "outside" not in shown
+        assert "25.0 % of rows dropped" in shown
+
+    def test_outside_of_it(self) -> None:
+        shown = report.muted(self.results([[2.0, 1.3], [2.0, 1.25]])).replace("\n", " ")
+        assert "outside the range of those without: 0.001 at step 50." in shown
+
+    def test_seeds_that_ran_with_every_share(self) -> None:
+        results = self.results([[2.0, 1.0], [2.0, 1.2]])
+        del results["runs"]["3"]
+        assert [len(runs) for runs in report.seeds_of(results).values()] == [1, 1]
+        assert "one seed does not say" in report.muted(results).replace("\n", " ")
+        del results["runs"]["2"]
+        assert report.muted(results) == report.NOTHING
+
+
 @pytest.mark.parametrize("limit", range(9))
 def test_largest_that_fits(limit: int) -> None:
     tried: list[int] = []
@@ -200,6 +241,7 @@ def test_commands(tmp_path: Path) -> None:
     sizes["frontiers"] = ("--preset", "tiny")
     sizes["step"] = ("--length", 16, "--most", 1)
     sizes["dropping"] = ("--preset", "tiny", "--tokens", 6, "--rounds", 1)
+    sizes["muted"] = ("--preset", "tiny")
     for name, more in sizes.items():
         of_data = () if name == "step" else ("--data", data)
         done = command(name, *more, *given, *of_data)
@@ -212,6 +254,13 @@ def test_commands(tmp_path: Path) -> None:
     assert first.kl()[0] < 1e-4 < first.kl()[-1]
     assert first.target()[-1] < first.target()[0]
     assert report.comparison(results, "natural", "eaft") is not None
+
+    tuned = json.loads((output / "paper-muted.json").read_text())["runs"]
+    assert set(tuned) == {"seed0-0", "seed0-0.001", "seed1-0", "seed1-0.001"}
+    for of_run in tuned.values():
+        assert [one["step"] for one in of_run["measured"]] == [0, 1, 2]
+        assert of_run["measured"][-1]["nll"] < of_run["measured"][0]["nll"]
+        assert {len(curve) for curve in of_run["steps"].values()} == {2}
 
     again = command("frontiers", *sizes["frontiers"], *given, "--data", data)
     assert f"0 of {len(runs)} runs to do" in again.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -231,6 +232,33 @@ def test_inference_tensors(device: str) -> None:
         inference = logits.clone()
         ops.gated_ce_forward_with_grad_(upstream, inference, *arguments)
     assert inference.is_inference() and same_bits(inference, gradient)
+
+
+@pytest.mark.parametrize("call", ["gated_ce", "topk", "linear_gated_ce", "losses of tokens"])
+def test_eager_calls_take_the_short_way(
+    device: str, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of torch.library takes longer than few rows do; under a compiler it is taken."""
+    logits, labels = _inputs(device)
+    weight = torch.randn(V, V, device=device)
+    linear = partial(eaft_ext.linear_gated_ce, weight=weight, labels=labels)
+    loss: Callable[[Tensor], Tensor] = {
+        "gated_ce": lambda x: gated_ce(x, labels),
+        "topk": lambda x: topk(x, 5)[0].sum(),
+        "linear_gated_ce": linear,
+        "losses of tokens": lambda x: linear(x, reduction="none").sum(),
+    }[call]
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    (expected,) = torch.autograd.grad(compiled(logits), logits)
+    monkeypatch.setattr(torch._library.utils, "fill_defaults", _refuse)
+    (found,) = torch.autograd.grad(loss(logits), logits)
+    assert same_bits(found, expected)
+    with pytest.raises(AssertionError, match="schema"):
+        compiled(logits)
+
+
+def _refuse(*_: Any) -> Any:
+    raise AssertionError("torch.library asks the schema for what was left out")
 
 
 @pytest.mark.usefixtures("route")
