@@ -6,13 +6,24 @@ import math
 from typing import Any
 
 import torch
-from drawn import FINITE, Call, calls, dtypes, gates, holds, ks, options, some_upstream
+from drawn import (
+    FINITE,
+    Call,
+    assert_truth,
+    calls,
+    dtypes,
+    gates,
+    holds,
+    ks,
+    options,
+    some_upstream,
+)
 from hypothesis import strategies as st
 from inputs import dtype_name
 from linear_cases import assert_linear_parity, linear_gradients, linear_inputs
 from tolerances import ATOL
 from torch.nn.functional import pad
-from vocab_shards import assert_matches, outcome_of_shards
+from vocab_shards import outcome_of_shards
 
 from eaft_ext import gated_ce, linear_gated_ce
 
@@ -36,7 +47,7 @@ def test_shards_in_any_division_are_the_whole(call: Call, cuts: list[float], pad
     found = outcome_of_shards(padded, labels, upstream, widths, vocab_size=drawn.vocab_size, **how)
     assert not found.gradient[..., drawn.vocab_size :].any()
     found = found._replace(gradient=found.gradient[..., : drawn.vocab_size])
-    assert_matches(found, logits, labels, upstream, reduction="none", **how)
+    assert_truth(found, logits, labels, upstream, told_entropy=True, **how)
 
 
 products = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from drawn import Call, Inputs, calls, holds, inputs, same, some_upstream
+from drawn import Call, Inputs, assert_truth, calls, holds, inputs, same, some_upstream
 from hypothesis import strategies as st
 from inputs import dtype_name
-from parity import Outcome, assert_parity, outcome
+from parity import Outcome, outcome
 from torch import Tensor
 
 import eaft_ext
@@ -38,9 +38,11 @@ def test_gated_ce(call: Call, reduction: dict[str, Any], weighs: bool) -> None:
     drawn, how = call
     logits, labels = drawn.make()
     weight = _token_weight(drawn, labels, weighs)
-    upstream = some_upstream(labels) if reduction["reduction"] == "none" else None
+    unreduced = reduction["reduction"] == "none"
+    upstream = some_upstream(labels) if unreduced else torch.tensor(-1.75)
     how = how | reduction | weight
-    assert_parity(logits, labels, upstream, **how)
+    found = outcome(eaft_ext.gated_ce, logits, labels, upstream, **how)
+    assert_truth(found, logits, labels, upstream, **how)
 
 
 @holds(call=calls(), reduction=reductions)

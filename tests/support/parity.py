@@ -50,15 +50,12 @@ def error_weights(gt: Outcome, upstream: Tensor, z_loss: float = 0.0) -> dict[st
     }
 
 
-def assert_parity(
-    logits: Tensor, labels: Tensor, upstream: Tensor | None = None, **options: Any
-) -> None:
+def assert_parity(logits: Tensor, labels: Tensor, **options: Any) -> None:
     """Hold ``eaft_ext.gated_ce`` to ``eaft_ext.reference.gated_ce`` on these inputs."""
     options = {"reduction": "none"} | options
-    if upstream is None:
-        upstream = torch.tensor(-1.75, device=labels.device)
-        if options["reduction"] == "none":
-            upstream = upstream_of(labels)
+    upstream = torch.tensor(-1.75, device=labels.device)
+    if options["reduction"] == "none":
+        upstream = upstream_of(labels)
     reference = eaft_ext.reference.gated_ce
     op = outcome(eaft_ext.gated_ce, logits, labels, upstream, **options)
     ref = outcome(reference, logits, labels, upstream, **options)
