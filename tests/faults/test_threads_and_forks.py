@@ -49,7 +49,11 @@ from calls import CALLS
 from inputs import same_bits
 torch.set_num_threads(2)
 names = ("gated_ce", "few_long_rows", "own_gate", "linear", "topk")
-expected = [CALLS[name]() for name in names]  # with threads, which a child does not inherit
+for name in names:
+    CALLS[name]()  # with threads, which a child does not inherit
+torch.set_num_threads(1)
+expected = [CALLS[name]() for name in names]
+torch.set_num_threads(2)
 children = []
 for _ in range(2):
     child = os.fork()
@@ -60,6 +64,7 @@ for _ in range(2):
         os._exit(0 if right else 1)
     children.append(child)
 assert all(os.waitpid(child, 0)[1] == 0 for child in children), "a child was wrong"
+torch.set_num_threads(1)
 again = [CALLS[name]() for name in names]
 assert all(same_bits(a, b) for x, y in zip(again, expected) for a, b in zip(x, y))
 """
@@ -93,13 +98,13 @@ from inputs import make
 logits, labels = make(64, 20_000)
 
 def call():
-    while True:
+    for _ in range(20):
         leaf = logits.clone().requires_grad_()
         eaft_ext.gated_ce(leaf, labels).backward()
 
 atexit.register(lambda: eaft_ext.gated_ce(logits, labels))
 for _ in range(3):
-    threading.Thread(target=call, daemon=True).start()
+    threading.Thread(target=call).start()
 kept = eaft_ext.gated_ce(logits.clone().requires_grad_(), labels, gradient_in_forward=True)
 call_once = eaft_ext.linear_gated_ce(logits[:, :16], torch.zeros(50, 16), labels % 50)
 """
@@ -131,7 +136,10 @@ def test_in_the_workers_of_a_data_loader() -> None:
 
 
 def test_the_interpreter_ends_during_calls() -> None:
-    """With threads in the middle of a call, a call as it ends, and a graph that is still there."""
+    """With threads that are not done, a call as it ends, and a graph that is still there.
+
+    Not with daemon threads: Python ends them in the middle of any operator of PyTorch, and aborts.
+    """
     assert "terminate" not in _python(ENDS)
 
 
