@@ -6,9 +6,10 @@
     python benchmarks/robustness.py --write             puts the table into docs/robustness.md
     python benchmarks/robustness.py --check             exits with 1 if that would change the page
 
-It runs tests/fuzz and tests/faults, and tests/faults/soak.py, and counts what ran. The counts are in
-benchmarks/results/robustness.json; a part of another program has a key there, such as
-"sanitizer_reports" and "fuzz_executions", with a ``count``, ``failed`` and what the others have.
+It runs tests/fuzz and tests/faults, and tests/faults/soak.py, and counts what ran. The counts are
+in benchmarks/results/robustness.json; a part of another program has a key there, such as
+"sanitizer_reports" and "fuzz_executions", with what each part has: ``count``, ``failed`` (a list),
+``seconds``, ``date``, ``commit``, and ``details`` in words.
 """
 
 from __future__ import annotations
@@ -65,8 +66,12 @@ def _pytest(*arguments: object, **environment: str) -> tuple[bool, ElementTree.E
 
 def _failed(report: ElementTree.Element) -> list[str]:
     """The tests that did not pass."""
-    cases = report.iter("testcase")
-    return [c.get("name", "") for c in cases if c.find("failure") is not None or c.find("error")]
+    wrong = ("failure", "error")
+    return [
+        case.get("name", "")
+        for case in report.iter("testcase")
+        if any(case.find(kind) is not None for kind in wrong)
+    ]
 
 
 def properties(examples: int, _: int) -> dict[str, Any]:
@@ -133,11 +138,12 @@ def _details(name: str, part: dict[str, Any]) -> str:
         return "; ".join(f"{KINDS[kind]}: {n:,}" for kind, n in part["of_each"].items())
     if name == "soak":
         found = part["found"]
+        steps = ", ".join(map(str, found["step_us"]))
         grown = (found["bytes"][-1] - found["bytes"][0]) / MIB
         return (
             f"memory {grown:+.2f} MiB after the first tenth, handles "
             f"{found['handles'][0]} → {found['handles'][-1]}, threads {found['threads'][0]} → "
-            f"{found['threads'][-1]}, µs a step in each tenth: {', '.join(map(str, found['step_us']))}"
+            f"{found['threads'][-1]}, µs a step in each tenth: {steps}"
         )
     return str(part.get("details", ""))
 
