@@ -110,12 +110,12 @@ PARTS = {"properties": properties, "faults": faults, "soak": soak}
 
 
 def _measured(name: str, examples: int, steps: int) -> dict[str, Any]:
-    begun = time.monotonic()
+    tried, begun = commit(), time.monotonic()  # before it can change
     found = PARTS[name](examples, steps)
     return found | {
         "seconds": round(time.monotonic() - begun, 1),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": tried,
     }
 
 
