@@ -47,7 +47,7 @@ ROWS = {
     "fuzz_executions": "fuzz executions",
 }
 KINDS = {
-    "test_memory": "no memory, at every allocation of every call",
+    "test_no_memory": "no memory, at every allocation of every call",
     "test_processes": "a process dies, raises, is late or differs",
     "test_threads_and_forks": "threads, forks, workers, the end of the interpreter",
     "test_signals": "signals and Ctrl-C",
@@ -143,7 +143,7 @@ def _details(name: str, part: dict[str, Any]) -> str:
         return (
             f"memory {grown:+.2f} MiB after the first tenth, handles "
             f"{found['handles'][0]} → {found['handles'][-1]}, threads {found['threads'][0]} → "
-            f"{found['threads'][-1]}, µs a step in each tenth: {steps}"
+            f"{found['threads'][-1]}, µs of processor time a step in each tenth: {steps}"
         )
     return str(part.get("details", ""))
 
