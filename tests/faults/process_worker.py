@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo  # an optimizer imports it, seconds that forked processes would take each
+import torch.distributed._functional_collectives
 from spawned import leave
 from torch import Tensor, nn
 from torch import distributed as dist
