@@ -103,7 +103,7 @@ def soak(_: int, steps: int) -> dict[str, Any]:
     if not done.stdout:
         sys.exit(done.stderr)
     found = json.loads(done.stdout)
-    return {"count": steps, "failed": done.stderr.split("\n")[:-1], "found": found}
+    return {"count": steps, "failed": list(filter(None, done.stderr.splitlines())), "found": found}
 
 
 PARTS = {"properties": properties, "faults": faults, "soak": soak}

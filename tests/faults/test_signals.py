@@ -18,7 +18,11 @@ HERE = Path(__file__).parent
 PROMPT = 15.0
 
 LOOP = """
-import json, sys, time, torch, eaft_ext
+import json, signal, sys, time, torch, eaft_ext
+# Whoever started the tests may have had them ignored, as nohup does.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for name in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(name, signal.SIG_DFL)
 torch.set_num_threads(2)
 generator = torch.Generator().manual_seed(0)
 hidden = torch.randn(2048, 64, generator=generator).requires_grad_()
