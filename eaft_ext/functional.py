@@ -164,7 +164,8 @@ def gated_ce(
             a logit is -inf so is the mean, and the loss infinite, as there; its gradient is finite.
         z_loss: weight of the square of lse in the loss of each token. The gate is not on it: it
             holds the logits, and teaches nothing. Beside a gate of your own it takes a second read,
-            or of hidden states a second product, and ``inplace_backward`` is left alone.
+            or of hidden states a second product, its gradient is rounded by itself, and
+            ``inplace_backward`` is left alone.
         token_weight: (...), at least 0: what loss and gradient of each token are multiplied by. A
             constant. A token of weight 0 counts in a "mean", and is otherwise as if its label were
             ignored. A negative one raises on the CPU, and elsewhere with ``EAFT_EXT_CHECKS=1``.

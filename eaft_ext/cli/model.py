@@ -8,7 +8,6 @@ import importlib.util
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,11 +115,13 @@ def _default_folder() -> Path:
             f"reading {gguf.name} needs {' and '.join(missing)}: pip install 'eaft_ext[demo]'"
         )
     print(f"unpacking {gguf.name} (once, about 30 seconds)", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="convert-") as scratch:
-        converted = Path(scratch) / folder.name
+    with download.scratch_folder(folder.parent, "convert-") as scratch:
+        converted = scratch / folder.name
         _convert(gguf, converted)
         _write_checksums(converted)
         if folder.exists():
+            if _damaged_file(folder) is None:  # another process was faster
+                return folder
             shutil.rmtree(folder)
         converted.rename(folder)
     return folder

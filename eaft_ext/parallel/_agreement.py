@@ -22,6 +22,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from eaft_ext._checks import wants_value_checks
+from eaft_ext._library import build_info
 from eaft_ext._registration import ops
 from eaft_ext.reference import PARTIAL_HEAD
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Note = dict[str, Any]
 
 TIMEOUT = timedelta(minutes=30)  # for a group that does not say what it waits
+VERSION = "the version of eaft_ext"
 LOOKS = 20  # before the first sleep: mostly the others are here already
 LONGEST_SLEEP = 0.1  # seconds
 
@@ -99,7 +101,10 @@ def tell_failure(error: Exception, group: ProcessGroup | None) -> None:
     if world is None or not is_real(world):
         return
     store, notebook = _open()
-    note: Note = {"error": type(error).__name__, "message": str(error)}
+    kind = next(k for k in (TypeError, ValueError, Exception) if isinstance(error, k))
+    # Of several lines, as torch's errors have them, the first says it.
+    sentence = next(iter(str(error).splitlines()), "") or type(error).__name__
+    note: Note = {"error": kind.__name__, "message": sentence}
     if group is None:
         note |= {"calls": notebook.calls, "lives": notebook.lives, "lost": notebook.lost}
         notebook.lost += 1
@@ -135,7 +140,7 @@ def told_to_others() -> Iterator[Others]:
         yield others
     except NotInGroupError:
         raise
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         if not others.are_none:
             tell_failure(error, others.group)
         raise
@@ -164,6 +169,7 @@ def check(
         return
     own = dist.get_rank()
     note["fingerprint"] = None if fingerprint is None else fingerprint()
+    note[VERSION] = build_info()["version"]
     store.set(call.key(own), json.dumps(note | {"lost": notebook.lost_in_all}))
     notes = _read(op, store, notebook, group, call, _timeout_of(group, device))
     for process, its_note in notes.items():
@@ -268,7 +274,8 @@ def _raise_if_lost(
 
 
 def _raise(op: str, process: int, note: Note) -> NoReturn:
-    kind = TypeError if note["error"] == "TypeError" else ValueError
+    kinds: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError}
+    kind = kinds.get(note["error"], RuntimeError)
     raise kind(f"{op}: process {process} failed: {note['message'].removeprefix(f'{op}: ')}")
 
 
@@ -278,11 +285,13 @@ def _compare(op: str, notes: dict[int, Note]) -> None:
             _raise(op, process, note)
     (first, its_note), *others = notes.items()
     for process, note in others:
-        for name, value in note.items():
-            if name not in ("columns", "fingerprint") and value != its_note[name]:
+        # The version comes first: in another one, there may be more to agree on, or less.
+        for name in {VERSION: None} | its_note | note:
+            mine, its = its_note.get(name), note.get(name)
+            if name not in ("columns", "fingerprint") and mine != its:
                 raise ValueError(
-                    f"{op}: processes of the group differ in {name}: {its_note[name]} in process "
-                    f"{first}, {value} in process {process}"
+                    f"{op}: processes of the group differ in {name}: {mine} in process {first}, "
+                    f"{its} in process {process}"
                 )
     end = 0
     for (start, stop), process in sorted((note["columns"], p) for p, note in notes.items()):

@@ -112,6 +112,7 @@ class Words:
         return options | {
             "gate": _name_of(of_token.gate),
             "reduction": reduce.reduction,
+            "num_items_in_batch": _number_of(reduce.num_items_in_batch),
             "return_stats='full'": of_token.tells_entropy,
             "the sum of token_weight": _sum_of(reduce.token_weight),
             "vocab_size": shard.vocab_size,
@@ -133,7 +134,10 @@ def group_losses(
     How they are reduced is only compared. Without a group the shard is all there is.
     """
     member, group, checks = words.member, words.group, words.can_check
-    if group is not None and checks:
+
+    def compare() -> None:
+        if group is None or not checks:
+            return
         note = {
             "the shape of the tokens": list(labels.shape),
             "the dtype of the logits": str(logits.dtype),
@@ -148,6 +152,9 @@ def group_losses(
         _agreement.check(op, group, logits.device, note, evidence if words.is_assumed else None)
 
     def gather(partial: Tensor) -> Tensor:
+        # From here on the others know by themselves, from the notes or from the exchange.
+        others.are(None)
+        compare()
         if member is None or member.size == 1:
             partials = partial.unsqueeze(0)
         else:
@@ -156,7 +163,10 @@ def group_losses(
             _agreement.check_labels(op, partials, labels, of_token.ignore_index)
         return partials
 
-    return token_losses(logits, labels, of_token, words.shard, gather, inplace_backward)
+    # What a shard tells is made before notes are compared: without memory for it, all hear of that.
+    with _agreement.told_to_others() as others:
+        others.are(group if checks else None)
+        return token_losses(logits, labels, of_token, words.shard, gather, inplace_backward)
 
 
 FINGERPRINT_WORDS = 64
@@ -190,6 +200,17 @@ def _sum_of(token_weight: Tensor | None) -> str | None:
     if token_weight is None or type(token_weight) is not Tensor or token_weight.is_meta:
         return None if token_weight is None else "given"
     return str(token_weight.sum(dtype=torch.float64).item())
+
+
+def _number_of(num_items: float | Tensor | None) -> str | None:
+    """The same in all processes that have the same number, which may be where no host reads it."""
+    if num_items is None:
+        return None
+    if isinstance(num_items, Tensor) and (
+        type(num_items) is not Tensor or num_items.device.type != "cpu"
+    ):
+        return "a tensor"
+    return str(float(num_items))
 
 
 def _name_of(gate: Gate | GateFunction) -> str:

@@ -11,17 +11,13 @@ from typing import Any
 import pytest
 import torch
 from inputs import IGNORED, dtype_name, same_bits, upstream_of
-from linear_cases import linear_inputs
-from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
+from linear_cases import NAMES, assert_linear_parity, linear_gradients, linear_inputs
 from torch import Tensor
 
-import eaft_ext
 from eaft_ext import EntropyGate, FocalGate, HardGate, NoGate, linear_gated_ce, reference
 from eaft_ext.linear import _chunks
 
 pytestmark = pytest.mark.operator("gated_ce_forward_with_grad")
-
-NAMES = ("hidden", "weight", "bias")
 
 
 def _own_gate(nll: Tensor, entropy: Tensor) -> Tensor:
@@ -30,68 +26,6 @@ def _own_gate(nll: Tensor, entropy: Tensor) -> Tensor:
 
 GATES: list[Any] = [EntropyGate(), EntropyGate(2.0, 3.0), FocalGate(1.5), NoGate(), _own_gate]
 CHUNKS = [None, 1, 7, 1000]
-
-
-def _gradients(
-    function: Any, inputs: list[Tensor | None], labels: Tensor, upstream: Tensor, **options: Any
-) -> tuple[Tensor, eaft_ext.TokenStats, dict[str, Tensor]]:
-    """Loss, stats, and the gradients of what is given of hidden, weight and bias."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
-    hidden, weight, bias = leaves
-    loss, stats = function(hidden, weight, labels, bias, return_stats=True, **options)
-    present = {n: t for n, t in zip(NAMES, leaves, strict=True) if t is not None}
-    found = torch.autograd.grad(loss, list(present.values()), upstream.to(loss.dtype))
-    return loss.detach(), stats, dict(zip(present, found, strict=True))
-
-
-def _chunked_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    *,
-    chunk_size: int | None = None,
-    **options: Any,
-) -> Any:
-    """The reference, its products taken of as many tokens at a time as those of ours."""
-    kept = (labels != IGNORED).nonzero().squeeze(1)
-    logits = hidden.new_zeros(len(labels), weight.size(0))
-    for chunk in kept.split(chunk_size or max(1, len(kept))):
-        part = torch.nn.functional.linear(hidden[chunk], weight, bias)
-        logits = logits.index_put((chunk,), part)
-    return reference.gated_ce(logits, labels, **options)
-
-
-def _assert_parity(inputs: list[Tensor | None], labels: Tensor, **options: Any) -> None:
-    """Hold ``linear_gated_ce`` to the reference in the same dtype and in float64.
-
-    In float32 it is the sums of the products that differ, so the reference goes by chunks too. In
-    16 bits it does not: what is rounded after each chunk shall be no worse than rounded once. A
-    gradient that is scaled by another number than a power of 2 is rounded once more.
-    """
-    dtype = inputs[0].dtype
-    upstream = torch.tensor(-2.0 if dtype.itemsize == 2 else -1.75, device=labels.device)
-    if options.get("reduction") == "none":
-        upstream = upstream_of(labels)
-    of_chunks = {"chunk_size": options.pop("chunk_size", None)}
-    exact = {"accumulate_in_float32": options.pop("accumulate_in_float32", None)}
-    whole = reference.linear_gated_ce
-    wide = [None if t is None else t.double() for t in inputs]
-    op = _gradients(linear_gated_ce, inputs, labels, upstream, **of_chunks, **exact, **options)
-    if dtype.itemsize == 2:
-        ref = _gradients(whole, inputs, labels, upstream, **options)
-    else:
-        ref = _gradients(_chunked_reference, inputs, labels, upstream, **of_chunks, **options)
-    gt = _gradients(whole, wide, labels, upstream.double(), **options)
-    nll = 1 + gt[1].nll.abs().amax() if labels.numel() else 1
-    stats = zip(eaft_ext.TokenStats._fields[:3], op[1], ref[1], gt[1], strict=False)
-    for name, *values in [("loss", op[0], ref[0], gt[0]), *stats]:
-        vectors = [value if value.dim() else value.unsqueeze(0) for value in values]
-        assert_within(name, *vectors, LOSS_FACTOR, nll)
-    for name in op[2]:
-        assert_within(name, op[2][name], ref[2][name], gt[2][name], GRADIENT_FACTOR)
-    assert torch.equal(op[1].valid, labels != IGNORED)
-    assert not any(stat.requires_grad for stat in op[1] if stat is not None)
 
 
 def _inputs(
@@ -108,7 +42,7 @@ def test_is_the_unfused_loss(
     device: str, dtype: torch.dtype, gate: Any, reduction: str, chunk_size: int | None, route: str
 ) -> None:
     inputs, labels = _inputs(device, dtype, num_tokens=19, vocab_size=101, hidden_size=32)
-    _assert_parity(inputs, labels, gate=gate, reduction=reduction, chunk_size=chunk_size)
+    assert_linear_parity(inputs, labels, gate=gate, reduction=reduction, chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -121,7 +55,7 @@ def test_nothing_is_read_that_was_not_written(
     upstream = torch.ones(67 if reduction == "none" else (), device=device)
     torch.use_deterministic_algorithms(True, warn_only=True)  # which fills fresh memory with NaN
     try:
-        *_, found = _gradients(linear_gated_ce, inputs, labels, upstream, reduction=reduction)
+        *_, found = linear_gradients(linear_gated_ce, inputs, labels, upstream, reduction=reduction)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(gradient.isfinite().all() for gradient in found.values())
@@ -139,14 +73,14 @@ def test_vocabularies(
     """Also smaller ones than k."""
     hidden, weight, _ = linear_inputs(40, vocab_size, dtype, device=device, hidden_size=24)[:3]
     labels = linear_inputs(40, vocab_size, device=device)[3]
-    _assert_parity([hidden, weight, None], labels, chunk_size=16, gate=gate)
+    assert_linear_parity([hidden, weight, None], labels, chunk_size=16, gate=gate)
 
 
 @pytest.mark.parametrize("k", [2, 20, 128])
 def test_k_and_num_items(device: str, k: int) -> None:
     inputs, labels = _inputs(device, vocab_size=300)
     for num_items in (7, torch.tensor(9), torch.tensor(9, device=device)):
-        _assert_parity(inputs, labels, k=k, num_items_in_batch=num_items, chunk_size=4)
+        assert_linear_parity(inputs, labels, k=k, num_items_in_batch=num_items, chunk_size=4)
 
 
 def test_definitions(device: str) -> None:
@@ -176,7 +110,7 @@ def test_sums_in_float32(
         device, dtype, num_tokens=64, vocab_size=300, hidden_size=48, ignored=0
     )
     options = {"chunk_size": 64 // num_chunks, "accumulate_in_float32": True}
-    _assert_parity(inputs, labels, **options)
+    assert_linear_parity(inputs, labels, **options)
 
 
 @pytest.mark.parametrize("column_size", [1, 48, 2560, 3584, 100_000])
@@ -200,12 +134,12 @@ def test_sums_in_the_weights_own_dtype(device: str, dtype: torch.dtype) -> None:
     for exact in (True, False):
         options = {"chunk_size": 8, "accumulate_in_float32": exact, "reduction": "sum"}
         upstream = torch.ones((), device=device)
-        *_, found[exact] = _gradients(linear_gated_ce, inputs, labels, upstream, **options)
+        *_, found[exact] = linear_gradients(linear_gated_ce, inputs, labels, upstream, **options)
     parts = []
     for start in range(0, 64, 8):
         part = slice(start, start + 8)
         chunk = [inputs[0][part], *inputs[1:]]
-        *_, its = _gradients(linear_gated_ce, chunk, labels[part], upstream, reduction="sum")
+        *_, its = linear_gradients(linear_gated_ce, chunk, labels[part], upstream, reduction="sum")
         parts.append(its["weight"].float())
     so_far = torch.stack(parts).cumsum(0).abs()
     epsilon = torch.finfo(dtype).eps
@@ -273,10 +207,12 @@ def test_ignored_tokens_are_left_out(device: str, reduction: str, poisoned_memor
     valid = labels != IGNORED
     assert valid.any() and not valid.all()
     poisoned = [inputs[0].masked_fill(~valid[:, None], math.nan), *inputs[1:]]
-    loss, stats, gradients = _gradients(linear_gated_ce, poisoned, labels, upstream, **options)
+    loss, stats, gradients = linear_gradients(
+        linear_gated_ce, poisoned, labels, upstream, **options
+    )
     alone = [inputs[0][valid], *inputs[1:]]
     its_upstream = upstream[valid] if reduction == "none" else upstream
-    its_loss, its_stats, its_gradients = _gradients(
+    its_loss, its_stats, its_gradients = linear_gradients(
         linear_gated_ce, alone, labels[valid], its_upstream, **options
     )
     expected = torch.zeros_like(inputs[0])
@@ -331,7 +267,9 @@ def test_a_second_derivative_is_refused(device: str, reduction: str) -> None:
 def test_losses_are_the_same_bits_again(device: str) -> None:
     inputs, labels = _inputs(device, num_tokens=50, vocab_size=3000)
     upstream = torch.ones((), device=device)
-    runs = [_gradients(linear_gated_ce, inputs, labels, upstream, chunk_size=16) for _ in range(3)]
+    runs = [
+        linear_gradients(linear_gated_ce, inputs, labels, upstream, chunk_size=16) for _ in range(3)
+    ]
     for loss, _, gradients in runs[1:]:
         assert same_bits(loss, runs[0][0])
         for name in NAMES:
@@ -364,6 +302,6 @@ def test_hard_gates_and_infinite_logits(device: str) -> None:
     inputs[2][labels[3]] = -math.inf
     upstream = torch.ones((), device=device)
     options = {"gate": HardGate(2.0), "reduction": "sum", "chunk_size": 5}
-    loss, _, gradients = _gradients(linear_gated_ce, inputs, labels, upstream, **options)
+    loss, _, gradients = linear_gradients(linear_gated_ce, inputs, labels, upstream, **options)
     assert loss == 0
     assert not any(gradient.any() for gradient in gradients.values())

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from inputs import IGNORED, upstream_of
+from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
 from torch import Tensor
+
+import eaft_ext
+from eaft_ext import reference
 
 HIDDEN, V = 16, 50
 """Features, and words that neither 3 nor 4 processes can share evenly."""
+
+NAMES = ("hidden", "weight", "bias")
 
 
 def linear_inputs(
@@ -31,3 +40,67 @@ def linear_inputs(
     weight *= 1.5 / hidden_size**0.5
     hidden, weight, bias = (tensor.to(dtype).to(device) for tensor in (hidden, weight, bias))
     return hidden, weight, bias, labels.masked_fill(drop, -100).to(device)
+
+
+def linear_gradients(
+    function: Any, inputs: list[Tensor | None], labels: Tensor, upstream: Tensor, **options: Any
+) -> tuple[Tensor, eaft_ext.TokenStats, dict[str, Tensor]]:
+    """Loss, stats, and the gradients of what is given of hidden, weight and bias."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    hidden, weight, bias = leaves
+    loss, stats = function(hidden, weight, labels, bias, return_stats=True, **options)
+    present = {n: t for n, t in zip(NAMES, leaves, strict=True) if t is not None}
+    found = torch.autograd.grad(loss, list(present.values()), upstream.to(loss.dtype))
+    return loss.detach(), stats, dict(zip(present, found, strict=True))
+
+
+def _chunked_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    *,
+    chunk_size: int | None = None,
+    **options: Any,
+) -> Any:
+    """The reference, its products taken of as many tokens at a time as those of ours."""
+    kept = (labels != IGNORED).nonzero().squeeze(1)
+    logits = hidden.new_zeros(len(labels), weight.size(0))
+    for chunk in kept.split(chunk_size or max(1, len(kept))):
+        part = torch.nn.functional.linear(hidden[chunk], weight, bias)
+        logits = logits.index_put((chunk,), part)
+    return reference.gated_ce(logits, labels, **options)
+
+
+def assert_linear_parity(inputs: list[Tensor | None], labels: Tensor, **options: Any) -> None:
+    """Hold ``linear_gated_ce`` to the reference in the same dtype and in float64.
+
+    In float32 it is the sums of the products that differ, so the reference goes by chunks too. In
+    16 bits it does not: what is rounded after each chunk shall be no worse than rounded once. A
+    gradient that is scaled by another number than a power of 2 is rounded once more.
+    """
+    dtype = inputs[0].dtype
+    upstream = torch.tensor(-2.0 if dtype.itemsize == 2 else -1.75, device=labels.device)
+    if options.get("reduction") == "none":
+        upstream = upstream_of(labels)
+    of_chunks = {"chunk_size": options.pop("chunk_size", None)}
+    exact = {"accumulate_in_float32": options.pop("accumulate_in_float32", None)}
+    whole = reference.linear_gated_ce
+    wide = [None if t is None else t.double() for t in inputs]
+    op = linear_gradients(
+        eaft_ext.linear_gated_ce, inputs, labels, upstream, **of_chunks, **exact, **options
+    )
+    if dtype.itemsize == 2:
+        ref = linear_gradients(whole, inputs, labels, upstream, **options)
+    else:
+        ref = linear_gradients(_chunked_reference, inputs, labels, upstream, **of_chunks, **options)
+    gt = linear_gradients(whole, wide, labels, upstream.double(), **options)
+    nll = 1 + gt[1].nll.abs().amax() if labels.numel() else 1
+    stats = zip(eaft_ext.TokenStats._fields[:3], op[1], ref[1], gt[1], strict=False)
+    for name, *values in [("loss", op[0], ref[0], gt[0]), *stats]:
+        vectors = [value if value.dim() else value.unsqueeze(0) for value in values]
+        assert_within(name, *vectors, LOSS_FACTOR, nll)
+    for name in op[2]:
+        assert_within(name, op[2][name], ref[2][name], gt[2][name], GRADIENT_FACTOR)
+    assert torch.equal(op[1].valid, labels != IGNORED)
+    assert not any(stat.requires_grad for stat in op[1] if stat is not None)
