@@ -49,7 +49,7 @@ PROGRAMS = {"setup.py", "build_backend.py", "eaft_ext/cli/download.py", "eaft_ex
 PROGRAMS |= {"eaft_ext/integrations/llamafactory.py"}
 
 # What a checkout has for those who change it, and an sdist has not.
-FOR_DEVELOPERS = re.compile(r"\.ci/.*|(.*/)?\.[a-z-]+(\.yaml)?")
+FOR_DEVELOPERS = re.compile(r"\.(ci|github)/.*|(.*/)?\.[a-z-]+(\.yaml)?")
 # What setuptools adds.
 METADATA = re.compile(r"PKG-INFO|setup\.cfg|eaft_ext\.egg-info/.*")
 
