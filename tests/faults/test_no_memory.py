@@ -89,6 +89,7 @@ def test_an_address_space_that_ends_in_the_backward() -> None:
     done = subprocess.run(
         [sys.executable, "-c", LIMIT],
         env=environment(),
+        cwd=HERE,
         capture_output=True,
         text=True,
         timeout=120,

@@ -50,6 +50,7 @@ def _started(*arguments: Any) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", LOOP, *map(str, arguments)],
         env=environment(HERE),
+        cwd=HERE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
