@@ -2,13 +2,16 @@
 //
 // It counts the blocks of at least kSmallest bytes: tensors, and the arrays of kernels; of less,
 // torch has some whose failure ends the process.
-// limit_allocations(n) lets n of them through and fails the one that follows, or all that follow.
+// limit_allocations(n) lets n of them through and fails the one that follows, or all that follow of
+// at least kSmallestOfAll: torch makes the text of an error's backtrace where it has lost a block,
+// and does not look whether there was memory for that.
 #include <errno.h>
 #include <malloc.h>
 #include <stdatomic.h>
 #include <stddef.h>
 
 static const size_t kSmallest = 4096;
+static const size_t kSmallestOfAll = 32768;
 static atomic_long left = -1;  // -1: none fails
 static atomic_int fails_on = 0;
 static atomic_long failed = 0;
@@ -29,7 +32,8 @@ long failed_allocations(void) { return atomic_load(&failed); }
 long bytes_in_use(void) { return atomic_load(&live_bytes); }
 
 static int fails(size_t size) {
-  if (size < kSmallest || atomic_load(&left) < 0) return 0;
+  const size_t smallest = atomic_load(&fails_on) ? kSmallestOfAll : kSmallest;
+  if (size < smallest || atomic_load(&left) < 0) return 0;
   const long before = atomic_fetch_sub(&left, 1);
   if (before > 0) return 0;
   if (before < 0) {  // another thread was first

@@ -18,6 +18,9 @@ import pytest
 
 import eaft_ext
 
+_CPUINFO = Path("/proc/cpuinfo")
+MULTIPLIES_BFLOAT16 = not _CPUINFO.exists() or "bf16" in _CPUINFO.read_text()
+
 LOGITS_MB = 48
 SLACK_MB = 6
 """Page granularity, the allocator's arenas, Python."""
@@ -107,4 +110,9 @@ def test_one_gradient_is_allocated(growth: dict[str, float], case: str, dtype: s
 )
 def test_the_linear_loss_holds_one_chunk(chunks: dict[str, float], case: str, dtype: str) -> None:
     """However many there are. At least that much, too: the measure sees what is allocated."""
+    if dtype == "bfloat16" and not MULTIPLIES_BFLOAT16:
+        pytest.skip(
+            "torch's own product holds its result in float32 on a CPU without bfloat16 "
+            "instructions; one that has avx512_bf16, amx_bf16 or bf16 in /proc/cpuinfo runs this"
+        )
     assert 0.9 <= chunks[f"{case} {dtype}"] <= 1.2
