@@ -242,7 +242,7 @@ class Reduce:
             return 1.0
         return mean_divisor(valid, self.num_items_in_batch, dtype)
 
-    def __call__(self, loss: Tensor, valid: Tensor) -> Tensor:
+    def reduced(self, loss: Tensor, valid: Tensor) -> Tensor:
         """The losses (...) of tokens, or what becomes of them."""
         loss = self.weighted(loss)
         return reduce_loss(loss, valid, self.reduction, self.num_items_in_batch)

@@ -230,7 +230,7 @@ def gated_ce(
             **of_token.reference_options(),
             tells_entropy=of_token.tells_entropy,
         )
-    loss = reduce(loss, stats.valid)
+    loss = reduce.reduced(loss, stats.valid)
     return (loss, stats) if return_stats else loss
 
 

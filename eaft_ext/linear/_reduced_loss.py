@@ -133,4 +133,4 @@ def reduced_loss(
     if (rest := of_token.z_loss_alone) is not None:
         unreduced = Reduce("none", None)
         loss = loss + reduced_loss(product, labels, rest, unreduced, chunking, shard)[0]
-    return reduce(loss, valid), of_token.stats(nll, entropy, given, valid, extra)
+    return reduce.reduced(loss, valid), of_token.stats(nll, entropy, given, valid, extra)

@@ -125,5 +125,5 @@ def vocab_parallel_gated_ce(
     words = Words(shard, member, is_assumed=vocab_start is None and vocab_size is None)
     labels, reduce = reduce.without_muted(labels, of_token)
     loss, stats = group_losses(_OP, logits_shard, labels, of_token, reduce, words, inplace_backward)
-    loss = reduce(loss, stats.valid)
+    loss = reduce.reduced(loss, stats.valid)
     return (loss, stats) if return_stats else loss
