@@ -105,6 +105,26 @@ inline std::vector<int64_t> extra_sizes(const Tensor& logits, int64_t num_extra)
   return sizes;
 }
 
+// The outputs of the forward, one number a row each.
+struct StatTensors {
+  Tensor loss, nll, entropy, gate, row_max, log_sum;
+  Tensor extra;  // (num_extra, ...)
+
+  // make(sizes) gives each.
+  template <typename Make>
+  StatTensors(const Tensor& logits, int64_t num_extra, const Make& make)
+      : loss(make(rows_of(logits))),
+        nll(make(rows_of(logits))),
+        entropy(make(rows_of(logits))),
+        gate(make(rows_of(logits))),
+        row_max(make(rows_of(logits))),
+        log_sum(make(rows_of(logits))),
+        extra(make(extra_sizes(logits, num_extra))) {}
+
+ private:
+  static Sizes rows_of(const Tensor& logits) { return logits.sizes().slice(0, logits.dim() - 1); }
+};
+
 // Those of the logits with another last dimension.
 inline std::vector<int64_t> sizes_of_rows(const Tensor& logits, int64_t last) {
   auto sizes = logits.sizes().vec();

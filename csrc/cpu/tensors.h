@@ -99,19 +99,12 @@ struct StatsOfRows {
   }
 };
 
-// The outputs of the forward, one number a row each. Zero is what an ignored row has.
-struct Stats {
-  Tensor loss, nll, entropy, gate, row_max, log_sum;
-  Tensor extra;  // (num_extra, ...)
-
+// Zero is what an ignored row has.
+struct Stats : StatTensors {
   Stats(const Tensor& logits, int64_t num_extra)
-      : loss(one_per_row(logits)),
-        nll(one_per_row(logits)),
-        entropy(one_per_row(logits)),
-        gate(one_per_row(logits)),
-        row_max(one_per_row(logits)),
-        log_sum(one_per_row(logits)),
-        extra(zeros_on_host(extra_sizes(logits, num_extra), stats_dtype(logits), logits)) {}
+      : StatTensors(logits, num_extra, [&](Sizes sizes) {
+          return zeros_on_host(sizes, stats_dtype(logits), logits);
+        }) {}
 
   template <typename Real>
   StatsOfRows<Real> of_rows() const {
@@ -120,11 +113,6 @@ struct Stats {
             data(extra),
             static_cast<int>(extra.size(0)),
             loss.numel()};
-  }
-
- private:
-  static Tensor one_per_row(const Tensor& logits) {
-    return zeros_on_host(logits.sizes().slice(0, logits.dim() - 1), stats_dtype(logits), logits);
   }
 };
 

@@ -56,19 +56,11 @@ inline Tensor make_workspace(const Tensor& logits, size_t bytes) {
   return empty({sizes.data(), sizes.size()}, ScalarType::Byte, logits);
 }
 
-// The outputs of the forward, one number a row each. Every one is written by the kernels.
-struct Stats {
-  Tensor loss, nll, entropy, gate, row_max, log_sum;
-  Tensor extra;  // (num_extra, ...)
-
+// Every number is written by the kernels.
+struct Stats : StatTensors {
   Stats(const Tensor& logits, int64_t num_extra)
-      : loss(one_per_row(logits)),
-        nll(one_per_row(logits)),
-        entropy(one_per_row(logits)),
-        gate(one_per_row(logits)),
-        row_max(one_per_row(logits)),
-        log_sum(one_per_row(logits)),
-        extra(empty(extra_sizes(logits, num_extra), ScalarType::Float, logits)) {}
+      : StatTensors(logits, num_extra,
+                    [&](Sizes sizes) { return empty(sizes, ScalarType::Float, logits); }) {}
 
   StatsPointers pointers() const {
     return {loss.mutable_data_ptr<float>(),
@@ -80,11 +72,6 @@ struct Stats {
             extra.mutable_data_ptr<float>(),
             static_cast<int>(extra.size(0)),
             loss.numel()};
-  }
-
- private:
-  static Tensor one_per_row(const Tensor& logits) {
-    return empty(logits.sizes().slice(0, logits.dim() - 1), ScalarType::Float, logits);
   }
 };
 
