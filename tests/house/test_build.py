@@ -12,6 +12,7 @@ import sys
 import tarfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -231,18 +232,24 @@ def test_the_version_stands_in_one_place() -> None:
     assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Compiled for all architectures in the least time.
 QUICK = "gated_ce_merge.cu"
 
 
+def _of_architectures(which: str, *marks: pytest.MarkDecorator) -> list[Any]:
+    return [pytest.param(path, which, id=f"{path.name}-{which}", marks=marks) for path in KERNELS]
+
+
 @pytest.mark.parametrize(
-    "source",
+    ("source", "architectures"),
     [
-        pytest.param(path, id=path.name, marks=() if path.name == QUICK else pytest.mark.slow)
-        for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+        pytest.param(ROOT / "csrc" / "cuda" / QUICK, "all", id="quick"),
+        *_of_architectures("9.0", pytest.mark.slow),
+        *_of_architectures("all", pytest.mark.sweep),
     ],
 )
-def test_kernels_keep_to_registers_on_every_architecture(source: Path, tmp_path: Path) -> None:
+def test_kernels_keep_to_registers(source: Path, architectures: str, tmp_path: Path) -> None:
     """No spills and no local memory, as ptxas reports it of every kernel and function."""
     setup_script = load(ROOT / "setup.py")
     home = setup_script.find_cuda_home()
@@ -251,7 +258,8 @@ def test_kernels_keep_to_registers_on_every_architecture(source: Path, tmp_path:
             "no CUDA toolkit here; install one, or set CUDA_HOME to its folder, to run this"
         )
     listed = setup_script.nvcc_output(home, "--list-gpu-arch").split()
-    numbers = [a.replace(".", "") for a in setup_script.CUDA_ARCHITECTURES]
+    chosen = setup_script.CUDA_ARCHITECTURES if architectures == "all" else [architectures]
+    numbers = [a.replace(".", "") for a in chosen]
     numbers = [n for n in numbers if f"compute_{n}" in listed]
     targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
     command = [home / "bin" / "nvcc", "-c", source, "-o", tmp_path / "object.o", "--threads", "2"]

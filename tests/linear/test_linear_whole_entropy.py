@@ -149,7 +149,11 @@ def test_shapes_of_tokens(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_name)
-@pytest.mark.parametrize("options", [{}, {"gate": _own_gate}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gate": _own_gate}, {"reduction": "none"}],
+    ids=["nothing", "own_gate", "none"],
+)
 def test_asking_for_more_changes_nothing(
     device: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:

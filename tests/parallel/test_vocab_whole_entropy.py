@@ -168,7 +168,9 @@ def test_full_stats_of_the_family(
 
 
 @pytest.mark.usefixtures("route")
-@pytest.mark.parametrize("options", [{}, {"gate": _OfK()}, *FAMILY], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"gate": _OfK()}, *FAMILY], ids=["nothing", "own_gate", *map(str, FAMILY)]
+)
 def test_asking_for_more_changes_nothing(
     device: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The peak memory of a training in a process of its own."""
+"""The peak of memory, measured in a process of its own."""
 
 from __future__ import annotations
 
