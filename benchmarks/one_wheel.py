@@ -3,8 +3,8 @@
     python benchmarks/one_wheel.py run eaft_ext-….whl torch-2.10/bin/python torch-2.13/bin/python
     python benchmarks/one_wheel.py page [--check]
 
-Each interpreter is that of an environment of its own, with a torch, pytest, pytest-timeout and
-numpy. The wheel is installed into it, and the suites run against what was installed.
+Each interpreter is that of an environment of its own, with a torch, numpy, pytest and pytest-xdist.
+The wheel is installed into it, and the suites run against what was installed.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def suite(python: Path, paths: list[str]) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         # Not `python -m pytest`: the sources must not hide what is installed.
-        command = [python.parent / "pytest", "-q", f"--junit-xml={report}", *paths]
-        subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
+        command = [python.parent / "pytest", "-q", "-n", "2", "--dist", "loadfile"]
+        command += [f"--junit-xml={report}", *paths]
+        subprocess.run(command, cwd=ROOT, check=False)
         counts = ET.parse(report).getroot()[0].attrib
     number = {name: int(counts[name]) for name in ("tests", "failures", "errors", "skipped")}
     failed = number["failures"] + number["errors"]

@@ -35,7 +35,7 @@ from eaft_ext.parallel import _shard
 # Marks of what runs if it is asked for, by an option of the same name.
 _ON_REQUEST = {
     "slow": "most that takes seconds, in .ci/run",
-    "sweep": "every model of transformers, compiled, an hour; every kernel's registers everywhere",
+    "sweep": "every model of transformers, compiled; every architecture of CUDA; hours",
 }
 
 

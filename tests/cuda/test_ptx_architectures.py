@@ -34,6 +34,7 @@ def without_line(statement: Instruction | Label) -> Instruction | Label:
     return statement
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("architecture", SAME_AS)
 def test_the_same_code(architecture: str) -> None:
     """Where this fails, compiled.ARCHITECTURES needs the architecture, and SAME_AS does not."""
@@ -52,6 +53,7 @@ def test_the_same_code(architecture: str) -> None:
         assert [*map(without_line, function.body)] == [*map(without_line, twin.body)], name
 
 
+@pytest.mark.sweep
 def test_below_9_0_there_are_no_clusters() -> None:
     kernels = [f for (_, name), f in functions("sm_80").items() if OF_CLUSTERS in name]
     assert kernels
@@ -60,7 +62,6 @@ def test_below_9_0_there_are_no_clusters() -> None:
         assert "trap" in opcodes and not [o for o in opcodes if o.startswith(("cp.", "mbarrier"))]
 
 
-@pytest.mark.parametrize("architecture", compiled.ARCHITECTURES)
 def test_approximations_at_their_bound(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Off by up to two units in the last place, as the PTX ISA allows ex2.approx."""
     code = compiled.load(architecture)
