@@ -199,18 +199,28 @@ class TokenLoss:
         return gate_weights(self.gate, k, nll, entropy, valid)
 
     def stats(
-        self, nll: Tensor, entropy: Tensor, weight: Tensor, valid: Tensor, extra: Sequence[Tensor]
+        self,
+        nll: Tensor,
+        entropy: Tensor,
+        weight: Tensor,
+        valid: Tensor,
+        extra: Sequence[Tensor],
+        dropped: Tensor | None = None,
     ) -> TokenStats:
         """With what an operator tells besides: as many tensors as ``num_extra``."""
-        stats = TokenStats(nll, entropy, weight, valid)
         if self.num_extra == 0:
-            return stats
+            return TokenStats(nll, entropy, weight, valid, dropped=dropped)
         lse = extra[0]
-        return stats._replace(
+        return TokenStats(
+            nll,
+            entropy,
+            weight,
+            valid,
             correct=extra[1].bool(),
             lse=lse,
             z_loss=None if self.z_loss == 0 else self.z_loss * lse**2,
             vocab_entropy=extra[2] if self.tells_entropy else None,
+            dropped=dropped,
         )
 
     def extra(self, merged: Merged, ignored: Tensor) -> list[Tensor]:

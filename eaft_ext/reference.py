@@ -51,8 +51,9 @@ class TokenStats(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
         """The same with ``function`` of each of those that are there."""
-        there = {name: stat for name, stat in self._asdict().items() if stat is not None}
-        return self._replace(**{name: function(stat) for name, stat in there.items()})
+        # Here and elsewhere not _replace(), which the compiler of torch 2.11 does not trace.
+        made: list[Any] = [None if stat is None else function(stat) for stat in self]
+        return TokenStats(*made)
 
 
 def _widened(logits: Tensor) -> Tensor:
@@ -225,8 +226,12 @@ def token_losses(
     column = labels.clamp(0, vocab_size - 1).long().unsqueeze(-1)
     is_top = x.gather(-1, column).squeeze(-1) == x.amax(-1)
     spoilt = nll.isnan()  # also by a label outside the vocabulary
-    stats = TokenStats(nll.detach(), entropy, weight, valid, valid & ~spoilt & is_top)
-    return loss, stats._replace(
+    return loss, TokenStats(
+        nll.detach(),
+        entropy,
+        weight,
+        valid,
+        correct=valid & ~spoilt & is_top,
         lse=torch.where(spoilt, nll, lse).detach(),
         z_loss=None if of_lse is None else torch.where(spoilt, nll, of_lse).detach(),
         vocab_entropy=whole if tells_entropy else None,

@@ -121,8 +121,8 @@ def reduced_loss(
         loss, nll, entropy, given, extra, gone, *_ = linear_gated_ce_forward_with_grad(
             hidden, weight, bias, labels, divisor, reduce.token_weight, wanted, *options
         )
-        stats = of_token.stats(nll, entropy, given, valid, extra)
-        return loss, stats._replace(dropped=gone) if chunking.drop_below else stats
+        dropped = gone if chunking.drop_below else None
+        return loss, of_token.stats(nll, entropy, given, valid, extra, dropped)
     loss, nll, entropy, given, _, _, extra = linear_gated_ce_forward(
         hidden, weight, bias, labels, *options
     )

@@ -93,8 +93,8 @@ inline double plain_gate(const Gate& gate, double nll, double entropy) {
 inline double plain_loss(const TokenLoss& loss, double gate, double nll, double lse, double mean) {
   const double smoothing = loss.label_smoothing;
   const double smooth = smoothing == 0 ? 0 : smoothing * (lse - mean);
-  const double gated =
-      gate == 0 ? 0 : gate * ((smoothing == 1 ? 0 : (1 - smoothing) * nll) + smooth);
+  // As PyTorch has it, also where it is 0 * infinity.
+  const double gated = gate == 0 ? 0 : gate * ((1 - smoothing) * nll + smooth);
   return gated + (loss.z_loss == 0 ? 0 : loss.z_loss * lse * lse);
 }
 
