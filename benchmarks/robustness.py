@@ -1,15 +1,14 @@
-"""What the library was tried with, and what it survived: properties, faults, a long training.
+"""What the library was tried with, and what it survived: properties, faults, fuzzers, long runs.
 
-    python benchmarks/robustness.py                     runs all, a quarter of an hour and more
+    python benchmarks/robustness.py                     runs all, an hour and a half
     python benchmarks/robustness.py --only soak         a part, beside what is known of the others
     python benchmarks/robustness.py --examples 2000     calls of each property (default 1000)
+    python benchmarks/robustness.py --fuzz 60           seconds of each fuzzer (default 1200)
     python benchmarks/robustness.py --write             puts the table into docs/robustness.md
     python benchmarks/robustness.py --check             exits with 1 if that would change the page
 
-It runs tests/fuzz and tests/faults, and tests/faults/soak.py, and counts what ran. The counts are
-in benchmarks/results/robustness.json; a part of another program has a key there, such as
-"sanitizer_reports" and "fuzz_executions", with what each part has: ``count``, ``failed`` (a list),
-``seconds``, ``date``, ``commit``, and ``details`` in words.
+It runs tests/fuzz and tests/faults, tests/faults/soak.py and .ci/sanitize, and counts what ran. The
+counts are in benchmarks/results/robustness.json.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,7 +34,7 @@ from reports.tables import number, table
 
 RESULT = FOLDER / "robustness.json"
 PAGE = ROOT / "docs" / "robustness.md"
-EXAMPLES, STEPS = 1000, 20_000
+EXAMPLES, STEPS, FUZZ_SECONDS = 1000, 20_000, 1200
 SOAK = ROOT / "tests" / "faults" / "soak.py"
 MIB = 2**20
 
@@ -43,8 +43,7 @@ ROWS = {
     "properties": "property examples",
     "faults": "injected faults survived",
     "soak": "steps of the longest training",
-    "sanitizer_reports": "sanitizer reports",
-    "fuzz_executions": "fuzz executions",
+    "sanitizers": "fuzzers' inputs, with sanitizers",
 }
 KINDS = {
     "test_no_memory": "no memory, at every allocation of every call",
@@ -74,17 +73,17 @@ def _failed(report: ElementTree.Element) -> list[str]:
     ]
 
 
-def properties(examples: int, _: int) -> dict[str, Any]:
+def properties(asked: Namespace) -> dict[str, Any]:
     """Every property of tests/fuzz, with so many drawn calls."""
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder) / "counts.json"
-        asked = {"EAFT_EXT_FUZZ_EXAMPLES": str(examples), "EAFT_EXT_FUZZ_COUNTS": str(counts)}
-        _, report = _pytest("tests/fuzz", **asked)
+        given = {"EAFT_EXT_FUZZ_EXAMPLES": str(asked.examples)}
+        _, report = _pytest("tests/fuzz", EAFT_EXT_FUZZ_COUNTS=str(counts), **given)
         tried: dict[str, int] = json.loads(counts.read_text())
     return {"count": sum(tried.values()), "of_each": tried, "failed": _failed(report)}
 
 
-def faults(_: int, __: int) -> dict[str, Any]:
+def faults(_: Namespace) -> dict[str, Any]:
     """Every fault of tests/faults; of the memory, each allocation that failed."""
     _, report = _pytest("tests/faults", "--slow", f"--ignore={SOAK.with_name('test_soak.py')}")
     failed = _failed(report)
@@ -97,21 +96,39 @@ def faults(_: int, __: int) -> dict[str, Any]:
     return {"count": sum(counts.values()), "of_each": dict(counts), "failed": failed}
 
 
-def soak(_: int, steps: int) -> dict[str, Any]:
+def soak(asked: Namespace) -> dict[str, Any]:
     """A long training, in a process of its own."""
-    done = subprocess.run([sys.executable, SOAK, str(steps)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, SOAK, str(asked.steps)], capture_output=True, text=True)
     if not done.stdout:
         sys.exit(done.stderr)
     found = json.loads(done.stdout)
-    return {"count": steps, "failed": list(filter(None, done.stderr.splitlines())), "found": found}
+    return {
+        "count": asked.steps,
+        "failed": list(filter(None, done.stderr.splitlines())),
+        "found": found,
+    }
 
 
-PARTS = {"properties": properties, "faults": faults, "soak": soak}
+def sanitizers(asked: Namespace) -> dict[str, Any]:
+    """The C++ under sanitizers, of which the fuzzers take the time."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "found.json"
+        command = [ROOT / ".ci" / "sanitize", "--seconds", asked.fuzz, "--output", output]
+        subprocess.run(list(map(str, command)), check=False)
+        parts = json.loads(output.read_text())["parts"]
+    return {
+        "count": sum(part["count"] for part in parts if part["what"] in ("inputs", "calls")),
+        "of_each": parts,
+        "failed": [part["part"] for part in parts if part["reports"]],
+    }
 
 
-def _measured(name: str, examples: int, steps: int) -> dict[str, Any]:
+PARTS = {"properties": properties, "faults": faults, "soak": soak, "sanitizers": sanitizers}
+
+
+def _measured(name: str, asked: Namespace) -> dict[str, Any]:
     tried, begun = commit(), time.monotonic()  # before it can change
-    found = PARTS[name](examples, steps)
+    found = PARTS[name](asked)
     return found | {
         "seconds": round(time.monotonic() - begun, 1),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -145,7 +162,11 @@ def _details(name: str, part: dict[str, Any]) -> str:
             f"{found['handles'][0]} → {found['handles'][-1]}, threads {found['threads'][0]} → "
             f"{found['threads'][-1]}, µs of processor time a step in each tenth: {steps}"
         )
-    return str(part.get("details", ""))
+    return "; ".join(
+        f"{one['part']}: {one['count']:,} {one['what']}"
+        + (f", {one['edges']:,} edges covered" if "edges" in one else "")
+        for one in part["of_each"]
+    )
 
 
 def summary(raw: dict[str, Any]) -> str:
@@ -174,6 +195,7 @@ def main() -> int:
     parser.add_argument("--only", choices=PARTS, nargs="+", default=[*PARTS])
     parser.add_argument("--examples", type=int, default=EXAMPLES, metavar="N")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="of the training")
+    parser.add_argument("--fuzz", type=float, default=FUZZ_SECONDS, metavar="S", help="seconds")
     parser.add_argument("--page", type=Path, default=PAGE, help="default: docs/robustness.md")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--write", action="store_true", help="put the table into the page")
@@ -181,7 +203,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if not (arguments.write or arguments.check):
         for name in arguments.only:
-            _store(name, _measured(name, arguments.examples, arguments.steps))
+            _store(name, _measured(name, arguments))
         raw = _stored()
         print(summary(raw))
         return 1 if any(raw[name]["failed"] for name in arguments.only) else 0

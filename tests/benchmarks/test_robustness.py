@@ -1,4 +1,4 @@
-"""The page of what was tried: it shows the result file, and what other programs put there."""
+"""The page of what was tried: it shows the result file, and names every kind of fault."""
 
 from __future__ import annotations
 
@@ -26,12 +26,17 @@ def test_the_page_shows_the_result_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert page.read_text() == robustness.PAGE.read_text()
 
 
-def test_parts_of_other_programs_have_rows() -> None:
+def test_what_the_sanitizers_found_is_told() -> None:
     raw = json.loads(robustness.RESULT.read_text())
-    part = {"count": 1234, "failed": ["one"], "seconds": 90, "date": "2026-01-01", "commit": "abc"}
-    shown = robustness.summary(raw | {"sanitizer_reports": part | {"details": "of two kinds"}})
-    assert "| sanitizer reports | 1,234 | 1 | 1.50 | abc, 2026-01-01 | of two kinds |" in shown
-    assert "fuzz executions" not in shown or "fuzz_executions" in raw
+    parts = [
+        {"part": "rows", "what": "inputs", "count": 1234, "edges": 77, "reports": 1},
+        {"part": "threads", "what": "program", "count": 1, "reports": 0},
+    ]
+    part = {"count": 1234, "of_each": parts, "failed": ["rows"]}
+    part |= {"seconds": 90, "date": "2026-01-01", "commit": "abc"}
+    shown = robustness.summary(raw | {"sanitizers": part})
+    assert "| 1,234 | 1 | 1.50 | abc, 2026-01-01 | rows: 1,234 inputs, 77 edges covered; " in shown
+    assert "; threads: 1 program |" in shown
 
 
 def test_every_kind_of_fault_is_named() -> None:
