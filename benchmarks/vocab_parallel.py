@@ -35,6 +35,7 @@ QUICK_SHAPES = ((64, 8_192),)
 REPEATS = 15
 SECONDS = 1800
 SUFFIX = "-vocab-parallel"
+HERE = "127.0.0.1"
 # Its name in docs/benchmarks.md.
 BLOCK = "vocab_parallel"
 
@@ -59,11 +60,11 @@ def launch(
 ) -> list[tuple[dict[str, Any], ...]]:
     """What all processes found, case by case. If one fails, all are ended, and so is this one."""
     # By this the processes find each other, as under torchrun.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore(HERE, 0, is_master=True, wait_for_workers=False)
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if sys.platform.startswith("linux"):
         environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
-    request = lockstep.Request(store.port, cases, arguments)
+    request = lockstep.Request((HERE, store.port), cases, arguments)
     found, reason = measure_in(
         arguments.world_size, environment, lockstep.measure, measure, request, arguments.seconds
     )

@@ -28,12 +28,12 @@ Found = dict[str, Any]
 
 
 class Request(NamedTuple):
-    """What all processes are told: the port of the store by which they find each other, and more.
+    """What all processes are told: the store by which they find each other, and more.
 
     The cases come with the names of whom to measure.
     """
 
-    port: int
+    store: tuple[str, int]
     cases: list[tuple[Case, list[str]]]
     arguments: argparse.Namespace
 
@@ -118,9 +118,9 @@ def measure_memory(case: Case, contenders: list[Contender], _: object) -> Found:
 
 def measure(rank: int, measure_what: Any, request: Request) -> Iterator[Found]:
     torch.set_num_threads(1)
-    port, cases, arguments = request
+    address, cases, arguments = request
     size, limit = arguments.world_size, timedelta(seconds=arguments.seconds)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
+    store = dist.TCPStore(*address, is_master=False, timeout=limit)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
     chosen = {name for _, names in cases for name in names}
     if any(c.module for c in CONTENDERS if c.name in chosen):
