@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from harness.device import open_device
-from harness.machine import FOLDER, ROOT, describe
+from harness.machine import FOLDER, ROOT, commit, describe
 from reports.pages import fill
 from reports.tables import table
 
@@ -62,40 +62,42 @@ def suite(python: Path, paths: list[str]) -> dict[str, Any]:
 
 def run(wheel: Path, pythons: list[Path]) -> None:
     """Every suite under every interpreter; of those that were run before, anew."""
-    results: dict[str, Any] = {"machine": describe(open_device("cpu")), "wheel": wheel.name}
-    if FILE.exists():
-        old = json.loads(FILE.read_text())
-        results["rows"] = old["rows"] if old["wheel"] == wheel.name else []
-    rows = results.setdefault("rows", [])
+    rows = json.loads(FILE.read_text())["rows"] if FILE.exists() else []
+    results = {"machine": describe(open_device("cpu")), "rows": rows}
     for python in pythons:
         install = ["-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel]
         subprocess.run([python, *install], check=True)
         told = subprocess.run(
             [python, "-c", TOLD], cwd=wheel.parent, capture_output=True, text=True, check=True
         )
-        row = json.loads(told.stdout)
+        row = {"wheel": wheel.name, "bytes": wheel.stat().st_size, "commit": commit()}
+        row |= json.loads(told.stdout)
         row["suites"] = {name: suite(python, paths) for name, paths in SUITES.items()}
         print(row, flush=True)
-        rows[:] = [other for other in rows if other["torch"] != row["torch"]] + [row]
+        rows[:] = [other for other in rows if _key(other) != _key(row)] + [row]
         FILE.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def release(version: str) -> list[int]:
-    """For sorting: 2.10 comes after 2.9."""
-    return [int(part) for part in version.split("+")[0].split(".")]
+def _key(row: dict[str, Any]) -> tuple[str, list[int], str]:
+    """By which rows are known and sorted: 2.10 comes after 2.9."""
+    release = [int(part) for part in row["torch"].split("+")[0].split(".")]
+    return row["wheel"], release, row["torch"]
 
 
 def block() -> str:
     """The table: rows are releases of torch, columns suites."""
-    results = json.loads(FILE.read_text())
-    rows = sorted(results["rows"], key=lambda row: release(row["torch"]))
-    head = ["torch", *SUITES]
-    cells = [[row["torch"], *(_cell(row["suites"][name]) for name in SUITES)] for row in rows]
-    built = rows[0]["build"]["torch_version"]
-    return (
-        f"`{results['wheel']}`, built with torch {built}; tests that passed.\n\n"
-        f"{table(head, cells)}"
-    )
+    rows = sorted(json.loads(FILE.read_text())["rows"], key=_key)
+    wheels = {
+        row["wheel"]: f"`{row['wheel']}` ({row['bytes'] / 1e6:.1f} MB) was built with torch "
+        f"{row['build']['torch_version']}."
+        for row in rows
+    }
+    cells = [
+        [row["wheel"].split("-")[1], row["torch"], *(_cell(row["suites"][name]) for name in SUITES)]
+        for row in rows
+    ]
+    told = " ".join(wheels.values())
+    return f"{told} Tests that passed:\n\n{table(['wheel', 'torch', *SUITES], cells)}"
 
 
 def _cell(counts: dict[str, int]) -> str:
