@@ -67,7 +67,9 @@ inline Tensor empty(Sizes sizes, ScalarType dtype, const Tensor& like) {
 
 inline Tensor zeros_on_host(Sizes sizes, ScalarType dtype, const Tensor& like) {
   const Tensor result = empty(sizes, dtype, like);
-  std::memset(result.mutable_data_ptr(), 0, result.numel() * result.element_size());
+  // Without elements there may be no memory.
+  const int64_t bytes = result.numel() * result.element_size();
+  if (bytes > 0) std::memset(result.mutable_data_ptr(), 0, bytes);
   return result;
 }
 
