@@ -46,6 +46,25 @@ _register_autograd = _once(torch.library.register_autograd, "Autograd")
 
 Operator = Callable[..., Any]
 
+# With these their own sentences begin; torch's, as that there is no memory, do not.
+_REFUSALS = ("gated_ce_", "scale_gradient_", "topk", "gate ")
+
+
+def called(op: Operator, *arguments: Any) -> Any:
+    """What an operator returns. What it refuses is a ValueError, with every torch.
+
+    From 2.15 on, torch makes a RuntimeError of whatever the C++ raises behind its stable ABI.
+    """
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        sentence = str(error)
+        if not sentence.startswith(_REFUSALS):
+            raise
+        raise ValueError(sentence) from None
+
 
 def differentiable(
     name: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
@@ -62,7 +81,7 @@ def differentiable(
 
     def below_autograd(*inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
+            return called(op, *inputs)
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = below_autograd(*inputs)
@@ -78,7 +97,7 @@ def differentiable(
             return op(*inputs)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
             return below_autograd(*inputs)
-        return op(*inputs) if setup_context is None else function.apply(*inputs)
+        return called(op, *inputs) if setup_context is None else function.apply(*inputs)
 
     return call
 
@@ -265,7 +284,7 @@ def _gradient(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
             "eaft_ext: inplace_backward overwrites the logits, so the graph of the backward cannot "
             "be kept; drop create_graph=True or inplace_backward=True"
         )
-    ops.gated_ce_backward_(*arguments)
+    called(ops.gated_ce_backward_, *arguments)
     # A new tensor on the same memory: autograd then keeps it as the gradient without a copy.
     gradient = logits.detach()
     return gradient

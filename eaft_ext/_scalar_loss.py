@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eaft_ext._library import has_kernel
 from eaft_ext._options import Reduce, TokenLoss
-from eaft_ext._registration import ops
+from eaft_ext._registration import called, ops
 
 _NO_DOUBLE_BACKWARD = (
     "eaft_ext: gradient_in_forward leaves no graph of the backward; drop create_graph=True or "
@@ -47,10 +47,11 @@ class ScalarLoss(torch.autograd.Function):
             of_token.num_extra,
         )
         if inplace:
-            loss, nll, entropy, weight, extra = ops.gated_ce_forward_with_grad_(*arguments)
-            gradient = source
+            outputs = called(ops.gated_ce_forward_with_grad_, *arguments)
+            (loss, nll, entropy, weight, extra), gradient = outputs, source
         else:
-            loss, nll, entropy, weight, extra, gradient = ops.gated_ce_forward_with_grad(*arguments)
+            outputs = called(ops.gated_ce_forward_with_grad, *arguments)
+            loss, nll, entropy, weight, extra, gradient = outputs
         ctx.mark_non_differentiable(nll, entropy, weight, extra)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gradient)
@@ -83,7 +84,7 @@ def scaled(gradients: Sequence[Tensor], factor: Tensor, refusal: str) -> list[Te
         # A gradient may be stored by columns, as what it is of: its rows are those of its memory.
         by_rows = gradient.permute(_as_stored(gradient))
         if factor.dtype == torch.float32 and has_kernel("scale_gradient_", gradient.device.type):
-            ops.scale_gradient_(by_rows, factor)
+            called(ops.scale_gradient_, by_rows, factor)
         else:
             gradient.mul_(factor)
     # New tensors on the same memory: autograd then keeps them as gradients without a copy.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eaft_ext import reference
 from eaft_ext._options import TokenLoss
-from eaft_ext._registration import ops
+from eaft_ext._registration import called, ops
 from eaft_ext.parallel._shard import Gather
 
 
@@ -45,16 +45,32 @@ class Rows:
         k, *gate = self.of_token.kernel_arguments()
         family = self.of_token.family()
         if self.gather is None:
-            whole: tuple[Tensor, ...] = ops.gated_ce_forward(
-                logits, labels, k, *gate, False, family, self.of_token.num_extra
+            whole: tuple[Tensor, ...] = called(
+                ops.gated_ce_forward,
+                logits,
+                labels,
+                k,
+                *gate,
+                False,
+                family,
+                self.of_token.num_extra,
             )
             return whole
         start = self.vocab_start
         ignore_index, tells_entropy = self.of_token.ignore_index, self.of_token.tells_entropy
-        partial = ops.gated_ce_partial(
-            logits, labels, k, start, None, ignore_index, family, tells_entropy
+        partial = called(
+            ops.gated_ce_partial,
+            logits,
+            labels,
+            k,
+            start,
+            None,
+            ignore_index,
+            family,
+            tells_entropy,
         )
-        merged: tuple[Tensor, ...] = ops.gated_ce_merge(
+        merged: tuple[Tensor, ...] = called(
+            ops.gated_ce_merge,
             logits,
             labels,
             self.gather(partial),
@@ -78,8 +94,17 @@ class Rows:
             start = None if self.gather is None else self.vocab_start
             shard = (of_token.ignore_index, start, None)
             family = of_token.family()
-            ops.gated_ce_backward_(
-                weight, logits, labels, row_max, log_sum, *shard, upstream, family, self.total
+            called(
+                ops.gated_ce_backward_,
+                weight,
+                logits,
+                labels,
+                row_max,
+                log_sum,
+                *shard,
+                upstream,
+                family,
+                self.total,
             )
             return
         ignored = labels == of_token.ignore_index
@@ -103,7 +128,8 @@ class Rows:
     ) -> tuple[Tensor, ...]:
         """loss, nll, entropy, gate, extra; over the logits the gradient, of what has upstream."""
         if self.by_kernel and self.gather is None:
-            at_once: tuple[Tensor, ...] = ops.gated_ce_forward_with_grad_(
+            at_once: tuple[Tensor, ...] = called(
+                ops.gated_ce_forward_with_grad_,
                 upstream,
                 logits,
                 labels,

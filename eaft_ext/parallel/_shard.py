@@ -11,7 +11,7 @@ from torch import Tensor
 from eaft_ext import reference
 from eaft_ext._dispatch import is_transformed, takes_kernel
 from eaft_ext._options import TokenLoss
-from eaft_ext._registration import gated_ce_merge, ops
+from eaft_ext._registration import called, gated_ce_merge, ops
 from eaft_ext.reference import TokenStats
 
 Gather = Callable[[Tensor], Tensor]
@@ -154,8 +154,15 @@ def token_losses(
         k, *gate, _ = of_token.kernel_arguments()
         family = of_token.family()
         of_shard = (shard.start, shard.vocab_size)
-        partial = ops.gated_ce_partial(
-            logits.detach(), labels, k, *of_shard, ignore_index, family, of_token.tells_entropy
+        partial = called(
+            ops.gated_ce_partial,
+            logits.detach(),
+            labels,
+            k,
+            *of_shard,
+            ignore_index,
+            family,
+            of_token.tells_entropy,
         )
         partials = gather(partial)
         # In a compiled graph the compiler decides about memory.

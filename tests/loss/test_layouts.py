@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from inputs import DTYPES, agree, bits, same_bits, upstream_of
+from inputs import DTYPES, REFUSAL, agree, bits, same_bits, upstream_of
 from layouts import ALL, COPIED, OVERLAPPING, READ_IN_PLACE, Layout, build
 from parity import Outcome, outcome
 from torch import Tensor
@@ -184,7 +184,7 @@ def test_in_place_refuses_what_it_cannot_overwrite(
     buffer, logits, labels = build(name, dtype, device)
     before = bits(buffer).clone()
     stats = torch.ones(labels.shape, device=device)
-    with pytest.raises(ValueError, match=r"in place.*sizes \[.*strides \["):
+    with pytest.raises(REFUSAL, match=r"in place.*sizes \[.*strides \["):
         if fused:
             ops.gated_ce_forward_with_grad_(stats, logits, labels, 20, "none", [], -100)
         else:

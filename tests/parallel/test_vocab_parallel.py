@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gate_cases import FAMILY, GATES
-from inputs import IGNORED, TRAPS, agree, make, same_bits, upstream_of
+from inputs import IGNORED, REFUSAL, TRAPS, agree, make, same_bits, upstream_of
 from parity import Outcome, outcome
 from tolerances import FLOOR_IN_EPSILONS
 from torch import Tensor
@@ -328,47 +328,43 @@ def _merge(**changed: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("changed", "error", "sentence"),
+    ("changed", "sentence"),
     [
-        ({"partials": torch.zeros(0, 3, 7)}, ValueError, r"got \[0, 3, 7\] for labels \[3\]"),
-        ({"partials": torch.zeros(2, 3, 4)}, ValueError, r"k = 4, got \[2, 3, 4\]"),
-        ({"partials": torch.zeros(2, 3, 132)}, ValueError, r"got \[2, 3, 132\]"),
-        ({"partials": torch.zeros(2, 4, 7)}, ValueError, r"got \[2, 4, 7\] for labels \[3\]"),
-        ({"partials": torch.zeros(3, 7)}, ValueError, r"got \[3, 7\] for labels \[3\]"),
-        ({"partials": torch.tensor(1.0)}, ValueError, r"got \[\] for labels \[3\]"),
-        ({"partials": torch.zeros(2, 3, 7).double()}, ValueError, "must be Float .*got Double"),
-        ({"partials": torch.zeros(2, 3, 7).long()}, ValueError, "must be Float .*got Long"),
-        ({"logits": torch.zeros(3, 9).double()}, ValueError, "must be Double .*got Float"),
-        ({"logits": torch.zeros(3, 9).long()}, ValueError, "got Long"),
-        ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"got \[2\] for logits"),
-        ({"labels": torch.zeros(3)}, ValueError, "int64 or int32, got Float"),
-        ({"gate": "unknown"}, ValueError, "got unknown"),
-        ({"vocab_start": -1}, ValueError, "vocab_start must be at least 0, got -1"),
+        ({"partials": torch.zeros(0, 3, 7)}, r"got \[0, 3, 7\] for labels \[3\]"),
+        ({"partials": torch.zeros(2, 3, 4)}, r"k = 4, got \[2, 3, 4\]"),
+        ({"partials": torch.zeros(2, 3, 132)}, r"got \[2, 3, 132\]"),
+        ({"partials": torch.zeros(2, 4, 7)}, r"got \[2, 4, 7\] for labels \[3\]"),
+        ({"partials": torch.zeros(3, 7)}, r"got \[3, 7\] for labels \[3\]"),
+        ({"partials": torch.tensor(1.0)}, r"got \[\] for labels \[3\]"),
+        ({"partials": torch.zeros(2, 3, 7).double()}, "must be Float .*got Double"),
+        ({"partials": torch.zeros(2, 3, 7).long()}, "must be Float .*got Long"),
+        ({"logits": torch.zeros(3, 9).double()}, "must be Double .*got Float"),
+        ({"logits": torch.zeros(3, 9).long()}, "got Long"),
+        ({"labels": torch.zeros(2, dtype=torch.int64)}, r"got \[2\] for logits"),
+        ({"labels": torch.zeros(3)}, "int64 or int32, got Float"),
+        ({"gate": "unknown"}, "got unknown"),
+        ({"vocab_start": -1}, "vocab_start must be at least 0, got -1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_merge_checks_for_itself(
-    changed: dict[str, Any], error: type[Exception], sentence: str
-) -> None:
-    with pytest.raises(error, match=sentence):
+def test_merge_checks_for_itself(changed: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(REFUSAL, match=sentence):
         _merge(**changed)
 
 
 @pytest.mark.parametrize(
-    ("changed", "error", "sentence"),
+    ("changed", "sentence"),
     [
-        ({"k": 1}, ValueError, "k must be from 2 to 128, or 0 for all logits, got 1"),
-        ({"k": 129}, ValueError, "k must be from 2 to 128, or 0 for all logits, got 129"),
-        ({"vocab_start": -1}, ValueError, "vocab_start must be at least 0, got -1"),
-        ({"logits": torch.tensor(0.0)}, ValueError, r"got \[\]"),
-        ({"logits": torch.zeros(3, 9).int()}, ValueError, "got Int"),
-        ({"labels": torch.zeros(4).long()}, ValueError, r"got \[4\] for logits \[3, 9\]"),
+        ({"k": 1}, "k must be from 2 to 128, or 0 for all logits, got 1"),
+        ({"k": 129}, "k must be from 2 to 128, or 0 for all logits, got 129"),
+        ({"vocab_start": -1}, "vocab_start must be at least 0, got -1"),
+        ({"logits": torch.tensor(0.0)}, r"got \[\]"),
+        ({"logits": torch.zeros(3, 9).int()}, "got Int"),
+        ({"labels": torch.zeros(4).long()}, r"got \[4\] for logits \[3, 9\]"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_partial_checks_for_itself(
-    changed: dict[str, Any], error: type[Exception], sentence: str
-) -> None:
+def test_partial_checks_for_itself(changed: dict[str, Any], sentence: str) -> None:
     arguments: dict[str, Any] = {
         "logits": torch.zeros(3, 9),
         "labels": torch.zeros(3, dtype=torch.int64),
@@ -377,5 +373,5 @@ def test_partial_checks_for_itself(
         "vocab_size": None,
         "ignore_index": -100,
     }
-    with pytest.raises(error, match=sentence):
+    with pytest.raises(REFUSAL, match=sentence):
         torch.ops.eaft_ext.gated_ce_partial(**arguments | changed)

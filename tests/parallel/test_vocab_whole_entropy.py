@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gate_cases import FAMILY, GATES
-from inputs import TOLD, TRAPS, make, same_bits, upstream_of
+from inputs import REFUSAL, TOLD, TRAPS, make, same_bits, upstream_of
 from parity import Outcome, assert_same_stats
 from tolerances import LOSS_FACTOR, assert_within
 from torch import Tensor
@@ -386,7 +386,7 @@ def _without_entropy(partials: Tensor, k: int) -> Tensor:
 )
 def test_merge_checks_for_itself(k: int, size: int, num_extra: int, sentence: str) -> None:
     logits, labels, partials = torch.zeros(3, 9), torch.zeros(3).long(), torch.zeros(2, 3, size)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(REFUSAL, match=sentence):
         ops.gated_ce_merge(
             logits, labels, partials, k, "none", [], -100, 0, None, num_extra=num_extra
         )
