@@ -29,12 +29,16 @@ _PACKET = 65_536
 
 def why_not() -> str:
     """Why there are no hosts here; "" where there are."""
-    if not Path("/dev/net/tun").exists() or os.geteuid() != 0:
-        return "needs Linux with /dev/net/tun, and root"
+    if not Path("/dev/net/tun").exists():
+        return "needs Linux with /dev/net/tun"
+    trial = f"eaft-trial{os.getpid()}"
     try:
-        subprocess.run(["ip", "-V"], capture_output=True, check=True)
-    except OSError:
+        for what in ("add", "del"):
+            subprocess.run(["ip", "netns", what, trial], capture_output=True, check=True)
+    except FileNotFoundError:
         return "needs the command ip, of iproute2"
+    except subprocess.CalledProcessError as error:
+        return f"needs root that may make network namespaces: {error.stderr.decode().strip()}"
     return ""
 
 
