@@ -375,3 +375,10 @@ def test_partial_checks_for_itself(changed: dict[str, Any], sentence: str) -> No
     }
     with pytest.raises(REFUSAL, match=sentence):
         torch.ops.eaft_ext.gated_ce_partial(**arguments | changed)
+
+
+def test_partial_without_values_checks_how_many_are_asked_for() -> None:
+    """A size that no tensor can have must not be asked for."""
+    logits, labels = torch.zeros(3, 9, device="meta"), torch.zeros(3, device="meta").long()
+    with pytest.raises(ValueError, match=rf"k must be from 2 to 128, .* got {2**63 - 1}"):
+        torch.ops.eaft_ext.gated_ce_partial(logits, labels, 2**63 - 1, 0, None, -100)
