@@ -18,7 +18,7 @@ from eaft_ext.integrations.megatron import use_gated_ce, vocab_parallel_cross_en
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 WORKER = Path(__file__).with_name("megatron_worker.py")
-TIMEOUT = 240
+TIMEOUT = 400
 MISSING = importlib.util.find_spec("megatron") is None
 MEGATRON = pytest.mark.skipif(MISSING, reason="needs megatron-core: pip install '.[test,megatron]'")
 

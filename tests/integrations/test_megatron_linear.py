@@ -15,7 +15,7 @@ from spawned import leave, run_processes
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 WORKER = Path(__file__).with_name("megatron_linear_worker.py")
-TIMEOUT = 240
+TIMEOUT = 400
 MISSING = importlib.util.find_spec("megatron") is None
 pytestmark = pytest.mark.skipif(
     MISSING, reason="needs megatron-core: pip install '.[test,megatron]'"

@@ -72,7 +72,7 @@ def run_processes(
     world_size: int,
     folder: Path,
     *,
-    timeout: float = 120,
+    timeout: float = 300,
     folders: Sequence[Path] = (),
     arguments: Sequence[str] = (),
 ) -> list[Any]:
