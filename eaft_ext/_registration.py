@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from eaft_ext._library import MAX_TOP_K  # and loads the operators
+from eaft_ext._library import MAX_TOP_K, MIN_TOP_K  # and loads the operators
 from eaft_ext.reference import PARTIAL_HEAD
 
 ops = torch.ops.eaft_ext
@@ -178,10 +178,9 @@ def _(
     family: Sequence[float] = (),
     tells_entropy: bool = False,
 ) -> Tensor:
-    if k != 0 and not 2 <= k <= MAX_TOP_K:  # else there may be no such size
-        raise ValueError(
-            f"gated_ce_partial: k must be from 2 to {MAX_TOP_K}, or 0 for all logits, got {k}"
-        )
+    if k != 0 and not MIN_TOP_K <= k <= MAX_TOP_K:  # else there may be no such size
+        bounds = f"from {MIN_TOP_K} to {MAX_TOP_K}, or 0 for all logits"
+        raise ValueError(f"gated_ce_partial: k must be {bounds}, got {k}")
     (stat,) = fake_stats(logits, 1)
     smooths = len(family) > 0 and family[LABEL_SMOOTHING] != 0
     size = PARTIAL_HEAD + max(k, 1) + (k == 0 or tells_entropy) + smooths

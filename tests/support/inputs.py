@@ -23,9 +23,10 @@ IGNORED = -100
 TOLD = tuple(name for name in TokenStats._fields if name != "dropped")
 """The stats that a loss of logits has, with a z_loss and ``return_stats="full"``."""
 
-REFUSAL = (ValueError, RuntimeError)
-"""What an operator that is called directly raises of bad input. From 2.15 on, torch makes a
-RuntimeError of all that the C++ raises; the public functions raise ValueErrors with any torch."""
+_TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+REFUSAL = ValueError if _TORCH <= (2, 13) else (ValueError, RuntimeError)
+"""What an operator that is called directly raises of bad input. Torch 2.15 makes a RuntimeError of
+all that the C++ raises; the public functions raise ValueErrors with any torch."""
 
 Builder = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
 
