@@ -65,13 +65,31 @@ class _Notebook:
 
 
 class _Call(NamedTuple):
-    """A call of a group, by what its notes are called."""
+    """A call of a group."""
 
     folder: str
     number: int
 
-    def key(self, process: int) -> str:
-        return f"{self.folder}/{self.number}/{process}"
+    @property
+    def page(self) -> str:
+        """The key under which all processes write their notes, one in a line.
+
+        Of one key whoever is far from the store learns in one round trip what all have written.
+        """
+        return f"{self.folder}/{self.number}"
+
+
+def _write(store: Any, page: str, process: int, note: Note) -> None:
+    # Nobody waits for an append to be answered.
+    store.append(page, json.dumps({"process": process} | note) + "\n")
+
+
+def _written(store: Any, page: str) -> dict[int, Note]:
+    """The notes of those who have written one, among them this process."""
+    # Unlike get(), this does not ask first whether there is something; nothing is set.
+    lines = store.compare_set(page, "\n", "\n").decode().splitlines()
+    notes: list[Note] = [json.loads(line) for line in lines]
+    return {note.pop("process"): note for note in notes}
 
 
 # Kept where the operators are: a second import of this module, in one process of a group alone,
@@ -109,10 +127,9 @@ def tell_failure(error: Exception, group: ProcessGroup | None) -> None:
         note |= {"calls": notebook.calls, "lives": notebook.lives, "lost": notebook.lost}
         notebook.lost += 1
         notebook.lost_in_all = store.add(f"eaft_ext/lost/{dist.get_rank()}", 1)
-        key = _lost_key(dist.get_rank(), notebook.lost_in_all - 1)
+        store.set(_lost_key(dist.get_rank(), notebook.lost_in_all - 1), json.dumps(note))
     else:
-        key = notebook.begin(store, group).key(dist.get_rank())
-    store.set(key, json.dumps(note))
+        _write(store, notebook.begin(store, group).page, dist.get_rank(), note)
 
 
 class NotInGroupError(ValueError):
@@ -170,14 +187,14 @@ def check(
     own = dist.get_rank()
     note["fingerprint"] = None if fingerprint is None else fingerprint()
     note[VERSION] = build_info()["version"]
-    store.set(call.key(own), json.dumps(note | {"lost": notebook.lost_in_all}))
+    _write(store, call.page, own, note | {"lost": notebook.lost_in_all})
     notes = _read(op, store, notebook, group, call, _timeout_of(group, device))
     for process, its_note in notes.items():
         lost = its_note.pop("lost", 0)
         notebook.looked_at[process] = max(lost, notebook.looked_at.get(process, 0))
-    # All have written this note, so all have read the one before.
-    if call.number > 0:
-        store.delete_key(call._replace(number=call.number - 1).key(own))
+    # All have written this note, so all have read those before.
+    if call.number > 0 and own == next(iter(notes)):
+        store.delete_key(call._replace(number=call.number - 1).page)
     _compare(op, notes)
 
 
@@ -240,22 +257,20 @@ def _read(
 ) -> dict[int, Note]:
     """The notes of all processes of the group, when all have written them."""
     processes = dist.get_process_group_ranks(group)
-    keys = [call.key(process) for process in processes]
     deadline = time.monotonic() + timeout.total_seconds()
     looks, sleep = 0, 1e-4
-    while not store.check(keys):
+    while len(notes := _written(store, call.page)) < len(processes):
         looks += 1
         if looks < LOOKS:
             continue
-        absent = [p for p, key in zip(processes, keys, strict=True) if not store.check([key])]
+        absent = [process for process in processes if process not in notes]
         for process in absent:
             _raise_if_lost(op, store, notebook, group, call, process)
         if time.monotonic() > deadline:
             raise RuntimeError(f"{op}: processes {absent} did not make this call within {timeout}")
         time.sleep(sleep)
         sleep = min(2 * sleep, LONGEST_SLEEP)
-    texts = store.multi_get(keys)
-    return {process: json.loads(text) for process, text in zip(processes, texts, strict=True)}
+    return {process: notes[process] for process in processes}
 
 
 def _raise_if_lost(
