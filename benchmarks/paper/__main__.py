@@ -6,11 +6,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paper import dropping, fidelity, frontiers, muted, page, regions, step
+from paper import dropping, fidelity, frontiers, knowledge, muted, page, regions, step
 
 COMMANDS = {
     "fidelity": fidelity,
     "frontiers": frontiers,
+    "knowledge": knowledge,
     "regions": regions,
     "dropping": dropping,
     "muted": muted,

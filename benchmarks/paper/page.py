@@ -13,7 +13,7 @@ from harness.machine import FOLDER, ROOT
 from PIL import Image
 from reports.pages import fill
 
-from . import dropping, fidelity, frontiers, muted, plots, regions, report, step
+from . import dropping, fidelity, frontiers, knowledge, muted, plots, regions, report, step
 from .study import ARMS
 
 PAGE, README = "docs/paper.md", "README.md"
@@ -24,10 +24,12 @@ BLOCKS: dict[str, dict[str, Block]] = {
     dropping.FILE: {"dropping": report.dropping},
     muted.FILE: {"muted": report.muted},
     step.FILE: {"step": report.step},
+    knowledge.FILE: {"knowledge": report.knowledge},
     frontiers.FILE: {
         "study": report.study,
         "verdict": report.sentences,
         "precision": report.precision,
+        "rates": report.rates,
         "beyond": report.beyond,
         "edits": report.edits,
         **{f"ends-{arm}": lambda results, arm=arm: report.ends(results, arm) for arm in ARMS},

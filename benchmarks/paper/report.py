@@ -10,7 +10,16 @@ import numpy as np
 from reports.tables import MISSING, table
 
 from .study import ARMS, EDITED, PRESETS, Preset, Run
-from .verdict import Comparison, Path, compare, frontier, path_of
+from .verdict import (
+    Array,
+    Comparison,
+    Path,
+    compare,
+    forgetting_at,
+    frontier,
+    interval,
+    path_of,
+)
 from .weights import LOSSES
 
 MIB = 2**20
@@ -95,6 +104,40 @@ def verdicts(results: Results, arm: str) -> str:
     return table([*head, "over rates", "at target loss", "rates"], rows)
 
 
+def rates(results: Results) -> str:
+    """Forgetting of cross-entropy and EAFT at each rate, where all of an arm have learned as much.
+
+    Of seed 0, and of the rates that both were run at in both arms.
+    """
+    preset = PRESETS[results["preset"]]
+    losses = ("sft", "eaft")
+    paths = {
+        rate: {
+            (arm, loss): path_of(results, Run(arm, loss, rate, 0))
+            for arm in ARMS
+            for loss in losses
+        }
+        for rate in sorted(preset.rates)
+    }
+    whole = {
+        rate: {of: path for of, path in found.items() if path is not None}
+        for rate, found in paths.items()
+        if None not in found.values()
+    }
+    rows = []
+    for arm in ARMS:
+        of_arm = [found[arm, loss] for found in whole.values() for loss in losses]
+        level = max((float(path.target().min()) for path in of_arm), default=np.nan)
+        for loss in losses:
+            found = [found[arm, loss] for found in whole.values()]
+            kl = [forgetting_at(level, path.target(), path.kl()) for path in found]
+            shown = (MISSING if one is None else f"{one:.4f}" for one in kl)
+            rows.append([f"{LOSSES[loss].title}, {arm}", f"{level:.3f}", *shown])
+    if not whole:
+        return NOTHING
+    return table(["KL, WikiText", "at target loss", *(f"rate {rate:g}" for rate in whole)], rows)
+
+
 def edits(results: Results) -> str:
     """What each loss has learned of the counterfactual arm, and at what cost."""
     preset = PRESETS[results["preset"]]
@@ -175,6 +218,52 @@ def precision(results: Results) -> str:
         return NOTHING
     head = ["", "target", "what the base was sure of", "WikiText", "KL, WikiText", "KL, target"]
     return table(head, rows)
+
+
+def knowledge(results: Results) -> str:
+    """Questions answered right before and after each loss, and by how much that differs.
+
+    The intervals are of a bootstrap over the questions, paired, and over the seeds.
+    """
+    runs = results["runs"]
+    if "base" not in runs:
+        return NOTHING
+    base = _right(results, [runs["base"]])
+    count = base.shape[1]
+    error = np.sqrt(base.mean() * (1 - base.mean()) / count)
+    rows = [["the base model", "", f"{100 * base.mean():.1f} ± {100 * error:.1f}", "", ""]]
+    for arm in ARMS:
+        found = {
+            loss: {
+                run["seed"]: run
+                for run in runs.values()
+                if (run.get("arm"), run.get("loss")) == (arm, loss)
+            }
+            for loss in ("sft", "eaft")
+        }
+        seeds = sorted(set.intersection(*map(set, found.values())))
+        if not seeds:
+            continue
+        right = {loss: _right(results, [found[loss][seed] for seed in seeds]) for loss in found}
+        for loss, of_loss in right.items():
+            changes = [_points(of_loss - base)]
+            changes += [_points(of_loss - right["sft"]) if loss == "eaft" else ""]
+            title = f"{LOSSES[loss].title}, {arm}"
+            rows.append([title, str(len(seeds)), f"{100 * of_loss.mean():.1f}", *changes])
+    head = ["", "seeds", f"% right of {count:,}", "points from the base", "from cross-entropy"]
+    return "\n\n".join([table(head, rows), _machine(results)])
+
+
+def _right(results: Results, runs: list[dict[str, Any]]) -> Array:
+    """Whether each run chose the right answer: [runs, questions]."""
+    chosen = np.array([list(run["chosen"]) for run in runs])
+    return (chosen == np.array(list(results["right"]))).astype(np.float64)
+
+
+def _points(differences: Array) -> str:
+    """The mean over runs and questions, in points, with its interval."""
+    low, high = interval(differences, np.random.default_rng(0))
+    return f"{100 * differences.mean():+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def regions(results: Results) -> str:
@@ -354,22 +443,24 @@ def _numbers(paths: list[Path], at: int) -> list[str]:
 def _frontiers(results: Results, arm: str, loss: str, preset: Preset) -> tuple[str, str, str]:
     """The ratio to cross-entropy of the least forgetting over rates, the level, and the rates.
 
-    They are those that both were run at with seed 0; of one there is no frontier.
+    They are those that both were run at with seed 0; of one there is no frontier. The level is the
+    lowest that both reach at the lowest rate, where they forget least: further on it would tell
+    which of them was trained for longer.
     """
     pairs = {
         rate: [path_of(results, Run(arm, name, rate, 0)) for name in (loss, "sft")]
         for rate in preset.rates
     }
-    rates = [rate for rate, pair in pairs.items() if None not in pair]
+    rates = sorted(rate for rate, pair in pairs.items() if None not in pair)
     both = [[path for rate in rates if (path := pairs[rate][i])] for i in range(2)]
     if len(rates) < 2:
         return MISSING, MISSING, MISSING
-    level = max(min(float(path.target().min()) for path in of) for of in both)
+    level = max(float(of[0].target().min()) for of in both)
     if level >= both[0][0].target()[0]:  # one has learned nothing
         return MISSING, MISSING, MISSING
     one, other = (frontier(level, of) for of in both)
     assert one is not None and other is not None
-    return f"{one / other:.2f}", f"{level:.3f}", ", ".join(f"{rate:g}" for rate in sorted(rates))
+    return f"{one / other:.2f}", f"{level:.3f}", ", ".join(f"{rate:g}" for rate in rates)
 
 
 def _gates(of: dict[str, Any]) -> Iterable[str]:

@@ -134,6 +134,17 @@ def compare(pairs: list[tuple[Path, Path]], draws: np.random.Generator) -> Compa
     return Comparison(whole[0], float(low), float(high), whole[1], len(pairs))
 
 
+def interval(values: Array, draws: np.random.Generator) -> tuple[float, float]:
+    """Of the mean of [runs, items], had there been other runs and other items."""
+    runs, items = values.shape
+    means = []
+    for _ in range(RESAMPLES):
+        of_items = values[draws.integers(runs, size=runs)].mean(axis=0)
+        means.append(of_items[draws.integers(items, size=items)].mean())
+    low, high = np.percentile(means, INTERVAL)
+    return float(low), float(high)
+
+
 def _ratio(pairs: list[tuple[Path, Path]], targets: Any, drifts: Any) -> tuple[float, float] | None:
     """The ratio of the mean forgetting over the seeds, and the mean level."""
     found = []

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("transformers", reason="needs transformers: pip install '.[test]'")
 
-from paper import report, study, texts, weights
+from paper import knowledge, report, study, texts, weights
 from paper.step import largest
 from paper.verdict import Path as RunPath
 from paper.verdict import compare, forgetting_at, frontier, path_of
@@ -86,6 +86,47 @@ class TestVerdict:
     def test_nothing_learned_is_no_comparison(self) -> None:
         stuck = path([2.0, 2.1], [0.0, 0.1])
         assert compare([(stuck, stuck)], np.random.default_rng(0)) is None
+
+
+class TestRates:
+    def results(self, **paths: tuple[list[float], list[float]]) -> dict[str, Any]:
+        """Runs of both arms, by loss and rate: target loss and KL at each checkpoint."""
+        runs = {}
+        for arm in study.ARMS:
+            for of, (target, kl) in paths.items():
+                loss, rate = of.split("_")
+                measured = [
+                    {
+                        "step": step,
+                        "target_nll": {"sure": [nll], "conflict": [0.0], "unsure": [0.0]},
+                        "target_kl": [forgotten],
+                        "drift_nll": [1.0],
+                        "drift_kl": [forgotten],
+                    }
+                    for step, (nll, forgotten) in enumerate(zip(target, kl, strict=True))
+                ]
+                name = study.Run(arm, loss, float(f"1e-{rate}"), 0).name
+                runs[name] = {"measured": measured, "seconds": 60.0}
+        none = {"sure": [1], "conflict": [0], "unsure": [0]}
+        counts = {"target": none, "drift": [1]}
+        return {"preset": "tiny", "runs": runs, "counts": counts}
+
+    def short(self) -> dict[str, Any]:
+        """At the low rate EAFT was stopped before it had learned as much as cross-entropy."""
+        fast = ([2.0, 0.9], [0.0, 1.1])
+        slow = {"sft": ([2.0, 1.0], [0.0, 0.2]), "eaft": ([2.0, 1.2], [0.0, 0.12])}
+        return self.results(sft_2=fast, eaft_2=fast, sft_3=slow["sft"], eaft_3=slow["eaft"])
+
+    def test_a_frontier_does_not_tell_who_was_trained_for_longer(self) -> None:
+        """At 1.2 EAFT has forgotten 0.12, and cross-entropy 0.16; at 1.0 EAFT's is of the rate."""
+        shown = report.verdicts(self.short(), "natural")
+        assert "| 0.75 | 1.200 | 0.001, 0.01 |" in shown
+
+    def test_all_rates_at_one_target_loss(self) -> None:
+        shown = report.rates(self.short())
+        assert "| cross-entropy (SFT), natural | 1.200 | 0.1600 | 0.8000 |" in shown
+        assert "| EAFT, planted | 1.200 | 0.1200 | 0.8000 |" in shown
+        assert report.rates(self.results(sft_2=([2.0, 1.0], [0.0, 1.0]))) == report.NOTHING
 
 
 class TestWeights:
@@ -169,6 +210,56 @@ class TestMuted:
         assert report.muted(results) == report.NOTHING
 
 
+class TestKnowledge:
+    def results(self, chosen: dict[str, str]) -> dict[str, Any]:
+        """Eight questions, of which the base model answers four rightly."""
+        runs: dict[str, Any] = {"base": {"chosen": "11110000"}}
+        for name, answers in chosen.items():
+            arm, loss, seed = name.split()
+            runs[name] = {"arm": arm, "loss": loss, "seed": int(seed), "chosen": answers}
+        machine = {"model": "", "cores": 2, "torch": "", "commit": "", "date": ""}
+        return {"right": "1" * 8, "machine": machine, "runs": runs}
+
+    def test_differences_are_of_the_same_questions(self) -> None:
+        """One more and one fewer, for the first: other ones make no difference of the sums."""
+        chosen = {"planted sft 0": "01111000", "planted eaft 0": "11111111"}
+        shown = report.knowledge(self.results(chosen))
+        assert "| the base model |  | 50.0 ± 17.7 |" in shown
+        assert "| cross-entropy (SFT), planted | 1 | 50.0 | +0.0 (-37.5 to +37.5) |  |" in shown
+        eaft = next(line for line in shown.splitlines() if line.startswith("| EAFT, planted"))
+        assert "| 100.0 | +50.0 (" in eaft and eaft.count("+50.0 (") == 2
+        assert "natural" not in shown
+
+    def test_seeds_that_both_losses_ran_with(self) -> None:
+        chosen = {"natural sft 0": "1" * 8, "natural eaft 0": "1" * 8, "natural sft 1": "0" * 8}
+        shown = report.knowledge(self.results(chosen))
+        assert "| EAFT, natural | 1 | 100.0 | +50.0" in shown
+        assert report.knowledge({"runs": {}}) == report.NOTHING
+
+    def test_nll_is_of_the_answer_alone(self, tmp_path: Path) -> None:
+        """Whatever the order and the padding: the sum over the tokens behind the prompt."""
+        from small_model import save_model
+        from transformers import AutoModelForCausalLM
+
+        save_model(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        generator = torch.Generator().manual_seed(0)
+        lengths = [(9, 4), (3, 1), (30, 29), (5, 2)] * 5
+        rows = [
+            Example(torch.randint(3, 20, (length,), generator=generator).tolist(), prompt)
+            for length, prompt in lengths
+        ]
+        found = knowledge.nll_of(model, rows, "float32")
+        for row, nll in zip(rows, found, strict=True):
+            tokens = torch.tensor(row.tokens)
+            with torch.no_grad():
+                logits = model(tokens[None]).logits[0, row.prompt_length - 1 : -1]
+            wanted = torch.nn.functional.cross_entropy(
+                logits, tokens[row.prompt_length :], reduction="sum"
+            )
+            torch.testing.assert_close(nll.float(), wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("limit", range(9))
 def test_largest_that_fits(limit: int) -> None:
     tried: list[int] = []
@@ -231,6 +322,9 @@ def test_commands(tmp_path: Path) -> None:
         rows = ({"question": f"w{i + 3} w4", "answer": f"w5 w{i + 6}"} for i in range(count))
         (data / file).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (data / texts.DRIFT).write_text("w10 w11 w12 w13 " * 20)
+    asked = [{"goal": f"w{i + 3}", "sol1": "w4 w5", "sol2": "w6"} for i in range(4)]
+    (data / knowledge.QUESTIONS).write_text("".join(f"{json.dumps(one)}\n" for one in asked))
+    (data / knowledge.RIGHT).write_text("0\n1\n0\n")
 
     def command(*arguments: object) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, ROOT / "benchmarks" / "paper", *arguments]
@@ -241,7 +335,10 @@ def test_commands(tmp_path: Path) -> None:
     sizes["frontiers"] = ("--preset", "tiny")
     sizes["step"] = ("--length", 16, "--most", 1)
     sizes["dropping"] = ("--preset", "tiny", "--tokens", 6, "--rounds", 1)
-    sizes["muted"] = ("--preset", "tiny")
+    sizes["muted"] = sizes["knowledge"] = ("--preset", "tiny")
+    refused = command("knowledge", *sizes["knowledge"], *given, "--data", data)
+    assert refused.returncode == 1 and "for each of the 4 questions" in refused.stderr
+    (data / knowledge.RIGHT).write_text("0\n1\n0\n1\n")
     for name, more in sizes.items():
         of_data = () if name == "step" else ("--data", data)
         done = command(name, *more, *given, *of_data)
@@ -261,6 +358,12 @@ def test_commands(tmp_path: Path) -> None:
         assert [one["step"] for one in of_run["measured"]] == [0, 1, 2]
         assert of_run["measured"][-1]["nll"] < of_run["measured"][0]["nll"]
         assert {len(curve) for curve in of_run["steps"].values()} == {2}
+
+    answered = json.loads((output / knowledge.FILE).read_text())
+    assert answered["right"] == "0101"
+    assert len(answered["runs"]) == 1 + 2 * 2 * 2 and set(answered["runs"]["base"]["chosen"]) <= {
+        *"01"
+    }
 
     again = command("frontiers", *sizes["frontiers"], *given, "--data", data)
     assert f"0 of {len(runs)} runs to do" in again.stdout
