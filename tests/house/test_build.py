@@ -12,7 +12,6 @@ import sys
 import tarfile
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -230,48 +229,3 @@ def test_the_version_stands_in_one_place() -> None:
     version = re.search(r'^version = "(.*)"', text, re.MULTILINE)
     assert version and eaft_ext.__version__ == version[1]
     assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
-
-
-KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-# Compiled for all architectures in the least time.
-QUICK = "gated_ce_merge.cu"
-
-
-def _of_architectures(which: str, *marks: pytest.MarkDecorator) -> list[Any]:
-    return [pytest.param(path, which, id=f"{path.name}-{which}", marks=marks) for path in KERNELS]
-
-
-@pytest.mark.parametrize(
-    ("source", "architectures"),
-    [
-        pytest.param(ROOT / "csrc" / "cuda" / QUICK, "all", id="quick"),
-        *_of_architectures("9.0", pytest.mark.slow),
-        *_of_architectures("all", pytest.mark.sweep),
-    ],
-)
-def test_kernels_keep_to_registers(source: Path, architectures: str, tmp_path: Path) -> None:
-    """No spills and no local memory, as ptxas reports it of every kernel and function."""
-    setup_script = load(ROOT / "setup.py")
-    home = setup_script.find_cuda_home()
-    if home is None:
-        pytest.skip(
-            "no CUDA toolkit here; install one, or set CUDA_HOME to its folder, to run this"
-        )
-    listed = setup_script.nvcc_output(home, "--list-gpu-arch").split()
-    chosen = setup_script.CUDA_ARCHITECTURES if architectures == "all" else [architectures]
-    numbers = [a.replace(".", "") for a in chosen]
-    numbers = [n for n in numbers if f"compute_{n}" in listed]
-    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
-    command = [home / "bin" / "nvcc", "-c", source, "-o", tmp_path / "object.o", "--threads", "2"]
-    command += ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", *targets]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    entry = r"Compiling entry function '(\w+_kernel\w*)' for 'sm_(\d+)'"
-    kernels = re.findall(entry, result.stderr)
-    # Each kernel for three types of logits, but for one that sees none, on each architecture.
-    types = 1 if source.stem == "gated_ce_merge" else 3
-    assert {number for _, number in kernels} == set(numbers)
-    assert len(kernels) % (types * len(numbers)) == 0, result.stderr
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", result.stderr)
-    assert len(frames) >= len(kernels)
-    assert set(frames) == {("0", "0")}, result.stderr

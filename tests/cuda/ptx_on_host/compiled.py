@@ -24,7 +24,7 @@ ARCHITECTURES = ("sm_90", "sm_100")
 
 # The translator knows better which registers are unwritten. The CPU's own FMA is several times as
 # fast as the C library's.
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing"]
+FLAGS = ["-std=c++17", "-Og", "-fPIC", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing"]
 FLAGS += ["-fvisibility=hidden", "-fwrapv", "-ffp-contract=off", "-march=native"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unused-label", "-Wno-unused-but-set-variable"]
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
