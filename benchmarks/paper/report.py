@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -107,35 +108,29 @@ def verdicts(results: Results, arm: str) -> str:
 def rates(results: Results) -> str:
     """Forgetting of cross-entropy and EAFT at each rate, where all of an arm have learned as much.
 
-    Of seed 0, and of the rates that both were run at in both arms.
+    Of seed 0. The level is the lowest that all of an arm have reached at their first checkpoint:
+    at a lower one it would count how long each was trained. A rate at which one has not learned
+    anything by then is left out.
     """
     preset = PRESETS[results["preset"]]
     losses = ("sft", "eaft")
-    paths = {
-        rate: {
-            (arm, loss): path_of(results, Run(arm, loss, rate, 0))
-            for arm in ARMS
-            for loss in losses
-        }
-        for rate in sorted(preset.rates)
-    }
-    whole = {
-        rate: {of: path for of, path in found.items() if path is not None}
-        for rate, found in paths.items()
-        if None not in found.values()
-    }
-    rows = []
-    for arm in ARMS:
-        of_arm = [found[arm, loss] for found in whole.values() for loss in losses]
-        level = max((float(path.target().min()) for path in of_arm), default=np.nan)
-        for loss in losses:
-            found = [found[arm, loss] for found in whole.values()]
-            kl = [forgetting_at(level, path.target(), path.kl()) for path in found]
-            shown = (MISSING if one is None else f"{one:.4f}" for one in kl)
-            rows.append([f"{LOSSES[loss].title}, {arm}", f"{level:.3f}", *shown])
-    if not whole:
+    names = list(itertools.product(ARMS, losses))
+    paths: dict[float, dict[tuple[str, str], Path]] = {}
+    for rate in sorted(preset.rates):
+        found = {of: path_of(results, Run(*of, rate, 0)) for of in names}
+        learned = {of: p for of, p in found.items() if p and p.target()[1] < p.target()[0]}
+        if len(learned) == len(names):
+            paths[rate] = learned
+    if not paths:
         return NOTHING
-    return table(["KL, WikiText", "at target loss", *(f"rate {rate:g}" for rate in whole)], rows)
+    rows = []
+    for arm, loss in names:
+        level = max(of[arm, other].target()[1] for of in paths.values() for other in losses)
+        of_rates = [paths[rate][arm, loss] for rate in paths]
+        kl = [forgetting_at(level, path.target(), path.kl()) for path in of_rates]
+        title = f"{LOSSES[loss].title}, {arm}"
+        rows.append([title, f"{level:.3f}", *(f"{one:.4f}" for one in kl)])
+    return table(["KL, WikiText", "at target loss", *(f"rate {rate:g}" for rate in paths)], rows)
 
 
 def edits(results: Results) -> str:
@@ -230,8 +225,9 @@ def knowledge(results: Results) -> str:
         return NOTHING
     base = _right(results, [runs["base"]])
     count = base.shape[1]
-    error = np.sqrt(base.mean() * (1 - base.mean()) / count)
-    rows = [["the base model", "", f"{100 * base.mean():.1f} ± {100 * error:.1f}", "", ""]]
+    low, high = interval(base, np.random.default_rng(0))
+    shown = f"{100 * base.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    rows = [["the base model", "", shown, "", ""]]
     for arm in ARMS:
         found = {
             loss: {
@@ -404,11 +400,21 @@ def study(results: Results) -> str:
     preset: Preset = PRESETS[results["preset"]]
     runs = results["runs"].values()
     minutes = sum(run["seconds"] for run in runs) / 60
-    return (
+    tokens = sum(sum(counts) for counts in results["counts"]["target"].values())
+    begun = [
+        sum(map(sum, run["measured"][0]["target_nll"].values())) / tokens
+        for run in runs
+        if run["precision"] == Run.precision
+    ]
+    text = (
         f"{len(runs)} runs of {results['model']}, {preset.measured_at[-1]} steps of "
         f"{preset.rows_a_step} answers, rates {', '.join(f'{rate:g}' for rate in preset.rates)}, "
-        f"whose times add up to {minutes:.0f} minutes.\n\n" + _machine(results)
+        f"whose times add up to {minutes:.0f} minutes. A file that has some goes on wherever it "
+        "is: named here is where it began. The base model's target loss, measured before each run, "
+        "is "
+        f"{min(begun):.4f} to {max(begun):.4f}."
     )
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False) + "\n\n" + _machine(results)
 
 
 def _machine(results: Results) -> str:

@@ -62,7 +62,7 @@ def test_a_wire_loses_what_it_says() -> None:
 
 def test_the_loss_is_right_and_waits_for_few_round_trips() -> None:
     """One for the notes, one for the partials and their acknowledgement; each of two latencies."""
-    asked = argparse.Namespace(repeats=3, world_size=2, seconds=network.SECONDS, quick=True)
+    asked = argparse.Namespace(repeats=9, world_size=2, seconds=network.SECONDS, quick=True)
     latency = 0.02
     found = network.measure(1e3 * latency, 0.01, asked)
     for rank in found["error"]:

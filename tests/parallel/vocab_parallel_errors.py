@@ -160,6 +160,10 @@ def provoke_errors(process: Process) -> None:
         before = store.num_keys()
         for _ in range(8):
             process.loss()
+            # Who would have cleaned up fails in the first, and is among those who hear in the next.
+            for failing in (0, process.world_size - 1):
+                wrong = {"k": 999} if process.rank == failing else {}
+                _told(lambda wrong=wrong: process.loss(**wrong))
         dist.barrier()
         return before, store.num_keys()
 
