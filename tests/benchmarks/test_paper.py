@@ -225,7 +225,7 @@ class TestKnowledge:
         """One more and one fewer, for the first: other ones make no difference of the sums."""
         chosen = {"planted sft 0": "01111000", "planted eaft 0": "11111111"}
         shown = report.knowledge(self.results(chosen))
-        assert "| the base model |  | 50.0 ± 17.7 |" in shown
+        assert "| the base model |  | 50.0 (12.5 to 87.5) |" in shown
         assert "| cross-entropy (SFT), planted | 1 | 50.0 | +0.0 (-37.5 to +37.5) |  |" in shown
         eaft = next(line for line in shown.splitlines() if line.startswith("| EAFT, planted"))
         assert "| 100.0 | +50.0 (" in eaft and eaft.count("+50.0 (") == 2

@@ -307,6 +307,16 @@ def assert_truth(
     nll = gt.nll.nan_to_num(posinf=0.0).abs()
     uncertain = 1 + max(nll.flatten().tolist(), default=0.0)
     weights = error_weights(gt, upstream, how.get("z_loss", 0.0))
+    if {"label_smoothing", "logit_scale", "softcap"} & set(how):
+        # Logits that are added up, or are not those that were given, are known to an epsilon each.
+        finite = logits[logits.isfinite()].abs().double()
+        largest = max(finite.tolist(), default=0.0) * how.get("logit_scale", 1.0)
+        largest = min(largest, how.get("softcap") or largest)
+        uncertain += largest
+        weights["entropy"] += largest
+    if isinstance(how["gate"], EntropyGate):  # as steep as a power of the entropy
+        steep = (how["gate"].alpha / gt.entropy).nan_to_num(posinf=0.0)
+        weights["gradient"] = weights["gradient"] * (1 + steep)
     weights |= {name: weights[name] * uncertain for name in ("loss", "gate", "gradient")}
     roundings = {"loss": 1} if told_entropy and how["k"] is None else {}
     for name, *values in zip(Outcome._fields, found, ref, gt, strict=True):

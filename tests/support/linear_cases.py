@@ -101,7 +101,10 @@ def assert_linear_parity(inputs: list[Tensor | None], labels: Tensor, **options:
     for name, *values in [("loss", op[0], ref[0], gt[0]), *stats]:
         vectors = [value if value.dim() else value.unsqueeze(0) for value in values]
         assert_within(name, *vectors, LOSS_FACTOR, nll)
+    # A product's error is that of the gradient of the logits, times the other operand.
+    weights = {"hidden": gate * inputs[1].abs().amax().double().clamp(min=1)}
     for name in op[2]:
-        assert_within(name, op[2][name], ref[2][name], gt[2][name], GRADIENT_FACTOR, gate)
+        values = (op[2][name], ref[2][name], gt[2][name])
+        assert_within(name, *values, GRADIENT_FACTOR, weights.get(name, gate))
     assert torch.equal(op[1].valid, labels != IGNORED)
     assert not any(stat.requires_grad for stat in op[1] if stat is not None)
