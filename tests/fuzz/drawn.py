@@ -20,7 +20,7 @@ from gate_cases import BUILT_IN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import DTYPES, IGNORED, same_bits, upstream_of
-from parity import Outcome, error_weights, outcome
+from parity import Outcome, error_weights, outcome, steepness
 from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
 from torch import Tensor
 
@@ -314,9 +314,7 @@ def assert_truth(
         largest = min(largest, how.get("softcap") or largest)
         uncertain += largest
         weights["entropy"] += largest
-    if isinstance(how["gate"], EntropyGate):  # as steep as a power of the entropy
-        steep = (how["gate"].alpha / gt.entropy).nan_to_num(posinf=0.0)
-        weights["gradient"] = weights["gradient"] * (1 + steep)
+    weights["gradient"] = weights["gradient"] * steepness(how["gate"], gt.entropy)
     weights |= {name: weights[name] * uncertain for name in ("loss", "gate", "gradient")}
     roundings = {"loss": 1} if told_entropy and how["k"] is None else {}
     for name, *values in zip(Outcome._fields, found, ref, gt, strict=True):

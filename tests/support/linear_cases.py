@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from inputs import IGNORED, upstream_of
+from parity import steepness
 from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
 from torch import Tensor
 
@@ -96,7 +97,8 @@ def assert_linear_parity(inputs: list[Tensor | None], labels: Tensor, **options:
         ref = linear_gradients(_chunked_reference, inputs, labels, upstream, **of_chunks, **options)
     gt = linear_gradients(whole, wide, labels, upstream.double(), **options)
     nll = 1 + gt[1].nll.abs().amax() if labels.numel() else 1
-    gate = gt[1].gate.amax().clamp(min=1) if labels.numel() else 1
+    gates = gt[1].gate * steepness(options.get("gate"), gt[1].entropy)
+    gate = gates.amax().clamp(min=1) if labels.numel() else 1
     stats = zip(eaft_ext.TokenStats._fields[:3], op[1], ref[1], gt[1], strict=False)
     for name, *values in [("loss", op[0], ref[0], gt[0]), *stats]:
         vectors = [value if value.dim() else value.unsqueeze(0) for value in values]

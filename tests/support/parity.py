@@ -50,6 +50,12 @@ def error_weights(gt: Outcome, upstream: Tensor, z_loss: float = 0.0) -> dict[st
     }
 
 
+def steepness(gate: Any, entropy: Tensor) -> Tensor:
+    """How many times itself a gate is uncertain: as a power of the entropy, or flat."""
+    alpha = gate.alpha if isinstance(gate, eaft_ext.EntropyGate) else 0.0
+    return 1 + (alpha / entropy).nan_to_num(posinf=0.0)
+
+
 def assert_parity(logits: Tensor, labels: Tensor, **options: Any) -> None:
     """Hold ``eaft_ext.gated_ce`` to ``eaft_ext.reference.gated_ce`` on these inputs."""
     options = {"reduction": "none"} | options
