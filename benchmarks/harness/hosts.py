@@ -25,6 +25,7 @@ _NAMESPACES = Path("/run/netns")
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 _CLONE_NEWNET = 0x40000000
 _PACKET = 65_536
+_OWNER = "EAFT_EXT_HOSTS_OWNER"
 
 
 def why_not() -> str:
@@ -68,6 +69,8 @@ def inside(host: int) -> Iterator[None]:
 def joined(latency: float, loss: float) -> Iterator[None]:
     """Both hosts, joined by a wire: seconds from one to the other, and the share that is lost."""
     with ExitStack() as undo:
+        os.environ[_OWNER] = str(os.getpid())
+        undo.callback(os.environ.pop, _OWNER)
         ends = []
         for host in HOSTS:
             _ip("netns", "add", _name(host))
@@ -91,7 +94,8 @@ def joined(latency: float, loss: float) -> Iterator[None]:
 
 
 def _name(host: int) -> str:
-    return f"eaft-host{host}"
+    """Of what this process made, or one that it comes from: others may have been left behind."""
+    return f"eaft{os.environ[_OWNER]}h{host}"
 
 
 def _use(network: TextIO) -> None:
