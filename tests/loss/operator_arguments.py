@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import random
 import sys
 import time
@@ -29,6 +30,7 @@ ops = torch.ops.eaft_ext
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OTHER_DTYPES = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
 SIZES = (0, 1, 1, 2, 3, 5, 8)
+MOST_NUMBERS = 2**22
 VOCAB_SIZES = (0, 1, 1, 2, 3, 31, 127, 128, 129, 300, 4097)
 INTEGERS = (-(2**63), -(2**31) - 1, -100, -1, 0, 1, 2, 3, 20, 127, 128, 129, 2**31, 2**32 + 20)
 INTEGERS += (2**62, 2**63 - 1)
@@ -131,6 +133,8 @@ class Arguments:
         """(..., V)."""
         dims = self._random.choice((0, 1, 1, 1, 2, 3, 6))
         shape = (*(self.one_of(SIZES) for _ in range(dims)), self.one_of(VOCAB_SIZES))
+        while math.prod(shape) > MOST_NUMBERS:
+            shape = shape[1:]
         result = self.laid_out(self.tensor(shape, self.one_of(FLOATS)))
         return self.unusual(result) if self.odd() else result
 
