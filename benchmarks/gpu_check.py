@@ -71,7 +71,8 @@ BENCH_MARGIN_SECONDS = 25.0
 # log of the build; what runs on the device need not run on the host, where the sweep runs.
 LEFT_OUT = (
     *("test_demo*.py", "test_inspect.py", "test_bench_command.py", "test_benchmarks_scaling.py"),
-    *("test_registers.py", "test_*_on_host.py", "test_ptx_*.py", "test_transformers_sweep.py"),
+    *("test_build.py", "test_registers.py", "test_*_on_host.py", "test_ptx_*.py"),
+    "test_transformers_sweep.py",
 )
 MOST_WORKERS = 12
 BENCH_RUNS = 5

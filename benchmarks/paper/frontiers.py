@@ -16,7 +16,7 @@ import torch
 from eaft_ext.cli.model import load, shown_name
 
 from . import pool, texts
-from .files import opened, write
+from .files import opened
 from .measurements import REGIONS, Ruler
 from .options import add_study
 from .study import PRESETS, Preset, Run, runs_of
@@ -33,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do the runs that the result file does not have; it is written after each."""
-    began = time.monotonic()
     preset = PRESETS[arguments.preset]
     file = arguments.output / FILE
     settings = {
@@ -42,21 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
         "model": shown_name(arguments.model),
     }
     results = opened(file, settings)
-    runs = results.setdefault("runs", {})
-    missing = [one for one in runs_of(preset) if one.name not in runs]
-    threads = pool.threads_of(arguments.jobs)
-    print(f"{len(missing)} of {len(runs_of(preset))} runs to do, {arguments.jobs} at a time")
+    runs = {one.name: one for one in runs_of(preset)}
     with tempfile.TemporaryDirectory() as scratch:
-        given = (arguments.model, arguments.data, arguments.preset, Path(scratch), threads)
-        how = (arguments.jobs, arguments.minutes, _prepare, given)
-        ended = pool.in_processes(_run, missing, *how)
-        for done, (name, found, counts) in enumerate(ended, start=1):
-            runs[name] = found
-            results["counts"] = counts
-            write(results, file)
-            left = (len(missing) - done) * (time.monotonic() - began) / done
-            print(f"{name}: {_told(found, counts)}; {left / 60:.0f} min left", flush=True)
-    print(f"{file}: {len(runs)} runs")
+        given = (arguments.model, arguments.data, arguments.preset, Path(scratch))
+        ended = pool.do_missing(_run, runs, arguments, results, file, _prepare, given)
+        for name, found, left in ended:
+            told = _told(found, results["counts"])
+            print(f"{name}: {told}; {left:.0f} min left", flush=True)
     return 0
 
 
@@ -116,4 +107,4 @@ def _run(run: Run) -> tuple[str, dict[str, Any], dict[str, Any]]:
         "measured": [asdict(one) for one in measured],
         "steps": steps,
     }
-    return run.name, found, asdict(ruler.counts)
+    return run.name, found, {"counts": asdict(ruler.counts)}

@@ -18,7 +18,7 @@ from eaft_ext.cli.batches import IGNORE_INDEX, Example, batched
 from eaft_ext.cli.model import load, shown_name
 
 from . import pool, study, texts
-from .files import opened, write
+from .files import opened
 from .measurements import logits_of, stats_of
 from .options import add_data, add_model
 from .study import ARMS, Preset, Run
@@ -56,19 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
     questions, right = read(arguments.data)
     settings = {"preset": arguments.preset, "settings": asdict(preset), "right": right}
     results = opened(file, {**settings, "model": shown_name(arguments.model)})
-    found = results.setdefault("runs", {})
-    runs: list[Run | None] = [None, *runs_of(preset)]
-    missing = [one for one in runs if _name(one) not in found]
-    print(f"{len(missing)} runs to do, {arguments.jobs} at a time", flush=True)
-    threads = pool.threads_of(arguments.jobs)
-    given = (arguments.model, arguments.data, preset, questions, threads)
-    how = (arguments.jobs, arguments.minutes, _prepare, given)
-    for name, of_run in pool.in_processes(_run, missing, *how):
-        found[name] = of_run
-        write(results, file)
+    runs = {_name(one): one for one in (None, *runs_of(preset))}
+    given = (arguments.model, arguments.data, preset, questions)
+    ended = pool.do_missing(_run, runs, arguments, results, file, _prepare, given)
+    for name, of_run, left in ended:
         share = sum(map(str.__eq__, of_run["chosen"], right)) / len(right)
-        print(f"{name}: {100 * share:.1f} % right, {of_run['seconds']:.0f} s", flush=True)
-    print(file)
+        told = f"{100 * share:.1f} % right, {of_run['seconds']:.0f} s"
+        print(f"{name}: {told}; {left:.0f} min left", flush=True)
     return 0
 
 
@@ -119,7 +113,7 @@ def answers_to(questions: list[dict[str, str]], tokenizer: Any) -> list[list[Exa
     return answers
 
 
-def _run(run: Run | None) -> tuple[str, dict[str, Any]]:
+def _run(run: Run | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The answers that a run chooses, or that the base model does."""
     here = _Workplace
     began = time.perf_counter()
@@ -137,7 +131,7 @@ def _run(run: Run | None) -> tuple[str, dict[str, Any]]:
         "chosen": chosen,
         "seconds": round(time.perf_counter() - began, 1),
     }
-    return _name(run), found
+    return _name(run), found, {}
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from eaft_ext.cli.model import load, shown_name
 from eaft_ext.integrations.transformers import LinearGatedLoss, use_linear_gated_ce
 
 from . import pool, study, texts
-from .files import opened, write
+from .files import opened
 from .measurements import logits_of, stats_of
 from .options import add_data, add_model
 from .study import Preset, Run
@@ -81,18 +81,12 @@ def run(arguments: argparse.Namespace) -> int:
     named = {name: getattr(arguments, name) for name in ("preset", "precision")}
     settings = {**named, "settings": asdict(preset), "model": shown_name(arguments.model)}
     results = opened(file, settings)
-    found = results.setdefault("runs", {})
-    missing = [one for one in runs_of(preset, arguments.precision) if one.name not in found]
-    threads = pool.threads_of(arguments.jobs)
-    print(f"{len(missing)} runs to do, {arguments.jobs} at a time", flush=True)
-    given = (arguments.model, arguments.data, preset, threads)
-    how = (arguments.jobs, arguments.minutes, _prepare, given)
-    for name, of_run in pool.in_processes(_run, missing, *how):
-        found[name] = of_run
-        write(results, file)
-        last = of_run["measured"][-1]
-        print(f"{name}: {last['nll']:.4f} nats, {of_run['seconds']:.0f} s", flush=True)
-    print(file)
+    runs = {one.name: one for one in runs_of(preset, arguments.precision)}
+    given = (arguments.model, arguments.data, preset)
+    ended = pool.do_missing(_run, runs, arguments, results, file, _prepare, given)
+    for name, of_run, left in ended:
+        told = f"{of_run['measured'][-1]['nll']:.4f} nats, {of_run['seconds']:.0f} s"
+        print(f"{name}: {told}; {left:.0f} min left", flush=True)
     return 0
 
 
@@ -111,7 +105,7 @@ def _prepare(model: str | None, data: Path, preset: Preset, threads: int) -> Non
     _Workplace.texts = texts.read(data, tokenizer, preset)
 
 
-def _run(muted: Muted) -> tuple[str, dict[str, Any]]:
+def _run(muted: Muted) -> tuple[str, dict[str, Any], dict[str, Any]]:
     here, one = _Workplace, muted.run
     began = time.perf_counter()
     batches, _ = texts.steps_of(here.texts.train, [], here.preset, one.arm, one.seed)
@@ -133,7 +127,7 @@ def _run(muted: Muted) -> tuple[str, dict[str, Any]]:
         "measured": measured,
         "steps": {**steps, "loss": curves.losses, "dropped": curves.dropped},
     }
-    return muted.name, found
+    return muted.name, found, {}
 
 
 class Curves:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
+
+from .files import write
 
 Item, Found = TypeVar("Item"), TypeVar("Found")
 
@@ -24,7 +28,35 @@ def threads_of(jobs: int) -> int:
     return max(1, (os.cpu_count() or 1) // jobs)
 
 
-def in_processes(
+def do_missing(
+    work: Callable[[Item], tuple[str, Any, dict[str, Any]]],
+    runs: dict[str, Item],
+    arguments: argparse.Namespace,
+    results: dict[str, Any],
+    file: Path,
+    prepare: Callable[..., None],
+    given: tuple[Any, ...],
+) -> Iterator[tuple[str, Any, float]]:
+    """Do those of the named runs that the results do not have, and write the file after each.
+
+    ``work`` tells a run's name, what was found, and what stands beside the runs. Each process
+    begins with ``prepare(*given, threads)``. Yields the name, what was found, and the minutes left.
+    """
+    began = time.monotonic()
+    found = results.setdefault("runs", {})
+    missing = [one for name, one in runs.items() if name not in found]
+    print(f"{len(missing)} of {len(runs)} runs to do, {arguments.jobs} at a time", flush=True)
+    how = (arguments.jobs, arguments.minutes, prepare, (*given, threads_of(arguments.jobs)))
+    ended = _in_processes(work, missing, *how)
+    for done, (name, of_run, beside) in enumerate(ended, start=1):
+        found[name] = of_run
+        results |= beside
+        write(results, file)
+        yield name, of_run, (len(missing) - done) * (time.monotonic() - began) / done / 60
+    print(f"{file}: {len(found)} runs")
+
+
+def _in_processes(
     work: Callable[[Item], Found],
     runs: Iterable[Item],
     jobs: int,
