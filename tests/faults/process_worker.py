@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import eaft_ext
+from eaft_ext.linear import _operators as _linear
 from eaft_ext.parallel import _agreement, _group, _shard
 
 STEPS, FAULT_STEP = 4, 2
@@ -52,16 +53,25 @@ def _be_late() -> None:
     time.sleep(LATE)
 
 
-FAULTS: dict[str, Callable[[], None]] = {"dies": _die, "raises": _raise, "is_late": _be_late}
+FAULTS: dict[str, Callable[[], None]] = {
+    "dies": _die,
+    "raises": _raise,
+    "raises_and_stays": _raise,
+    "is_late": _be_late,
+}
 
 
-def _before(module: Any, name: str, fault: Callable[[], None]) -> None:
-    """The fault happens as a function of the package is entered, once."""
+def _before(module: Any, name: str, fault: Callable[[], None], after: int = 0) -> None:
+    """The fault happens as a function of the package is entered, once, after so many calls."""
     original = getattr(module, name)
+    calls = 0
 
     def replaced(*args: Any, **kwargs: Any) -> Any:
-        setattr(module, name, original)
-        fault()
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            setattr(module, name, original)
+            fault()
         return original(*args, **kwargs)
 
     setattr(module, name, replaced)
@@ -76,6 +86,13 @@ POINTS: dict[str, tuple[Any, str] | None] = {
     "after_the_exchange": (_agreement, "check_labels"),
     "in_the_backward": None,
     "after_the_step": None,
+}
+# And in one of the linear loss, whose exchanges are of a chunk of tokens each.
+CHUNK = 5
+LINEAR_POINTS: dict[str, tuple[Any, str, int]] = {
+    "before_the_second_chunk": (_linear, "all_gather", 1),
+    "after_the_second_exchange": (_agreement, "check_labels", 1),
+    "before_the_reduction": (_linear, "all_reduce", 0),
 }
 
 
@@ -108,10 +125,14 @@ class _Faulty(torch.autograd.Function):
         return gradient, None
 
 
-def _loss(layer: nn.Linear, step: int, options: dict[str, Any]) -> Tensor:
+def _loss(layer: nn.Linear, step: int, is_linear: bool, options: dict[str, Any]) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
     labels = torch.randint(WORDS, (TOKENS,), generator=generator)
+    if is_linear:
+        return eaft_ext.vocab_parallel_linear_gated_ce(
+            hidden.requires_grad_(), layer.weight, labels, group=dist.group.WORLD, chunk_size=CHUNK
+        )
     labels = (labels + options.pop("shift", 0)) % WORDS
     logits = layer(hidden).to(options.pop("dtype", torch.float32))
     if "fault" in options:
@@ -148,7 +169,7 @@ def _one_process(rank: int, case: Case, port: int, folder: Path) -> None:
             begun = time.monotonic()
             options: dict[str, Any] = {}
             point = case.point if rank == case.victim and step == FAULT_STEP else ""
-            place = POINTS.get(point)
+            place = (POINTS | LINEAR_POINTS).get(point)
             if point and case.fault in DIFFERENCES:
                 DIFFERENCES[case.fault](options)
             elif point == "before_the_call":
@@ -156,8 +177,9 @@ def _one_process(rank: int, case: Case, port: int, folder: Path) -> None:
             elif point == "in_the_backward":
                 options["fault"] = FAULTS[case.fault]
             elif place is not None:
-                _before(*place, FAULTS[case.fault])
-            loss = _loss(layer, step, options)
+                module, name, *after = place
+                _before(module, name, FAULTS[case.fault], *after)
+            loss = _loss(layer, step, case.point in LINEAR_POINTS, options)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -168,6 +190,8 @@ def _one_process(rank: int, case: Case, port: int, folder: Path) -> None:
         told["error"] = [type(error).__name__, str(error)]
     told["seconds"] = time.monotonic() - begun
     (folder / f"{case}.{rank}.json").write_text(json.dumps(told))
+    if case.fault == "raises_and_stays" and rank == case.victim:
+        time.sleep(TIMEOUT + 1)  # with its connections
     if rank == 0:
         time.sleep(1)  # the store is this process's, and the others are to read what is in it
 

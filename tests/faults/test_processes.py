@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from process_worker import DIFFERENCES, FAULT_STEP, POINTS, STEPS, TIMEOUT, Case
+from process_worker import DIFFERENCES, FAULT_STEP, LINEAR_POINTS, POINTS, STEPS, TIMEOUT, Case
 from spawned import run_all
 
 import eaft_ext
@@ -24,6 +24,7 @@ SLACK = 6.0
 LATE_POINTS = ("after_the_exchange", "in_the_backward", "after_the_step")
 # Before it has told the others that it comes, and may tell them that it does not.
 TOLD_POINTS = ("before_the_partial",)
+EXCHANGES = ("before_the_exchange", *LINEAR_POINTS)
 GONE = r"[Cc]onnection|[Ss]ocket|closed|[Tt]imed out|timeout|Broken pipe"
 
 
@@ -34,7 +35,10 @@ HARD += [
     for point in ("before_the_call", "before_the_exchange")
     for size, victim in ((2, 0), (3, 0), (3, 2))
 ]
-LATE = [Case("is_late", point) for point in POINTS]
+HARD += [Case(fault, point) for fault in ("dies", "raises") for point in LINEAR_POINTS]
+# As one does that meets its want of memory with a smaller batch, and alone.
+HARD += [Case("raises_and_stays", point) for point in ("before_the_exchange", *LINEAR_POINTS)]
+LATE = [Case("is_late", point) for point in (*POINTS, *LINEAR_POINTS)]
 DIFFERENT = [Case(difference, "before_the_call") for difference in DIFFERENCES]
 QUICK = {
     Case("dies", "before_the_call"),
@@ -42,6 +46,7 @@ QUICK = {
     Case("raises", "before_the_partial"),
     Case("raises", "before_the_exchange"),
     Case("raises", "in_the_backward"),
+    Case("raises_and_stays", "before_the_second_chunk"),
     Case("is_late", "before_the_exchange"),
     *DIFFERENT,
 }
@@ -98,7 +103,7 @@ def test_the_others_end_with_the_reason(groups: Groups, case: Case) -> None:
             assert kind == "RuntimeError"
             assert sentence.endswith(f"process {case.victim} failed: an injected fault")
             assert told["seconds"] < TIMEOUT, "it was told, and need not have waited"
-        elif case.point == "before_the_exchange" or case.victim == 0:
+        elif case.point in EXCHANGES or case.victim == 0:
             # Of gloo, or of the store, which was the victim's.
             assert re.search(GONE, sentence), sentence
         else:
