@@ -117,7 +117,7 @@ def assert_right(
     options: dict[str, Any] = {"k": k, "gate": gate, "reduction": "none", **family}
     ref = outcome(reference.gated_ce, logits, labels, upstream, **options)
     gt = outcome(reference.gated_ce, logits.double(), labels, upstream.double(), **options)
-    weights = error_weights(gt, upstream, family.get("z_loss", 0.0))
+    weights = error_weights(gt, upstream, logits, **options)
     entropy = None
     for seed, way in enumerate(ways):
         found = way(logits, labels, k=k, gate=gate, seed=seed, family=family, **gradient)

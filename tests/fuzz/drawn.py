@@ -20,7 +20,7 @@ from gate_cases import BUILT_IN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import DTYPES, IGNORED, same_bits, upstream_of
-from parity import Outcome, error_weights, outcome, steepness
+from parity import Outcome, error_weights, outcome
 from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
 from torch import Tensor
 
@@ -296,26 +296,12 @@ def assert_truth(
 ) -> None:
     """Hold a result to the reference in float64, by the rules of tolerances.py.
 
-    Among thousands of calls there are some in which the reference errs less by luck. The floor of
-    the second rule is for gates that do not depend on the nll: one of p(y) is as uncertain as the
-    nll is, which is known to an epsilon of itself. ``told_entropy``: of all logits, which shards
-    round before they tell it.
+    ``told_entropy``: of all logits, which shards round before they tell it.
     """
     how = {"reduction": "none"} | how
     ref = outcome(reference.gated_ce, logits, labels, upstream, **how)
     gt = outcome(reference.gated_ce, logits.double(), labels, upstream.double(), **how)
-    nll = gt.nll.nan_to_num(posinf=0.0).abs()
-    uncertain = 1 + max(nll.flatten().tolist(), default=0.0)
-    weights = error_weights(gt, upstream, how.get("z_loss", 0.0))
-    if {"label_smoothing", "logit_scale", "softcap"} & set(how):
-        # Logits that are added up, or are not those that were given, are known to an epsilon each.
-        finite = logits[logits.isfinite()].abs().double()
-        largest = max(finite.tolist(), default=0.0) * how.get("logit_scale", 1.0)
-        largest = min(largest, how.get("softcap") or largest)
-        uncertain += largest
-        weights["entropy"] += largest
-    weights["gradient"] = weights["gradient"] * steepness(how["gate"], gt.entropy)
-    weights |= {name: weights[name] * uncertain for name in ("loss", "gate", "gradient")}
+    weights = error_weights(gt, upstream, logits, **how)
     roundings = {"loss": 1} if told_entropy and how["k"] is None else {}
     for name, *values in zip(Outcome._fields, found, ref, gt, strict=True):
         rows = [value if value.dim() else value.unsqueeze(0) for value in values]

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from inputs import IGNORED, upstream_of
-from parity import steepness
-from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
+from parity import Outcome, error_weights
+from tolerances import FLOOR_IN_EPSILONS, GRADIENT_FACTOR, LOSS_FACTOR, assert_within
 from torch import Tensor
 
 import eaft_ext
@@ -73,12 +73,38 @@ def _chunked_reference(
     return reference.gated_ce(logits, labels, **options)
 
 
+def _terms(
+    inputs: list[Tensor | None], labels: Tensor, gates: Tensor, upstream: Tensor, **options: Any
+) -> dict[str, Tensor]:
+    """Of each gradient, the sums of its terms' absolute values, for tolerances.py.
+
+    The logits' gradients are a token's weight times p, or times p - 1 for the label, where p is the
+    exponential of a number that is known to an epsilon of itself.
+    """
+    hidden, weight, bias = inputs
+    # What reductions make of a gate, from two logits of p = 1/2.
+    halves = hidden.new_zeros(len(labels), 2).requires_grad_()
+    options |= {"gate": lambda nll, entropy: gates}
+    loss = reference.gated_ce(halves, labels.clamp(max=0), **options)
+    (of_halves,) = torch.autograd.grad(loss, halves, upstream)
+    of_token = 2 * of_halves[:, :1].abs()
+    log_p = torch.nn.functional.linear(hidden, weight, bias).log_softmax(-1)
+    is_label = labels.unsqueeze(1) == torch.arange(weight.size(0), device=labels.device)
+    of_logits = of_token * (log_p.exp() * (1 - log_p) + is_label)
+    return {
+        "hidden": of_logits @ weight.abs(),
+        "weight": of_logits.t() @ hidden.abs(),
+        "bias": of_logits.sum(0),
+    }
+
+
 def assert_linear_parity(inputs: list[Tensor | None], labels: Tensor, **options: Any) -> None:
     """Hold ``linear_gated_ce`` to the reference in the same dtype and in float64.
 
     In float32 it is the sums of the products that differ, so the reference goes by chunks too. In
     16 bits it does not: what is rounded after each chunk shall be no worse than rounded once. A
-    gradient that is scaled by another number than a power of 2 is rounded once more.
+    gradient that is scaled by another number than a power of 2 is rounded once more. The terms of
+    the products are rounded one by one, and their sum may be small beside them.
     """
     dtype = inputs[0].dtype
     upstream = torch.tensor(-2.0 if dtype.itemsize == 2 else -1.75, device=labels.device)
@@ -96,17 +122,20 @@ def assert_linear_parity(inputs: list[Tensor | None], labels: Tensor, **options:
     else:
         ref = linear_gradients(_chunked_reference, inputs, labels, upstream, **of_chunks, **options)
     gt = linear_gradients(whole, wide, labels, upstream.double(), **options)
-    nll = 1 + gt[1].nll.abs().amax() if labels.numel() else 1
-    gates = gt[1].gate * steepness(options.get("gate"), gt[1].entropy)
-    gate = gates.amax().clamp(min=1) if labels.numel() else 1
+    logits = torch.nn.functional.linear(wide[0], wide[1], wide[2])
+    truth = Outcome(gt[0], *gt[1][:3], torch.empty(0))
+    weights = error_weights(truth, torch.ones_like(upstream), logits, **options)
     stats = zip(eaft_ext.TokenStats._fields[:3], op[1], ref[1], gt[1], strict=False)
     for name, *values in [("loss", op[0], ref[0], gt[0]), *stats]:
         vectors = [value if value.dim() else value.unsqueeze(0) for value in values]
-        assert_within(name, *vectors, LOSS_FACTOR, nll)
-    # A product's error is that of the gradient of the logits, times the other operand.
-    weights = {"hidden": gate * inputs[1].abs().amax().double().clamp(min=1)}
+        assert_within(name, *vectors, LOSS_FACTOR, weights[name])
+    terms = _terms(wide, labels, weights["gradient"], upstream.double(), **options)
     for name in op[2]:
         values = (op[2][name], ref[2][name], gt[2][name])
-        assert_within(name, *values, GRADIENT_FACTOR, weights.get(name, gate))
+        of_dtype = terms[name] if dtype.itemsize == 2 else None
+        # Products may add up one term after another, and err by a rounding in each.
+        number = logits.size(0 if name != "hidden" else 1)
+        weight = terms[name] * max(1, number**0.5 / FLOOR_IN_EPSILONS)
+        assert_within(name, *values, GRADIENT_FACTOR, weight, terms=of_dtype)
     assert torch.equal(op[1].valid, labels != IGNORED)
     assert not any(stat.requires_grad for stat in op[1] if stat is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -39,21 +40,59 @@ def assert_same_stats(found: eaft_ext.TokenStats, expected: eaft_ext.TokenStats)
         assert a is None or same_bits(a, b), name
 
 
-def error_weights(gt: Outcome, upstream: Tensor, z_loss: float = 0.0) -> dict[str, Any]:
-    """What each result is a product with, for tolerances.py."""
+def gate_uncertainty(
+    gate: Any, num_logits: int, nll: Tensor, entropy: Tensor, of_nll: Tensor, of_entropy: Tensor
+) -> Tensor:
+    """What a gate is uncertain by where its nll and its entropy are: they times its slopes."""
+    nll, entropy = nll.clone().requires_grad_(), entropy.clone().requires_grad_()
+    gate = eaft_ext.EntropyGate() if gate is None else gate
+    gates = (gate.for_k(num_logits) if hasattr(gate, "for_k") else gate)(nll, entropy)
+    if not gates.requires_grad:
+        return torch.zeros_like(nll)
+    slopes = torch.autograd.grad(gates.sum(), (nll, entropy), materialize_grads=True)
+    return sum(
+        (slope.abs() * known).nan_to_num(posinf=0.0)
+        for slope, known in zip(slopes, (of_nll, of_entropy), strict=True)
+    )
+
+
+def error_weights(
+    gt: Outcome,
+    upstream: Tensor,
+    logits: Tensor,
+    *,
+    k: int | None = 20,
+    gate: Any = None,
+    z_loss: float = 0.0,
+    **options: Any,
+) -> dict[str, Any]:
+    """By how many epsilons each result is uncertain besides its own, for tolerances.py.
+
+    An nll is known to one of itself and of 1, an entropy to one of itself and its logarithm. Where
+    logits are added up, or are not those that were given, they are known to one each.
+    """
+    vocab_size = logits.size(-1)
     nll = gt.nll.nan_to_num(posinf=0.0).abs()
-    # The z-loss is a product with an lse; an nll is one, less a logit.
-    largest = 1 + max(nll.flatten().tolist(), default=0.0)
-    return dict.fromkeys(Outcome._fields, 1.0) | {
-        "loss": largest * (1 + z_loss * largest),
-        "gradient": (upstream * (gt.gate + 2 * z_loss * largest)).abs().nan_to_num(),
+    entropy = gt.entropy.nan_to_num(posinf=0.0)
+    largest = torch.zeros_like(nll)
+    if z_loss or {"softcap", "logit_scale", "label_smoothing"} & set(options):
+        finite = torch.where(logits.isfinite(), logits, 0).abs().double().amax(-1)
+        largest = finite * options.get("logit_scale", 1.0)
+        largest = largest.clamp(max=options.get("softcap") or math.inf) + math.log(vocab_size)
+    of_nll = 1 + nll + largest
+    of_entropy = (1 + largest) * torch.where(entropy < 1, entropy * (1 - entropy.log()), 1)
+    num_logits = vocab_size if k is None else min(k, vocab_size)
+    of_gate = gate_uncertainty(gate, num_logits, nll, entropy, of_nll, of_entropy.nan_to_num())
+    gates = gt.gate.abs().nan_to_num() + of_gate
+    of_loss = gates * of_nll + z_loss * of_nll**2
+    of_row = gates * (1 + largest) + 2 * z_loss * of_nll
+    return {
+        "nll": of_nll,
+        "entropy": 1 + largest,
+        "gate": of_gate,
+        "loss": of_loss if gt.loss.dim() else max(of_loss.flatten().tolist(), default=1.0),
+        "gradient": (upstream * of_row).abs().nan_to_num(),
     }
-
-
-def steepness(gate: Any, entropy: Tensor) -> Tensor:
-    """How many times itself a gate is uncertain: as a power of the entropy, or flat."""
-    alpha = gate.alpha if isinstance(gate, eaft_ext.EntropyGate) else 0.0
-    return 1 + (alpha / entropy).nan_to_num(posinf=0.0)
 
 
 def assert_parity(logits: Tensor, labels: Tensor, **options: Any) -> None:
@@ -66,7 +105,7 @@ def assert_parity(logits: Tensor, labels: Tensor, **options: Any) -> None:
     op = outcome(eaft_ext.gated_ce, logits, labels, upstream, **options)
     ref = outcome(reference, logits, labels, upstream, **options)
     gt = outcome(reference, logits.double(), labels, upstream.double(), **options)
-    weights = error_weights(gt, upstream, options.get("z_loss", 0.0))
+    weights = error_weights(gt, upstream, logits, **options)
     for name, *values in zip(Outcome._fields, op, ref, gt, strict=True):
         rows = [value if value.dim() else value.unsqueeze(0) for value in values]
         factor = GRADIENT_FACTOR if name == "gradient" else LOSS_FACTOR

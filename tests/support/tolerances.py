@@ -4,8 +4,8 @@
 the dtype under test. The key of the table is the dtype of the output: float32 for losses and stats
 of 16-bit logits, the logits' dtype for gradients.
 
-1. Each element: ``|op - gt| <= |ref - gt| + ATOL``; where it is more, a rounding of the element and
-   what no computation in float32 can avoid.
+1. Each element: ``|op - gt| <= |ref - gt| + ATOL``, or what no computation can avoid where that is
+   more than ATOL.
 2. The largest error: at most twice the reference's, three times for gradients. Not in float64,
    where the reference is the truth and has no error to compare with.
 """
@@ -25,9 +25,9 @@ ATOL = {
 LOSS_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
 
-# The rules need a floor where the reference errs little by luck. An error is always allowed that no
-# computation in float32 can avoid, a few roundings (exponential, sum, logarithm, product):
-# - of the result in its dtype, relative to the largest value;
+# The rules need a floor where the reference errs little by luck: an error that no computation in
+# float32 can avoid, a few roundings (exponential, sum, logarithm, product)
+# - of the result, relative to it;
 # - of what it is computed from. A softmax sum S and a probability p next to 1 are known to an
 #   epsilon of float32, and so are ln S, the entropy and p - 1, however small they are. This error
 #   is absolute; the loss has it multiplied by the nll, a gradient by its row's weight.
@@ -42,12 +42,14 @@ def assert_within(
     factor: float,
     weight: Tensor | float = 1.0,
     roundings: int = 0,
+    terms: Tensor | None = None,
 ) -> None:
     """Hold ``op`` to both rules; the second one for every row of a matrix, or for a whole vector.
 
     NaN and infinities must be the truth's, in the same places. ``weight`` is what the result is a
-    product with. ``roundings``: of numbers on its way to which it is proportional, and which the
-    reference does not round.
+    product with: of each element, of each row of a matrix, or of all. ``roundings``: of numbers on
+    its way to which it is proportional, and which the reference does not round. ``terms``: of a
+    sum, those of all its terms' absolute values that are rounded to the dtype, as it is itself.
     """
     assert op.shape == ref.shape == gt.shape, f"{name}: {op.shape}, {ref.shape}, {gt.shape}"
     assert op.dtype == ref.dtype, f"{name}: {op.dtype}, and the reference gives {ref.dtype}"
@@ -66,10 +68,13 @@ def assert_within(
     ref_error = torch.where(finite, (ref - gt).abs(), 0.0)
 
     computed_in = torch.finfo(torch.float64 if is_double else torch.float32).eps
-    largest = truth.abs().amax(-1)
-    unavoidable = (FLOOR_IN_EPSILONS * computed_in * (largest + weight)).unsqueeze(-1)
-    rounding = epsilon * truth.abs()
-    more = (rounding + unavoidable).clamp(min=atol) + roundings * rounding
+    weight = torch.as_tensor(weight, dtype=torch.float64, device=op.device)
+    if 0 < weight.dim() < op.dim():
+        weight = weight.unsqueeze(-1)
+    weight = weight.expand_as(op)
+    unavoidable = FLOOR_IN_EPSILONS * computed_in * (truth.abs() + weight)
+    rounded_sum = epsilon / 2 * (terms + truth.abs()) if terms is not None else 0.0
+    more = (unavoidable + rounded_sum).clamp(min=atol) + roundings * epsilon * truth.abs()
     excess = op_error - ref_error - more
     assert excess.max() <= 0, (
         f"{name}: off by {op_error.flatten()[excess.argmax()]:.3g} where the reference is off by "
@@ -78,7 +83,8 @@ def assert_within(
     )
     if is_double:
         return
-    floor = FLOOR_IN_EPSILONS * (epsilon * largest + computed_in * weight)
+    largest = truth.abs().amax(-1)
+    floor = FLOOR_IN_EPSILONS * (epsilon * largest + computed_in * weight.amax(-1))
     allowed = torch.maximum(factor * ref_error.amax(-1), floor)
     error = op_error.amax(-1)
     worst = (error - allowed).argmax()

@@ -145,7 +145,7 @@ def assert_matches(
     whole = outcome(eaft_ext.gated_ce, logits, labels, upstream, **options)
     ref = outcome(reference.gated_ce, logits, labels, upstream, **options)
     gt = outcome(reference.gated_ce, logits.double(), labels, upstream.double(), **options)
-    weights = error_weights(gt, upstream, options.get("z_loss", 0.0))
+    weights = error_weights(gt, upstream, logits, **options)
     for name, *values in zip(Outcome._fields, found, ref, whole, gt, strict=True):
         op, *others, truth = (value if value.dim() else value.unsqueeze(0) for value in values)
         factor = GRADIENT_FACTOR if name == "gradient" else LOSS_FACTOR
