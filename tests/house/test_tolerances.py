@@ -1,0 +1,92 @@
+"""The rules of tolerances.py find what a kernel might do wrong: each mistake here is small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from inputs import IGNORED, make, upstream_of
+from parity import Outcome, error_weights, outcome
+from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
+from torch import Tensor
+
+import eaft_ext
+from eaft_ext import NoGate
+
+Mistake = Callable[[Outcome, Outcome, Tensor], Outcome]
+
+
+def _one_token(name: str, factor: float = 1.0, more: float = 0.0, largest: bool = False) -> Mistake:
+    """A number of the token whose nll is the smallest, or the largest."""
+
+    def change(found: Outcome, gt: Outcome, labels: Tensor) -> Outcome:
+        nll = gt.nll.masked_fill(labels == IGNORED, -torch.inf if largest else torch.inf)
+        token = nll.argmax() if largest else nll.argmin()
+        changed = getattr(found, name).clone()
+        changed[token] = changed[token] * factor + more
+        return found._replace(**{name: changed})
+
+    return change
+
+
+def _truncated(found: Outcome, gt: Outcome, labels: Tensor) -> Outcome:
+    """The gradient is cut to 16 bits, and not rounded to the nearest."""
+    dtype = found.gradient.dtype
+    rounded = gt.gradient.to(dtype)
+    is_too_large = rounded.double().abs() > gt.gradient.abs()
+    bits = rounded.view(torch.int16)
+    return found._replace(gradient=torch.where(is_too_large, bits - 1, bits).view(dtype))
+
+
+def _without_label(found: Outcome, gt: Outcome, labels: Tensor) -> Outcome:
+    """One token's gradient is p where it should be p - 1."""
+    upstream = upstream_of(labels)
+    weight = torch.where((labels != IGNORED) & (upstream != 0), upstream * gt.gate, torch.inf)
+    token = weight.abs().argmin()
+    changed = found.gradient.clone()
+    changed[token, labels[token]] += weight[token].to(changed.dtype)
+    return found._replace(gradient=changed)
+
+
+OF_A_TOKEN: dict[str, Mistake] = {
+    "loss": _one_token("loss", factor=1 + 1e-4),
+    "largest_loss": _one_token("loss", factor=1 + 1e-5, largest=True),
+    "nll": _one_token("nll", more=1e-3),
+    "entropy": _one_token("entropy", more=5e-5),
+    "gate": _one_token("gate", more=5e-5),
+    "label": _without_label,
+}
+
+
+def _assert_found(mistake: Mistake, trap: str, dtype: torch.dtype, gate: object) -> None:
+    logits, labels = make(9, 8200, dtype, trap=trap)
+    upstream = upstream_of(labels)
+    how = {"gate": gate, "reduction": "none"}
+    found = outcome(eaft_ext.gated_ce, logits, labels, upstream, **how)
+    ref = outcome(eaft_ext.reference.gated_ce, logits, labels, upstream, **how)
+    gt = outcome(eaft_ext.reference.gated_ce, logits.double(), labels, upstream.double(), **how)
+    weights = error_weights(gt, upstream, logits, gate=gate)
+
+    def hold(one: Outcome) -> None:
+        for name, *values in zip(Outcome._fields, one, ref, gt, strict=True):
+            factor = GRADIENT_FACTOR if name == "gradient" else LOSS_FACTOR
+            assert_within(name, *values, factor, weights[name])
+
+    hold(found)
+    with pytest.raises(AssertionError, match=r"off by|the largest error"):
+        hold(mistake(found, gt, labels))
+
+
+@pytest.mark.parametrize("gate", [None, NoGate()], ids=["entropy", "none"])
+@pytest.mark.parametrize("trap", ["normal", "outliers_of_1e4", "far_from_zero"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("mistake", OF_A_TOKEN.values(), ids=OF_A_TOKEN)
+def test_of_a_token(mistake: Mistake, dtype: torch.dtype, trap: str, gate: object) -> None:
+    """Also where another token's nll is 20,000, of which an epsilon is more than the mistake."""
+    _assert_found(mistake, trap, dtype, gate)
+
+
+def test_truncated_gradient() -> None:
+    """In bfloat16 it would be less than the table allows a gradient of this size."""
+    _assert_found(_truncated, "normal", torch.float16, NoGate())
