@@ -20,7 +20,7 @@ from gate_cases import BUILT_IN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import DTYPES, IGNORED, same_bits, upstream_of
-from parity import Outcome, error_weights, outcome
+from parity import PLAIN, Outcome, error_weights, outcome
 from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
 from torch import Tensor
 
@@ -261,8 +261,7 @@ def options(draw: st.DrawFn, family: bool = True) -> dict[str, Any]:
         "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1, 0.9, 1.0])),
         "z_loss": draw(st.sampled_from([0.0, 0.0, 1e-4, 1e-2])),
     }
-    plain = {"softcap": None, "logit_scale": 1.0, "label_smoothing": 0.0, "z_loss": 0.0}
-    return found | {name: value for name, value in drawn.items() if value != plain[name]}
+    return found | {name: value for name, value in drawn.items() if value != PLAIN[name]}
 
 
 Call = tuple[Inputs, dict[str, Any]]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from inputs import IGNORED, upstream_of
 from parity import Outcome, error_weights
-from tolerances import FLOOR_IN_EPSILONS, GRADIENT_FACTOR, LOSS_FACTOR, assert_within
+from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within, of_long_sum
 from torch import Tensor
 
 import eaft_ext
@@ -133,9 +133,7 @@ def assert_linear_parity(inputs: list[Tensor | None], labels: Tensor, **options:
     for name in op[2]:
         values = (op[2][name], ref[2][name], gt[2][name])
         of_dtype = terms[name] if dtype.itemsize == 2 else None
-        # Products may add up one term after another, and err by a rounding in each.
-        number = logits.size(0 if name != "hidden" else 1)
-        weight = terms[name] * max(1, number**0.5 / FLOOR_IN_EPSILONS)
+        weight = terms[name] * of_long_sum(logits.size(1 if name == "hidden" else 0))
         assert_within(name, *values, GRADIENT_FACTOR, weight, terms=of_dtype)
     assert torch.equal(op[1].valid, labels != IGNORED)
     assert not any(stat.requires_grad for stat in op[1] if stat is not None)

@@ -7,10 +7,18 @@ from typing import Any, NamedTuple
 
 import torch
 from inputs import same_bits, upstream_of
-from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
+from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within, of_long_sum
 from torch import Tensor
 
 import eaft_ext
+
+PLAIN: dict[str, float | None] = {
+    "softcap": None,
+    "logit_scale": 1.0,
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+}
+"""The family's other options, where they change nothing."""
 
 
 class Outcome(NamedTuple):
@@ -56,6 +64,18 @@ def gate_uncertainty(
     )
 
 
+def uncertain_logits(logits: Tensor, **options: Any) -> Tensor:
+    """By how many epsilons each token's lse is uncertain besides those of its nll.
+
+    Where logits are added up, or are not those that were given, they are known to one each.
+    """
+    if all(options.get(name, plain) == plain for name, plain in PLAIN.items()):
+        return logits.new_zeros(logits.shape[:-1], dtype=torch.float64)
+    largest = torch.where(logits.isfinite(), logits, 0).abs().double().amax(-1)
+    largest = largest * options.get("logit_scale", 1.0)
+    return largest.clamp(max=options.get("softcap") or math.inf) + math.log(logits.size(-1))
+
+
 def error_weights(
     gt: Outcome,
     upstream: Tensor,
@@ -68,23 +88,19 @@ def error_weights(
 ) -> dict[str, Any]:
     """By how many epsilons each result is uncertain besides its own, for tolerances.py.
 
-    An nll is known to one of itself and of 1, an entropy to one of itself and its logarithm. Where
-    logits are added up, or are not those that were given, they are known to one each.
+    An nll is known to one of itself and of 1, an entropy to one of itself and its logarithm.
     """
     vocab_size = logits.size(-1)
     nll = gt.nll.nan_to_num(posinf=0.0).abs()
     entropy = gt.entropy.nan_to_num(posinf=0.0)
-    largest = torch.zeros_like(nll)
-    if z_loss or {"softcap", "logit_scale", "label_smoothing"} & set(options):
-        finite = torch.where(logits.isfinite(), logits, 0).abs().double().amax(-1)
-        largest = finite * options.get("logit_scale", 1.0)
-        largest = largest.clamp(max=options.get("softcap") or math.inf) + math.log(vocab_size)
+    largest = uncertain_logits(logits, z_loss=z_loss, **options)
     of_nll = 1 + nll + largest
     of_entropy = (1 + largest) * torch.where(entropy < 1, entropy * (1 - entropy.log()), 1)
     num_logits = vocab_size if k is None else min(k, vocab_size)
     of_gate = gate_uncertainty(gate, num_logits, nll, entropy, of_nll, of_entropy.nan_to_num())
     gates = gt.gate.abs().nan_to_num() + of_gate
-    of_loss = gates * of_nll + z_loss * of_nll**2
+    of_mean = largest * of_long_sum(vocab_size) if options.get("label_smoothing") else 0.0
+    of_loss = gates * (of_nll + of_mean) + z_loss * of_nll**2
     of_row = gates * (1 + largest) + 2 * z_loss * of_nll
     return {
         "nll": of_nll,

@@ -34,6 +34,14 @@ GRADIENT_FACTOR = 3.0
 FLOOR_IN_EPSILONS = 4.0
 
 
+def of_long_sum(number: int) -> float:
+    """How many times the floor a sum may err by that is made one term after another.
+
+    The roundings of ``number`` terms are of both signs, and grow together with its square root.
+    """
+    return max(1.0, number**0.5 / FLOOR_IN_EPSILONS)
+
+
 def assert_within(
     name: str,
     op: Tensor,
