@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from error_model import error_weights
 from inputs import IGNORED, make, same_bits, upstream_of
-from parity import Outcome, assert_parity, outcome
+from parity import Outcome, assert_outcome, assert_parity, outcome
 from test_kernels_on_host import assert_right
-from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
 from torch import Tensor
 
 from eaft_ext import EntropyGate, GatedCrossEntropyLoss, NoGate, gated_ce, reference, topk
@@ -399,11 +399,9 @@ def _assert_rows(
         outcome(reference.gated_ce, x, labels, upstream.to(x.dtype), reduction="none")
         for x in (logits, logits.double())
     )
-    factors = {"loss": LOSS_FACTOR, "gradient": GRADIENT_FACTOR}
-    weights: dict[str, Any] = {"loss": 1 + gt.nll, "gradient": upstream.abs()}
-    for op, (field, factor) in zip(found, factors.items(), strict=True):
-        one, other = getattr(ref, field), getattr(gt, field)
-        assert_within(f"{field} of {name}", op, one, other, factor, weights[field])
+    weights = error_weights(gt, logits, labels, upstream, reduction="none")
+    right = ref._replace(loss=found[0], gradient=found[1])
+    assert_outcome(right, ref, gt, weights, f" of {name}")
 
 
 @pytest.mark.parametrize("limit", [2**31, 2**32], ids=["2^31", "2^32"])

@@ -16,13 +16,13 @@ from typing import Any
 import kernels_on_host
 import pytest
 import torch
+from error_model import error_weights
 from gate_cases import GATES
 from inputs import IGNORED, TRAPS, dtype_name, make, same_bits, sparse_elements, upstream_of
 from layouts import READ_IN_PLACE, each_far_layout, each_limit, far_rows
 from layouts import V as LAYOUT_VOCAB_SIZE
 from layouts import build as build_layout
-from parity import Outcome, error_weights, outcome
-from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
+from parity import Outcome, assert_outcome, outcome
 from torch import Tensor
 
 from eaft_ext import EntropyGate, HardGate, NoGate, reference
@@ -117,14 +117,11 @@ def assert_right(
     options: dict[str, Any] = {"k": k, "gate": gate, "reduction": "none", **family}
     ref = outcome(reference.gated_ce, logits, labels, upstream, **options)
     gt = outcome(reference.gated_ce, logits.double(), labels, upstream.double(), **options)
-    weights = error_weights(gt, upstream, logits, **options)
+    weights = error_weights(gt, logits, labels, upstream, **options)
     entropy = None
     for seed, way in enumerate(ways):
         found = way(logits, labels, k=k, gate=gate, seed=seed, family=family, **gradient)
-        for name, *values in zip(Outcome._fields, found, ref, gt, strict=True):
-            op, other, truth = (value if value.dim() else value.unsqueeze(0) for value in values)
-            factor = GRADIENT_FACTOR if name == "gradient" else LOSS_FACTOR
-            assert_within(f"{name}, {way}", op, other, truth, factor, weights[name])
+        assert_outcome(found, ref, gt, weights, f", {way}")
         entropy = found.entropy if entropy is None else entropy
         if k is not None:
             assert same_bits(found.entropy, entropy), f"entropy, {way}"

@@ -49,14 +49,18 @@ def _raise() -> None:
     raise InjectedError("an injected fault\nwith a second line")
 
 
+WAS_LATE: list[float] = []
+
+
 def _be_late() -> None:
     time.sleep(LATE)
+    WAS_LATE.append(LATE)
 
 
 FAULTS: dict[str, Callable[[], None]] = {
     "dies": _die,
     "raises": _raise,
-    "raises_and_stays": _raise,
+    "raises_and_tries_again": _raise,
     "is_late": _be_late,
 }
 
@@ -87,10 +91,10 @@ POINTS: dict[str, tuple[Any, str] | None] = {
     "in_the_backward": None,
     "after_the_step": None,
 }
-# And in one of the linear loss, whose exchanges are of a chunk of tokens each.
+# And in one of the linear loss, whose exchanges are of a chunk of tokens each: after so many calls.
 CHUNK = 5
 LINEAR_POINTS: dict[str, tuple[Any, str, int]] = {
-    "before_the_second_chunk": (_linear, "all_gather", 1),
+    "before_the_second_exchange": (_linear, "all_gather", 1),
     "after_the_second_exchange": (_agreement, "check_labels", 1),
     "before_the_reduction": (_linear, "all_reduce", 0),
 }
@@ -153,6 +157,13 @@ class Case(NamedTuple):
         return ":".join(map(str, self))
 
 
+def _error_of(call: Callable[[], Any]) -> str:
+    try:
+        return f"none: {call()}"
+    except Exception as error:
+        return str(error)
+
+
 def _one_process(rank: int, case: Case, port: int, folder: Path) -> None:
     """Train, and say how it ended."""
     timeout = timedelta(seconds=TIMEOUT)
@@ -188,10 +199,11 @@ def _one_process(rank: int, case: Case, port: int, folder: Path) -> None:
             told["steps"].append(loss.item())
     except Exception as error:
         told["error"] = [type(error).__name__, str(error)]
-    told["seconds"] = time.monotonic() - begun
+        if isinstance(error, InjectedError) and case.fault == "raises_and_tries_again":
+            told["again"] = _error_of(lambda: _loss(layer, step, case.point in LINEAR_POINTS, {}))
+            time.sleep(1)  # with its connections, until the others have seen that nothing comes
+    told |= {"seconds": time.monotonic() - begun, "was_late": WAS_LATE}
     (folder / f"{case}.{rank}.json").write_text(json.dumps(told))
-    if case.fault == "raises_and_stays" and rank == case.victim:
-        time.sleep(TIMEOUT + 1)  # with its connections
     if rank == 0:
         time.sleep(1)  # the store is this process's, and the others are to read what is in it
 

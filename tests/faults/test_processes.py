@@ -25,7 +25,8 @@ LATE_POINTS = ("after_the_exchange", "in_the_backward", "after_the_step")
 # Before it has told the others that it comes, and may tell them that it does not.
 TOLD_POINTS = ("before_the_partial",)
 EXCHANGES = ("before_the_exchange", *LINEAR_POINTS)
-GONE = r"[Cc]onnection|[Ss]ocket|closed|[Tt]imed out|timeout|Broken pipe"
+IN_VAIN = r"[Tt]imed out|[Tt]imeout|did not make this call within"
+GONE = rf"[Cc]onnection|[Ss]ocket|closed|Broken pipe|{IN_VAIN}"
 
 
 HARD = [Case(fault, point) for fault in ("dies", "raises") for point in POINTS]
@@ -36,8 +37,8 @@ HARD += [
     for size, victim in ((2, 0), (3, 0), (3, 2))
 ]
 HARD += [Case(fault, point) for fault in ("dies", "raises") for point in LINEAR_POINTS]
-# As one does that meets its want of memory with a smaller batch, and alone.
-HARD += [Case("raises_and_stays", point) for point in ("before_the_exchange", *LINEAR_POINTS)]
+# As one does that meets its want of memory alone.
+HARD += [Case("raises_and_tries_again", point) for point in EXCHANGES]
 LATE = [Case("is_late", point) for point in (*POINTS, *LINEAR_POINTS)]
 DIFFERENT = [Case(difference, "before_the_call") for difference in DIFFERENCES]
 QUICK = {
@@ -46,7 +47,7 @@ QUICK = {
     Case("raises", "before_the_partial"),
     Case("raises", "before_the_exchange"),
     Case("raises", "in_the_backward"),
-    Case("raises_and_stays", "before_the_second_chunk"),
+    Case("raises_and_tries_again", "before_the_second_exchange"),
     Case("is_late", "before_the_exchange"),
     *DIFFERENT,
 }
@@ -103,6 +104,10 @@ def test_the_others_end_with_the_reason(groups: Groups, case: Case) -> None:
             assert kind == "RuntimeError"
             assert sentence.endswith(f"process {case.victim} failed: an injected fault")
             assert told["seconds"] < TIMEOUT, "it was told, and need not have waited"
+        elif case.fault == "raises_and_tries_again":
+            # It lives, and its connection with it.
+            assert re.search(IN_VAIN, sentence), sentence
+            assert re.search(IN_VAIN, own["again"]), own["again"]
         elif case.point in EXCHANGES or case.victim == 0:
             # Of gloo, or of the store, which was the victim's.
             assert re.search(GONE, sentence), sentence
@@ -115,6 +120,7 @@ def test_a_late_process_is_waited_for(groups: Groups, case: Case) -> None:
     first, second = groups[case]
     assert first is not None and second is not None
     assert first["error"] is second["error"] is None
+    assert [bool(told["was_late"]) for told in (first, second)] == [False, True]
     assert len(first["steps"]) == STEPS and first["steps"] == second["steps"]
 
 

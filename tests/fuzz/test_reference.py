@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from drawn import Call, Inputs, assert_truth, calls, holds, inputs, same, some_upstream
+from error_model import error_weights
 from hypothesis import strategies as st
 from inputs import dtype_name
-from parity import Outcome, outcome, uncertain_logits
+from parity import Outcome, outcome
 from tolerances import LOSS_FACTOR, assert_within
 from torch import Tensor
 
@@ -96,18 +97,19 @@ def test_statistics(call: Call) -> None:
     """All that can be told of a token, where the label's place among the logits does not decide."""
     drawn, how = call
     logits, labels = drawn.make()
-    how = how | {"return_stats": "full"}
-    _, stats = eaft_ext.gated_ce(logits, labels, **how)
-    _, ref = reference.gated_ce(logits, labels, **how)
-    _, truth = reference.gated_ce(logits.double(), labels, **how)
+    full = how | {"return_stats": "full"}
+    _, stats = eaft_ext.gated_ce(logits, labels, **full)
+    _, ref = reference.gated_ce(logits, labels, **full)
+    _, truth = reference.gated_ce(logits.double(), labels, **full)
     assert torch.equal(stats.valid, truth.valid)
+    weights = error_weights(truth, logits, labels, **how)
     for name in ("lse", "z_loss", "vocab_entropy"):
         values = [getattr(told, name) for told in (stats, ref, truth)]
         if values[0] is None:
             assert values[1] is None, name
             continue
         vectors = [value if value.dim() else value.unsqueeze(0) for value in values]
-        assert_within(name, *vectors, LOSS_FACTOR, 1 + uncertain_logits(logits, **how))
+        assert_within(name, *vectors, LOSS_FACTOR, weights[name])
     if not {"softcap", "logit_scale"} & set(how):
         assert torch.equal(stats.correct, truth.correct)
 

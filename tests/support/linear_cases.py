@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from error_model import error_weights, token_factors
 from inputs import IGNORED, upstream_of
-from parity import Outcome, error_weights
 from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within, of_long_sum
 from torch import Tensor
 
@@ -17,6 +17,7 @@ HIDDEN, V = 16, 50
 """Features, and words that neither 3 nor 4 processes can share evenly."""
 
 NAMES = ("hidden", "weight", "bias")
+REDUCTION = ("reduction", "num_items_in_batch", "token_weight", "ignore_index")
 
 
 def linear_inputs(
@@ -73,24 +74,16 @@ def _chunked_reference(
     return reference.gated_ce(logits, labels, **options)
 
 
-def _terms(
-    inputs: list[Tensor | None], labels: Tensor, gates: Tensor, upstream: Tensor, **options: Any
-) -> dict[str, Tensor]:
+def _terms(inputs: list[Tensor | None], labels: Tensor, of_token: Tensor) -> dict[str, Tensor]:
     """Of each gradient, the sums of its terms' absolute values, for tolerances.py.
 
     The logits' gradients are a token's weight times p, or times p - 1 for the label, where p is the
     exponential of a number that is known to an epsilon of itself.
     """
     hidden, weight, bias = inputs
-    # What reductions make of a gate, from two logits of p = 1/2.
-    halves = hidden.new_zeros(len(labels), 2).requires_grad_()
-    options |= {"gate": lambda nll, entropy: gates}
-    loss = reference.gated_ce(halves, labels.clamp(max=0), **options)
-    (of_halves,) = torch.autograd.grad(loss, halves, upstream)
-    of_token = 2 * of_halves[:, :1].abs()
     log_p = torch.nn.functional.linear(hidden, weight, bias).log_softmax(-1)
     is_label = labels.unsqueeze(1) == torch.arange(weight.size(0), device=labels.device)
-    of_logits = of_token * (log_p.exp() * (1 - log_p) + is_label)
+    of_logits = of_token.unsqueeze(1) * (log_p.exp() * (1 - log_p) + is_label)
     return {
         "hidden": of_logits @ weight.abs(),
         "weight": of_logits.t() @ hidden.abs(),
@@ -122,18 +115,21 @@ def assert_linear_parity(inputs: list[Tensor | None], labels: Tensor, **options:
     else:
         ref = linear_gradients(_chunked_reference, inputs, labels, upstream, **of_chunks, **options)
     gt = linear_gradients(whole, wide, labels, upstream.double(), **options)
-    logits = torch.nn.functional.linear(wide[0], wide[1], wide[2])
-    truth = Outcome(gt[0], *gt[1][:3], torch.empty(0))
-    weights = error_weights(truth, torch.ones_like(upstream), logits, **options)
+    logits = torch.nn.functional.linear(*wide)
+    # Of a product, each is known to an epsilon of its terms.
+    known_to = (wide[0].abs() @ wide[1].abs().t()).amax(-1)
+    weights = error_weights(gt[1], logits.to(dtype), labels, upstream, known_to=known_to, **options)
     stats = zip(eaft_ext.TokenStats._fields[:3], op[1], ref[1], gt[1], strict=False)
     for name, *values in [("loss", op[0], ref[0], gt[0]), *stats]:
         vectors = [value if value.dim() else value.unsqueeze(0) for value in values]
         assert_within(name, *vectors, LOSS_FACTOR, weights[name])
-    terms = _terms(wide, labels, weights["gradient"], upstream.double(), **options)
+    of_rows = _terms(wide, labels, weights["gradient"])
+    reduction = {name: options[name] for name in REDUCTION if name in options}
+    of_tokens = (upstream * token_factors(labels, **reduction) * gt[1].gate).abs()
+    terms = _terms(wide, labels, of_tokens) if dtype.itemsize == 2 else {}
     for name in op[2]:
         values = (op[2][name], ref[2][name], gt[2][name])
-        of_dtype = terms[name] if dtype.itemsize == 2 else None
-        weight = terms[name] * of_long_sum(logits.size(1 if name == "hidden" else 0))
-        assert_within(name, *values, GRADIENT_FACTOR, weight, terms=of_dtype)
+        weight = of_rows[name] * of_long_sum(logits.size(1 if name == "hidden" else 0))
+        assert_within(name, *values, GRADIENT_FACTOR, weight, terms=terms.get(name))
     assert torch.equal(op[1].valid, labels != IGNORED)
     assert not any(stat.requires_grad for stat in op[1] if stat is not None)

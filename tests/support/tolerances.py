@@ -29,8 +29,8 @@ GRADIENT_FACTOR = 3.0
 # float32 can avoid, a few roundings (exponential, sum, logarithm, product)
 # - of the result, relative to it;
 # - of what it is computed from. A softmax sum S and a probability p next to 1 are known to an
-#   epsilon of float32, and so are ln S, the entropy and p - 1, however small they are. This error
-#   is absolute; the loss has it multiplied by the nll, a gradient by its row's weight.
+#   epsilon of float32, and so are ln S and p - 1, however small they are. error_model.py has what
+#   becomes of that.
 FLOOR_IN_EPSILONS = 4.0
 
 
@@ -54,10 +54,15 @@ def assert_within(
 ) -> None:
     """Hold ``op`` to both rules; the second one for every row of a matrix, or for a whole vector.
 
-    NaN and infinities must be the truth's, in the same places. ``weight`` is what the result is a
-    product with: of each element, of each row of a matrix, or of all. ``roundings``: of numbers on
-    its way to which it is proportional, and which the reference does not round. ``terms``: of a
-    sum, those of all its terms' absolute values that are rounded to the dtype, as it is itself.
+    NaN and infinities must be the truth's, in the same places.
+
+    Args:
+        weight: the epsilons by which a result is uncertain besides those of itself: of each
+            element, of each row of a matrix, or of all.
+        roundings: of numbers that the result is proportional to, which the reference does not
+            round.
+        terms: of a sum of numbers that are rounded to the dtype, as it is: that of their absolute
+            values.
     """
     assert op.shape == ref.shape == gt.shape, f"{name}: {op.shape}, {ref.shape}, {gt.shape}"
     assert op.dtype == ref.dtype, f"{name}: {op.dtype}, and the reference gives {ref.dtype}"

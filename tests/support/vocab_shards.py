@@ -6,9 +6,9 @@ import itertools
 from typing import Any, NamedTuple
 
 import torch
+from error_model import error_weights
 from inputs import same_bits
-from parity import Outcome, assert_same_stats, error_weights, outcome
-from tolerances import GRADIENT_FACTOR, LOSS_FACTOR, assert_within
+from parity import Outcome, assert_outcome, assert_same_stats, outcome
 from torch import Tensor
 
 import eaft_ext
@@ -145,14 +145,9 @@ def assert_matches(
     whole = outcome(eaft_ext.gated_ce, logits, labels, upstream, **options)
     ref = outcome(reference.gated_ce, logits, labels, upstream, **options)
     gt = outcome(reference.gated_ce, logits.double(), labels, upstream.double(), **options)
-    weights = error_weights(gt, upstream, logits, **options)
-    for name, *values in zip(Outcome._fields, found, ref, whole, gt, strict=True):
-        op, *others, truth = (value if value.dim() else value.unsqueeze(0) for value in values)
-        factor = GRADIENT_FACTOR if name == "gradient" else LOSS_FACTOR
-        for measure, other in zip(("reference", "whole row"), others, strict=True):
-            roundings = rounded.get(name, 0)
-            title = f"{name}, by the {measure}"
-            assert_within(title, op, other, truth, factor, weights[name], roundings)
+    weights = error_weights(gt, logits, labels, upstream, **options)
+    assert_outcome(found, ref, gt, weights, ", by the reference", rounded)
+    assert_outcome(found, whole, gt, weights, ", by the whole row", rounded)
 
 
 def assert_shards_match(
